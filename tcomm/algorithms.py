@@ -1,0 +1,81 @@
+"""What each algorithm of each engine can do. Facts, not preferences: those are in the tuning tables."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from tcomm.errors import ConfigError
+
+__all__ = ["ALL_REDUCE", "REDUCE_OPS", "Algorithm", "acc_dtype", "reduce_op_name"]
+
+REDUCE_OPS = ("sum", "avg", "max", "min")
+"""Reduce operations that kernels and the CPU path know."""
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_REDUCIBLE = (*_FLOATS, torch.float64, torch.int32, torch.int64)
+_BARE_WORDS = (*_FLOATS, torch.int32)
+
+_FALLBACK_OPS = ("product", "band", "bor", "bxor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """One way to do a collective, and what it can be asked for."""
+
+    name: str
+    """`engine:algorithm`, as it is forced, explained and signed."""
+    dtypes: tuple[torch.dtype, ...]
+    """Element types it reduces."""
+    messages_by_slot: bool = False
+    """Whether a message must fit a slot (one of W in a half) to go in one piece."""
+    lanes: bool = False
+    """Whether a message travels in flag-in-data lanes."""
+
+    @property
+    def engine(self) -> str:
+        """`cpu` or `triton`."""
+        return self.name.partition(":")[0]
+
+    def refusal(self, op: str, dtype: torch.dtype) -> str:
+        """Why it cannot reduce `dtype` by `op`; empty when it can."""
+        if op not in REDUCE_OPS:
+            return f"{op} is not among {', '.join(REDUCE_OPS)}"
+        if op == "avg" and not dtype.is_floating_point:
+            return f"the average of {dtype} is not a {dtype}"
+        if dtype not in self.dtypes:
+            return f"{dtype} is not among {', '.join(str(d).removeprefix('torch.') for d in self.dtypes)}"
+        return ""
+
+
+ALL_REDUCE = (
+    Algorithm("cpu:one_shot_push", _REDUCIBLE, messages_by_slot=True),
+    Algorithm("cpu:one_shot_pull", _REDUCIBLE),
+    Algorithm("cpu:two_shot", _REDUCIBLE),
+    Algorithm("triton:one_shot_ll", _BARE_WORDS, lanes=True),
+    Algorithm("triton:one_shot_push", _REDUCIBLE, messages_by_slot=True),
+    Algorithm("triton:one_shot_pull", _REDUCIBLE),
+    Algorithm("triton:two_shot", _REDUCIBLE),
+)
+"""All that can do an all-reduce besides torch.distributed."""
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that values of `dtype` are accumulated in."""
+    return torch.float32 if dtype in _FLOATS else dtype
+
+
+def reduce_op_name(op: object) -> str:
+    """The plain name of a reduce operation given as a string or as `torch.distributed.ReduceOp`.
+
+    Raises:
+        ConfigError: when it is neither.
+    """
+    name = str(op).rpartition(".")[2].lower()
+    if name not in REDUCE_OPS + _FALLBACK_OPS:
+        raise ConfigError(
+            f"reduce operation {op!r} is unknown; give one of {', '.join(REDUCE_OPS + _FALLBACK_OPS)} "
+            "or a torch.distributed.ReduceOp"
+        )
+    return name

@@ -1,0 +1,159 @@
+"""A group's symmetric memory: control pages for its life, staging that can be replaced by a larger one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+
+import msgspec
+from tcomm.errors import RendezvousError
+from tcomm.memory.base import Exchange, NotShared, SymmetricBuffer
+from tcomm.memory.channel import Channel
+from tcomm.memory.control import CONTROL_BYTES, EPOCH_MASK, MAX_WORLD_SIZE, ControlPage, Word
+from tcomm.memory.farewell import announce_leaving, cancel_leaving
+from tcomm.memory.layout import StagingLayout
+from tcomm.memory.liveness import Identity, PeerProcess, my_identity
+from tcomm.memory.shm import SharedMemoryTransport
+
+__all__ = ["Arena", "Staging", "open_arena"]
+
+@dataclasses.dataclass(frozen=True)
+class Staging:
+    """Staging memory of all ranks, and where things lie in it. Whoever holds it keeps it alive."""
+
+    buffer: SymmetricBuffer
+    """Every rank's staging, addressable here."""
+    layout: StagingLayout
+    """The same on all ranks."""
+
+
+class Arena:
+    """Control pages and staging of one group.
+
+    Made by `open_arena`. Addresses never change: `grow` makes new staging and leaves the old one to those
+    who hold it; control pages, epochs and arrival words stay.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        transport: SharedMemoryTransport,
+        control: SymmetricBuffer,
+        channel: Channel,
+        lock_fd: int,
+    ) -> None:
+        self.exchange = exchange
+        self.control = control
+        self.channel = channel
+        self.staging: Staging | None = None
+        self._transport = transport
+        self._lock_fd = lock_fd
+
+    @property
+    def rank(self) -> int:
+        """This process, within the group."""
+        return self.channel.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.channel.world_size
+
+    def grow(self, nbytes: int, timeout: float) -> Staging:
+        """Replace the staging by one of `nbytes` a rank. **Collective**, with nothing in flight.
+
+        Raises:
+            CapabilityError: on every rank, when one lacks the room. The old staging stays.
+            PeerLostError: when a peer died meanwhile.
+        """
+        channel = self.channel
+        layout = StagingLayout(nbytes, self.world_size)
+
+        def check() -> None:
+            gone = [p for p in channel.peers if (watch := channel.processes[p]) and watch.is_dead()]
+            if gone:
+                channel.lose(gone, channel.words[Word.EPOCH])
+
+        made = self._transport.allocate(nbytes, timeout, check)
+        if isinstance(made, NotShared):
+            raise RendezvousError(f"staging of group {channel.group!r}: {made.reason}")
+        words = memoryview(made.local.numpy())[: layout.half_offset].cast("Q")
+        lanes = layout.lane_half_bytes // 8
+        channel.lanes = (words[:lanes], words[lanes:])
+        for parity in (0, 1):
+            channel.renew_lanes(parity, channel.words[Word.EPOCH])
+        self.exchange.all_gather(b"", timeout, check)
+        self.staging = Staging(made, layout)
+        return self.staging
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go on from `epoch`, with nothing in flight; the same on every rank. For tests of the wrap."""
+        self.channel.words[Word.EPOCH] = epoch & EPOCH_MASK
+        for parity in (0, 1):
+            self.channel.pages[self.rank].renew(parity, epoch)
+            self.channel.renew_lanes(parity, epoch)
+
+    def close(self, reason: str) -> None:
+        """Tell the peers that this rank leaves, and give everything back. May be called twice."""
+        page = self.channel.pages[self.rank]
+        page.leave(reason)
+        cancel_leaving(page)
+        for process in self.channel.processes:
+            if process is not None:
+                process.close()
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+        self._lock_fd = -1
+        self.staging = None
+
+
+class _Hello(msgspec.Struct, frozen=True):
+    identity: Identity
+    nonce: int
+
+
+def open_arena(
+    group: str, exchange: Exchange, directory: str, spins: int, timeout: float
+) -> Arena | NotShared:
+    """Make a group's control pages. **Collective.**
+
+    Args:
+        group: name, for errors.
+        exchange: reaches the other ranks.
+        directory: memory file system that the ranks share.
+        spins: polls before a wait yields.
+        timeout: seconds for each step.
+
+    Raises:
+        CapabilityError: on every rank, when one lacks the room.
+        RendezvousError: when a rank did not come in time.
+    """
+    rank, world_size = exchange.rank, exchange.world_size
+    if world_size > MAX_WORLD_SIZE:
+        return NotShared(f"{world_size} ranks; a control page has room for {MAX_WORLD_SIZE}")
+    transport = SharedMemoryTransport(exchange, directory)
+    made = transport.allocate_locked(CONTROL_BYTES, timeout)
+    if isinstance(made, NotShared):
+        return made
+    control, fds = made
+    pages = [ControlPage(control.peer(r)) for r in range(world_size)]
+    me = my_identity()
+    nonce = secrets.randbits(63)
+    pages[rank].initialise(rank, world_size, nonce, me.pid, me.start_time)
+    payloads = exchange.all_gather(msgspec.msgpack.encode(_Hello(me, nonce)), timeout)
+    hellos = [msgspec.msgpack.decode(payload, type=_Hello) for payload in payloads]
+    wrong = [r for r in range(world_size) if not pages[r].matches(r, hellos[r].nonce)]
+    processes = [
+        None if r == rank else PeerProcess(hellos[r].identity, fds[r]) for r in range(world_size)
+    ]
+    verdicts = exchange.all_gather(str(wrong or "").encode(), timeout)
+    channel = Channel(group, rank, pages, processes, spins)
+    arena = Arena(exchange, transport, control, channel, fds[rank])
+    refusals = [f"rank {r} reads other memory of {v.decode()}" for r, v in enumerate(verdicts) if v]
+    if refusals:
+        arena.close("the ranks share no memory")
+        return NotShared("the ranks share no memory (" + "; ".join(refusals) + ")")
+    announce_leaving(pages[rank])
+    return arena
+

@@ -1,0 +1,378 @@
+"""The host's side of the protocol core: epochs, arrival words, bounded waits, and who is to blame.
+
+`docs/memory-model.md` is the contract. A call takes the next epoch, publishes (epoch, signature) in every
+peer's control page, waits until all peers have published the same epoch, and compares signatures.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+from tcomm.errors import CollectiveMismatchError, CommError, PeerLostError, PeerTimeoutError
+from tcomm.memory.control import (
+    EPOCH_MASK,
+    MAX_PHASES,
+    RENEWAL_MASK,
+    ControlPage,
+    ErrorKind,
+    PoisonCode,
+    Word,
+    arrival_index,
+    dead_word,
+)
+from tcomm.memory.liveness import PeerProcess
+from tcomm.signature import CallDescription
+
+__all__ = ["Channel", "Wait"]
+
+_MISMATCH_GRACE_SECONDS = 0.4
+_BUSY_SECONDS = 0.02
+_LOOKS_PER_LIVENESS_CHECK = 16
+
+
+class Channel:
+    """One rank's end of a group's control pages. Used by one thread at a time.
+
+    Args:
+        group: name of the group, for errors.
+        rank: this process, within the group.
+        pages: control page of every rank.
+        processes: watcher of every rank; None for this one.
+        spins: polls before a wait begins to yield, and to look at the dead and the clock.
+    """
+
+    def __init__(
+        self,
+        group: str,
+        rank: int,
+        pages: Sequence[ControlPage],
+        processes: Sequence[PeerProcess | None],
+        spins: int,
+    ) -> None:
+        self.group = group
+        self.rank = rank
+        self.world_size = len(pages)
+        self.pages = tuple(pages)
+        self.processes = tuple(processes)
+        self.peers = tuple(peer for peer in range(self.world_size) if peer != rank)
+        self.words = pages[rank].words
+        self.op = ""
+        self._spins = spins
+        self._peer_words = tuple(pages[peer].words for peer in self.peers)
+        # [phase * 2 + parity]: where this rank writes in a peer's page, and the words it waits for.
+        self._outbox = tuple(arrival_index(p, parity, 0, rank) for p in range(2) for parity in range(2))
+        self._inbox = tuple(
+            tuple(arrival_index(p, parity, 0, peer) for peer in self.peers)
+            for p in range(2)
+            for parity in range(2)
+        )
+        self._described: list[CallDescription | None] = [None, None]
+        self.lanes: tuple[memoryview[int], ...] = ()
+        """Flag-in-data words of this rank, by parity, while there is staging."""
+        self._timeout: float | None = None
+        self._started = 0.0
+        self._kernel_failure: CommError | None = None
+        self._kernel_wait: Wait | None = None
+
+    # The four words a CPU algorithm is written in ------------------------------------------------
+
+    def begin(self, call: CallDescription, timeout: float | None) -> int:
+        """Take the next epoch for `call`.
+
+        Args:
+            call: what is called; put down for the peers to read.
+            timeout: seconds that all waits of this epoch may take together; None: for ever, while the
+                peers live.
+
+        Raises:
+            PeerLostError, PeerTimeoutError: when the group was given up before.
+        """
+        words = self.words
+        if words[Word.POISON_CODE]:
+            self._raise_poison()
+        epoch = (words[Word.EPOCH] + 1) & EPOCH_MASK
+        if self._described[epoch & 1] is not call:
+            self.pages[self.rank].describe(epoch & 1, call.encode())
+            self._described[epoch & 1] = call
+        if not epoch & RENEWAL_MASK:
+            self._renew(epoch)
+        self.op = call.op
+        self._timeout = timeout
+        self._started = 0.0
+        return epoch
+
+    def publish(self, phase: int, word: int) -> None:
+        """Tell every peer that this rank has come to `phase`, with all it wrote before."""
+        index = self._outbox[phase * 2 + (word >> 32 & 1)]
+        for words in self._peer_words:
+            words[index] = word
+
+    def await_peers(self, phase: int, word: int) -> None:
+        """Wait until every peer has published the same word.
+
+        Raises:
+            CollectiveMismatchError: a peer's signature differs. The epoch is over, the group usable.
+            PeerLostError: a peer died or left.
+            PeerTimeoutError: a peer did not come in time.
+        """
+        words = self.words
+        for index in self._inbox[phase * 2 + (word >> 32 & 1)]:
+            if words[index] != word:
+                spins = self._spins
+                while spins and words[index] != word:
+                    spins -= 1
+                if not spins:
+                    self._wait(phase, word)
+                    return
+
+    def finish(self, epoch: int) -> None:
+        """End the call: its staging may be written again at the second epoch from here."""
+        self.words[Word.EPOCH] = epoch
+
+    def agree(self, call: CallDescription, timeout: float | None) -> int:
+        """Compare signatures and do nothing else: a call of one epoch without data. **Collective.**
+
+        Returns:
+            The epoch. Descriptions of its parity stay readable until the next call but one.
+        """
+        epoch = self.begin(call, timeout)
+        word = epoch << 32 | call.signature
+        self.publish(0, word)
+        self.await_peers(0, word)
+        self.finish(epoch)
+        return epoch
+
+    def _renew(self, epoch: int) -> None:
+        """Forget what the other parity was told a whole wrap of the epoch ago."""
+        other = epoch + 1 & 1
+        self.pages[self.rank].renew(other, epoch)
+        self.renew_lanes(other, epoch)
+
+    def renew_lanes(self, parity: int, epoch: int) -> None:
+        """Make every lane of `parity` nobody's."""
+        if self.lanes:
+            lanes = self.lanes[parity]
+            lanes[:] = array.array("Q", [dead_word(epoch)]) * len(lanes)
+
+    # Slow path -----------------------------------------------------------------------------------
+
+    def _wait(self, phase: int, word: int) -> None:
+        wait = Wait(self, phase, 0, word)
+        try:
+            while not wait.step():
+                wait.pause()
+        except CommError:
+            raise
+        except BaseException:
+            # Ctrl-C and the like: this rank cannot complete the call any more, nor can its peers.
+            self.give_up(PoisonCode.INTERRUPTED, self.rank, word >> 32)
+            raise
+        finally:
+            self.words[Word.WAITING_FOR] = 0
+        if wait.differs():
+            self.finish(word >> 32)
+            raise self.mismatch(word >> 32)
+
+    def deadline(self) -> float | None:
+        """When the waits of this call end; its clock starts at the first wait that is not short."""
+        if not self._started:
+            self._started = time.monotonic()
+        return None if self._timeout is None else self._started + self._timeout
+
+    @property
+    def timeout(self) -> float | None:
+        """Of the call in progress, in seconds."""
+        return self._timeout
+
+    def give_up(self, code: PoisonCode, rank: int, seq: int) -> None:
+        """Make every rank raise: now if it waits, else at its next call."""
+        for page in self.pages:
+            page.poison(code, rank, seq)
+
+    def _raise_poison(self) -> NoReturn:
+        words = self.words
+        code, culprit, seq = (
+            words[Word.POISON_CODE],
+            words[Word.POISON_RANK],
+            words[Word.POISON_SEQ],
+        )
+        raise self.poisoned(PoisonCode(code), culprit, seq)
+
+    def poisoned(self, code: PoisonCode, culprit: int, seq: int) -> CommError:
+        """The error of a group that somebody gave up."""
+        if code == PoisonCode.INTERRUPTED:
+            why = f"rank {culprit} was interrupted in the middle of it"
+        elif culprit == self.rank:
+            why = f"the others gave up waiting for this rank, {culprit}"
+        else:
+            why = self.blame(culprit)
+        told = f"group {self.group!r} was given up at call #{seq}: {why}"
+        remedy = "; build a new group of the ranks that are left"
+        kind = PeerTimeoutError if code == PoisonCode.PEER_TIMEOUT else PeerLostError
+        return self.error(kind, told + remedy, seq, [culprit])
+
+    def blame(self, peer: int) -> str:
+        """What is known of a rank, in a clause."""
+        page, process = self.pages[peer], self.processes[peer]
+        if process is None:
+            return f"rank {peer} is this process"
+        reason = page.leaving_reason
+        if reason is not None:
+            return f"rank {peer} left: {reason}"
+        last = page.words[Word.EPOCH]
+        word = "died" if process.is_dead() else "is silent"
+        return f"rank {peer} {word} ({process.describe()}; it has completed call #{last})"
+
+    def error(self, kind: type[CommError], message: str, seq: int, peers: Sequence[int]) -> CommError:
+        """An error of this group with its fields filled in."""
+        return kind(message, group=self.group, op=self.op, seq=seq, rank=self.rank, peers=peers)
+
+    def mismatch(self, epoch: int) -> CollectiveMismatchError:
+        """The table of what each rank called at `epoch`."""
+        lines = [f"call #{epoch} of group {self.group!r}: the ranks called different things"]
+        mine = self.pages[self.rank].description(epoch & 1)
+        others = []
+        for rank, page in enumerate(self.pages):
+            index = arrival_index(0, epoch & 1, 0, rank)
+            arrived = rank == self.rank or self.words[index] >> 32 == epoch
+            theirs = page.description(epoch & 1) if arrived else None
+            told = str(theirs) if theirs else ("an unreadable call" if arrived else "not arrived yet")
+            lines.append(f"  rank {rank}: {told}")
+            if theirs is None or mine is None or theirs.signature != mine.signature:
+                others.append(rank)
+        lines.append("make the ranks call the same thing; the group stays usable")
+        error = self.error(CollectiveMismatchError, "\n".join(lines), epoch, others)
+        assert isinstance(error, CollectiveMismatchError)
+        return error
+
+    # Kernels -------------------------------------------------------------------------------------
+
+    def kernel_pause(self, phase: int, block: int, word: int) -> int:
+        """Called by an interpreted kernel between two polls: 0 to go on, 1 to stop waiting."""
+        wait = self._kernel_wait
+        if wait is None or (wait.phase, wait.block, wait.word) != (phase, block, word):
+            wait = self._kernel_wait = Wait(self, phase, block, word)
+        try:
+            if wait.step():
+                return int(wait.differs())
+            wait.pause()
+        except CommError as failure:
+            self._kernel_failure = failure
+            return 1
+        return 0
+
+    def after_kernel(self, epoch: int) -> None:
+        """Raise what a kernel found while it waited, if anything. The kernel has advanced the epoch."""
+        words = self.words
+        failure, self._kernel_failure, self._kernel_wait = self._kernel_failure, None, None
+        words[Word.WAITING_FOR] = 0
+        kind = words[Word.ERROR_KIND]
+        words[Word.ERROR_KIND] = ErrorKind.NONE
+        if kind == ErrorKind.MISMATCH:
+            raise self.mismatch(epoch)
+        if kind == ErrorKind.TIMEOUT:
+            if failure is not None:
+                raise failure
+            self.time_out([words[Word.ERROR_PEER]], epoch)
+
+    def lose(self, peers: Sequence[int], epoch: int) -> NoReturn:
+        """Give the group up because peers are dead or gone, and raise."""
+        self.give_up(PoisonCode.PEER_LOST, peers[0], epoch)
+        told = "; ".join(self.blame(peer) for peer in peers)
+        raise self.error(
+            PeerLostError, f"{self.op} #{epoch} of group {self.group!r} cannot complete: {told}", epoch, peers
+        )
+
+    def time_out(self, peers: Sequence[int], epoch: int) -> NoReturn:
+        """Give the group up because peers are silent, and raise."""
+        self.give_up(PoisonCode.PEER_TIMEOUT, peers[0], epoch)
+        told = "; ".join(self.blame(peer) for peer in peers)
+        raise self.error(
+            PeerTimeoutError,
+            f"{self.op} #{epoch} of group {self.group!r} timed out after {self._timeout:g} s on rank "
+            f"{self.rank}: {told}; find out what it does, or call with a longer timeout=",
+            epoch,
+            peers,
+        )
+
+
+class Wait:
+    """A wait that was not short: looks at the dead, the poison word and the clock."""
+
+    def __init__(self, channel: Channel, phase: int, block: int, word: int) -> None:
+        self.phase = phase
+        self.block = block
+        self.word = word
+        self._channel = channel
+        self._epoch = word >> 32
+        # Phases past the last one stand for the lanes of one source, which only the kernel can see.
+        self._lanes_of = [phase - MAX_PHASES] if phase >= MAX_PHASES else []
+        parity, row = self._epoch & 1, 0 if self._lanes_of else phase
+        self._inbox = tuple((peer, arrival_index(row, parity, block, peer)) for peer in channel.peers)
+        self._looks = 0
+        self._deadline = channel.deadline()
+        self._began = time.monotonic()
+        self._differing_since = 0.0
+
+    def step(self) -> bool:
+        """Look once; True when all have arrived, or enough of them to know that they disagree.
+
+        Raises:
+            PeerLostError, PeerTimeoutError: when it cannot go on.
+        """
+        absent = self._absent()
+        if not absent:
+            return True
+        channel = self._channel
+        if channel.words[Word.POISON_CODE]:
+            channel._raise_poison()
+        if self._looks % _LOOKS_PER_LIVENESS_CHECK == 0:
+            channel.words[Word.SEQ] = self._epoch
+            channel.words[Word.WAITING_FOR] = absent[0] + 1
+            channel.words[Word.LAST_PROGRESS_NS] = int(self._began * 1e9)
+            self._refuse_the_dead(absent)
+            now = time.monotonic()
+            if self._deadline is not None and now >= self._deadline and (late := self._absent()):
+                channel.time_out(late, self._epoch)
+            if self.differs():
+                self._differing_since = self._differing_since or now
+                return now - self._differing_since > _MISMATCH_GRACE_SECONDS
+        self._looks += 1
+        return False
+
+    def _absent(self) -> list[int]:
+        if self._lanes_of:
+            return self._lanes_of
+        words, epoch = self._channel.words, self._epoch
+        return [peer for peer, index in self._inbox if words[index] >> 32 != epoch]
+
+    def _refuse_the_dead(self, absent: Sequence[int]) -> None:
+        channel = self._channel
+        gone = [peer for peer in absent if self._is_gone(peer)]
+        if gone:
+            # A peer may have arrived and then left: what it published before it went counts.
+            still_absent = self._absent()
+            gone = [peer for peer in gone if peer in still_absent]
+        if gone:
+            channel.lose(gone, self._epoch)
+
+    def _is_gone(self, peer: int) -> bool:
+        process = self._channel.processes[peer]
+        left = self._channel.pages[peer].words[Word.LEFT]
+        return bool(left) or (process is not None and process.is_dead())
+
+    def differs(self) -> bool:
+        """Whether a peer has arrived with another signature."""
+        words, word, epoch = self._channel.words, self.word, self._epoch
+        return any(words[index] >> 32 == epoch and words[index] != word for _, index in self._inbox)
+
+    def pause(self) -> None:
+        """Let others run: at once while the wait is young, in short sleeps when it is not."""
+        if time.monotonic() - self._began < _BUSY_SECONDS:
+            os.sched_yield()
+        else:
+            time.sleep(0.0002)

@@ -1,0 +1,96 @@
+"""Exchanges: over a store, and for a world of one."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from tcomm.errors import RendezvousError
+
+__all__ = ["LocalExchange", "StoreExchange"]
+
+_POLL_SECONDS = 0.1
+
+
+class LocalExchange:
+    """The exchange of a world of one."""
+
+    rank = 0
+    world_size = 1
+
+    def all_gather(
+        self, payload: bytes, timeout: float, check: Callable[[], None] | None = None
+    ) -> list[bytes]:
+        """Return `[payload]`."""
+        del timeout, check
+        return [payload]
+
+
+class StoreExchange:
+    """An exchange over a `torch.distributed.Store`.
+
+    Each round uses keys of its own below `prefix`; a rank removes its own key of the round before the
+    last, which all have read by then, so a long-lived group leaves two keys a rank in the store.
+
+    Args:
+        store: shared by the ranks; used by one thread at a time.
+        rank: this process, within the group.
+        world_size: number of ranks.
+        prefix: the same on all ranks of the group, and no other group's.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, prefix: str = "tcomm") -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._store = store
+        self._prefix = prefix
+        self._round = 0
+
+    def all_gather(
+        self, payload: bytes, timeout: float, check: Callable[[], None] | None = None
+    ) -> list[bytes]:
+        """Return every rank's payload, in rank order. **Collective.**
+
+        Raises:
+            RendezvousError: when some ranks did not come within `timeout` seconds, or the store is gone.
+        """
+        round_ = self._round
+        self._round += 1
+        keys = [self._key(round_, rank) for rank in range(self.world_size)]
+        try:
+            self._store.set(keys[self.rank], payload)
+            self._wait(keys, time.monotonic() + timeout, timeout, check)
+            gathered = [bytes(self._store.get(key)) for key in keys]
+            if round_ >= 2:
+                self._store.delete_key(self._key(round_ - 2, self.rank))
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            raise RendezvousError(f"the store of group {self._prefix!r} failed: {error}") from error
+        return gathered
+
+    def _key(self, round_: int, rank: int) -> str:
+        return f"{self._prefix}/{round_}/{rank}"
+
+    def _wait(
+        self, keys: list[str], deadline: float, timeout: float, check: Callable[[], None] | None
+    ) -> None:
+        while True:
+            left = deadline - time.monotonic()
+            slice_ = datetime.timedelta(seconds=max(0.001, min(_POLL_SECONDS, left)))
+            try:
+                self._store.wait(keys, slice_)
+            except dist.DistStoreError:
+                if check is not None:
+                    check()
+            else:
+                return
+            if time.monotonic() >= deadline:
+                missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+                if missing:
+                    raise RendezvousError(
+                        f"ranks {missing} of {self.world_size} did not come to {self._prefix!r} within "
+                        f"{timeout:g} s; check that they are running and call the same things in the same "
+                        "order, or give a longer timeout"
+                    )
