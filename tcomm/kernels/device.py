@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from tcomm.kernels import hooks
-from tcomm.kernels.interpret import is_interpreted
+from tcomm.interpret import is_interpreted
 from tcomm.memory import control
 from tcomm.memory.control import ErrorKind, Word
 

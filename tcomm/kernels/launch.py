@@ -11,7 +11,7 @@ import triton
 
 from tcomm.errors import CapabilityError
 from tcomm.kernels.hooks import interpreting
-from tcomm.kernels.interpret import is_interpreted
+from tcomm.interpret import is_interpreted
 from tcomm.memory.arena import Arena, Staging
 from tcomm.memory.control import MAX_BLOCKS
 from tcomm.signature import CallDescription

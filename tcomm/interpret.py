@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
@@ -10,7 +11,7 @@ import torch
 
 from tcomm.errors import CapabilityError
 
-__all__ = ["choose_interpreter", "is_interpreted"]
+__all__ = ["choose_interpreter", "is_interpreted", "why_not_runnable"]
 
 logger = logging.getLogger("tcomm")
 
@@ -35,6 +36,19 @@ def choose_interpreter() -> None:
         )
     os.environ[_VARIABLE] = "1"
     logger.info("no GPU here: Triton kernels are interpreted (%s=1)", _VARIABLE)
+
+
+def why_not_runnable() -> str:
+    """Why kernels cannot run on host memory in this process; empty when they can. Imports nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if os.environ.get(_VARIABLE, "").lower() in {"0", "off", "false", "no"}:
+        return f"{_VARIABLE}={os.environ[_VARIABLE]} turns the interpreter off"
+    if os.environ.get(_VARIABLE) is None and _has_gpu():
+        return f"kernels are compiled for the GPU here; set {_VARIABLE}=1 to interpret them"
+    if "triton" in sys.modules and not is_interpreted():
+        return f"Triton was imported without {_VARIABLE}=1"
+    return ""
 
 
 def is_interpreted() -> bool:

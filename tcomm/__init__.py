@@ -1,0 +1,41 @@
+"""tcomm: multi-GPU communication written as Triton kernels over symmetric memory."""
+
+from tcomm.errors import (
+    CapabilityError,
+    CollectiveMismatchError,
+    CommError,
+    ConfigError,
+    DecodeError,
+    DuplicateRankError,
+    GroupClosedError,
+    GroupMismatchError,
+    PeerLostError,
+    PeerTimeoutError,
+    QueueFullError,
+    RendezvousError,
+    TcommError,
+)
+from tcomm.groups.communicator import Communicator
+from tcomm.groups.work import Work
+from tcomm.tuning.choose import Decision
+
+__all__ = [
+    "CapabilityError",
+    "CollectiveMismatchError",
+    "CommError",
+    "Communicator",
+    "ConfigError",
+    "Decision",
+    "DecodeError",
+    "DuplicateRankError",
+    "GroupClosedError",
+    "GroupMismatchError",
+    "PeerLostError",
+    "PeerTimeoutError",
+    "QueueFullError",
+    "RendezvousError",
+    "TcommError",
+    "Work",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,87 @@
+"""Every `TCOMM_*` variable, read here and nowhere else. `docs/environment.md` is the user's table."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Mapping
+
+import msgspec
+
+from tcomm.errors import ConfigError
+
+__all__ = ["TIMEOUT_PROFILES", "Config", "resolve_timeout"]
+
+logger = logging.getLogger("tcomm")
+
+TIMEOUT_PROFILES: dict[str, float | None] = {
+    "default": 120.0,
+    "ml_inference": 600.0,
+    "batch_job": None,
+    "streaming": 1800.0,
+}
+"""Seconds that a collective may wait, by profile. None: as long as the peers live."""
+
+
+class Config(msgspec.Struct, frozen=True):
+    """The settings of a process, from its environment."""
+
+    algorithm: str = ""
+    """TCOMM_ALGORITHM: engine, algorithm or engine:algorithm that every collective must use."""
+    timeout: str = "default"
+    """TCOMM_TIMEOUT: seconds or a profile, for calls that give none."""
+    staging_bytes: int = 8 * 1024 * 1024
+    """TCOMM_STAGING_BYTES: staging memory of each rank of a group, until `prepare` makes it larger."""
+    shm_dir: str = "/dev/shm"  # noqa: S108
+    """TCOMM_SHM_DIR: memory file system for the CPU transport."""
+    table: str = ""
+    """TCOMM_TABLE: tuning table to use instead of the one that comes with tcomm; rank 0's counts."""
+    spins: int = 0
+    """TCOMM_SPINS: polls before a CPU wait yields; 0: by the number of cores."""
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Config:
+        """Read and check the variables.
+
+        Raises:
+            ConfigError: when one has a value that makes no sense; names it.
+        """
+        environ = os.environ if environ is None else environ
+        given = {k.removeprefix("TCOMM_").lower(): v for k, v in environ.items() if k.startswith("TCOMM_")}
+        fields = cls.__struct_fields__
+        for unknown in sorted(set(given) - set(fields)):
+            close = difflib.get_close_matches(unknown, fields, 1)
+            hint = f"; did you mean TCOMM_{close[0].upper()}?" if close else ""
+            logger.warning("TCOMM_%s is not a variable of tcomm%s", unknown.upper(), hint)
+        try:
+            config = msgspec.convert({k: given[k] for k in fields if k in given}, cls, strict=False)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"a TCOMM_ variable is wrong: {error}") from error
+        resolve_timeout(config.timeout)
+        if config.staging_bytes % 4096 or config.staging_bytes <= 0:
+            raise ConfigError(
+                f"TCOMM_STAGING_BYTES={config.staging_bytes} is not a positive multiple of 4096, the page size"
+            )
+        return config
+
+
+def resolve_timeout(timeout: float | str | None) -> float | None:
+    """Seconds of a timeout given as a number, a profile or None.
+
+    Raises:
+        ConfigError: when it is neither, or not positive.
+    """
+    if timeout is None:
+        return None
+    if isinstance(timeout, str) and timeout in TIMEOUT_PROFILES:
+        return TIMEOUT_PROFILES[timeout]
+    try:
+        seconds = float(timeout)
+    except ValueError:
+        raise ConfigError(
+            f"timeout {timeout!r} is neither seconds nor one of {', '.join(TIMEOUT_PROFILES)}"
+        ) from None
+    if not seconds > 0:
+        raise ConfigError(f"timeout {timeout!r} is not a positive number of seconds")
+    return seconds

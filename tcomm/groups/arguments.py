@@ -1,0 +1,129 @@
+"""Checks of what a caller gives, before anything is published."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from tcomm.errors import ConfigError
+from tcomm.signature import CallDescription
+
+__all__ = [
+    "UNSET",
+    "Timeout",
+    "Unset",
+    "check_out",
+    "check_rank",
+    "check_splits",
+    "check_tensor",
+    "dtype_name",
+    "refuse_unequal_splits",
+]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As torch spells it, without `torch.`."""
+    return str(dtype).removeprefix("torch.")
+
+
+class Unset:
+    """The type of a timeout that was not given."""
+
+
+UNSET: Final = Unset()
+Timeout = float | str | None
+"""Seconds, a profile, or None: as long as the peers live."""
+
+
+def check_tensor(verb: str, x: object, loses_gradient: bool = True) -> torch.Tensor:
+    """`x`, when it is a dense tensor whose gradient would not be lost.
+
+    Raises:
+        ConfigError: when it is not.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise ConfigError(f"{verb} takes a torch.Tensor, not {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise ConfigError(f"{verb} takes a dense tensor, not one of layout {x.layout}; call .to_dense() first")
+    if loses_gradient and x.requires_grad and torch.is_grad_enabled():
+        raise ConfigError(
+            f"{verb} would lose the gradient of its input; call it under torch.no_grad() or on x.detach()"
+        )
+    return x
+
+
+def check_out(verb: str, x: torch.Tensor, out: torch.Tensor, shape: Sequence[int]) -> None:
+    """Check that `out` can take a result of `shape`, and is x itself or apart from it.
+
+    Raises:
+        ConfigError: when it cannot; says given and needed.
+    """
+    check_tensor(verb, out)
+    if tuple(out.shape) != tuple(shape) or out.dtype != x.dtype or out.device != x.device:
+        raise ConfigError(
+            f"out= of {verb} is {dtype_name(out.dtype)} {list(out.shape)} on {out.device}; "
+            f"needed {dtype_name(x.dtype)} {list(shape)} on {x.device}"
+        )
+    if overlaps(x, out):
+        raise ConfigError(f"out= of {verb} overlaps the input without being the input; give other memory")
+
+
+def overlaps(x: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether two tensors share some bytes and are not the same view."""
+    if x.numel() == 0 or out.numel() == 0:
+        return False
+    if x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
+        return False
+    if x.data_ptr() == out.data_ptr() and x.stride() == out.stride() and x.shape == out.shape:
+        return False
+    (x_first, x_last), (out_first, out_last) = _extent(x), _extent(out)
+    return x_first <= out_last and out_first <= x_last
+
+
+def _extent(x: torch.Tensor) -> tuple[int, int]:
+    span = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + span * x.itemsize + x.itemsize - 1
+
+
+def check_rank(verb: str, what: str, rank: int, world_size: int, myself: int | None = None) -> None:
+    """Check that `rank` is in the group, and another than `myself` where that is given.
+
+    Raises:
+        ConfigError: when it is not. Nothing was sent.
+    """
+    if not isinstance(rank, int) or not 0 <= rank < world_size:
+        raise ConfigError(f"{what}={rank!r} of {verb} is not a rank of this group; ranks are 0 to {world_size - 1}")
+    if rank == myself:
+        raise ConfigError(f"{what}={rank} of {verb} is this rank itself; name another")
+
+
+def check_splits(what: str, splits: Sequence[int] | None, rows: int, world_size: int) -> tuple[int, ...]:
+    """Rows for each rank: as given, or equal.
+
+    Raises:
+        ConfigError: when there is not one for each rank, one is negative, or they do not add up.
+    """
+    if splits is None:
+        if rows % world_size:
+            raise ConfigError(f"{rows} rows do not divide among {world_size} ranks; give {what}=")
+        return (rows // world_size,) * world_size
+    if len(splits) != world_size:
+        raise ConfigError(f"{what} has {len(splits)} entries; needed one for each of {world_size} ranks")
+    if any(split < 0 for split in splits):
+        raise ConfigError(f"{what}={list(splits)} has a negative entry")
+    if sum(splits) != rows:
+        raise ConfigError(f"{what}={list(splits)} adds up to {sum(splits)}; the tensor has {rows} rows")
+    return tuple(splits)
+
+
+def refuse_unequal_splits(calls: Sequence[CallDescription]) -> list[str]:
+    """Every pair of ranks of which one sends what the other does not expect, as sentences."""
+    return [
+        f"rank {src} sends {calls[src].send_splits[dst]} rows to rank {dst}, "
+        f"which expects {calls[dst].recv_splits[src]}"
+        for src in range(len(calls))
+        for dst in range(len(calls))
+        if calls[src].send_splits[dst] != calls[dst].recv_splits[src]
+    ]

@@ -1,0 +1,157 @@
+"""The verbs on torch.distributed: NCCL or gloo, for what tcomm's own algorithms do not do.
+
+Every call has a deadline, and what torch raises becomes one of tcomm's errors. The arguments have been
+checked and the ranks have agreed before anything here is called.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from tcomm.errors import CapabilityError, CommError, PeerLostError, PeerTimeoutError
+
+__all__ = ["TorchFallback"]
+
+_FOR_EVER = 7 * 24 * 3600.0
+_TORCH_OPS = {
+    "sum": dist.ReduceOp.SUM,
+    "avg": dist.ReduceOp.SUM,
+    "product": dist.ReduceOp.PRODUCT,
+    "max": dist.ReduceOp.MAX,
+    "min": dist.ReduceOp.MIN,
+    "band": dist.ReduceOp.BAND,
+    "bor": dist.ReduceOp.BOR,
+    "bxor": dist.ReduceOp.BXOR,
+}
+
+
+class TorchFallback:
+    """torch.distributed on one process group.
+
+    Args:
+        name: of the tcomm group, for errors.
+        group: to run on.
+        find_dead: the ranks known to be dead, and what is known of them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        group: dist.ProcessGroup,
+        find_dead: Callable[[], tuple[list[int], str]],
+    ) -> None:
+        self.rank = group.rank()
+        self.world_size = group.size()
+        self._name = name
+        self._group = group
+        self._find_dead = find_dead
+
+    @property
+    def backends(self) -> tuple[tuple[str, str], ...]:
+        """(device, backend) pairs of the process group."""
+        config = dist.get_backend_config(self._group)
+        pairs = [pair.split(":") for pair in config.split(",") if ":" in pair]
+        return tuple((device, backend) for device, backend in pairs)
+
+    def gather_bytes(self, payload: bytes, nbytes: int, timeout: float | None) -> list[bytes]:
+        """Every rank's payload, of at most `nbytes` less 2. **Collective.**"""
+        data = len(payload).to_bytes(2, "little") + payload
+        mine = torch.zeros(nbytes, dtype=torch.uint8)
+        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        rows = [torch.empty_like(mine) for _ in range(self.world_size)]
+        self._run("agree", timeout, lambda: dist.all_gather(rows, mine, group=self._group, async_op=True))
+        gathered = [bytes(row.numpy()) for row in rows]
+        return [row[2 : 2 + int.from_bytes(row[:2], "little")] for row in gathered]
+
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor, op: str, timeout: float | None) -> None:
+        """out = reduction of x over the ranks. **Collective.**"""
+        if out is not x:
+            out.copy_(x)
+        self._run(
+            "all_reduce",
+            timeout,
+            lambda: dist.all_reduce(out, _TORCH_OPS[op], group=self._group, async_op=True),
+        )
+        if op == "avg":
+            out.mul_(1.0 / self.world_size)
+
+    def broadcast(self, x: torch.Tensor, root: int, timeout: float | None) -> None:
+        """Write root's x into every rank's. **Collective.**"""
+        self._run(
+            "broadcast",
+            timeout,
+            lambda: dist.broadcast(x, group_src=root, group=self._group, async_op=True),
+        )
+
+    def all_gather(self, x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
+        """out = every rank's x, one after another. **Collective.**"""
+        parts = list(out.view(self.world_size, -1).unbind(0))
+        self._run(
+            "all_gather_single",
+            timeout,
+            lambda: dist.all_gather(parts, x.view(-1), group=self._group, async_op=True),
+        )
+
+    def reduce_scatter(self, x: torch.Tensor, out: torch.Tensor, op: str, timeout: float | None) -> None:
+        """out = this rank's part of the reduction of x. **Collective.**"""
+        whole = torch.empty_like(x)
+        self.all_reduce(x, whole, op, timeout)
+        out.view(-1).copy_(whole.view(self.world_size, -1)[self.rank])
+
+    def all_to_all(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        send_splits: Sequence[int],
+        recv_splits: Sequence[int],
+        timeout: float | None,
+    ) -> None:
+        """Rows of x to their ranks, rows from the ranks into out. **Collective.**"""
+        self._run(
+            "all_to_all_single",
+            timeout,
+            lambda: dist.all_to_all_single(
+                out, x, list(recv_splits), list(send_splits), group=self._group, async_op=True
+            ),
+        )
+
+    def send(self, x: torch.Tensor, dst: int, timeout: float | None) -> None:
+        """Send x to one rank."""
+        self._run("send", timeout, lambda: dist.isend(x, group_dst=dst, group=self._group))
+
+    def recv(self, out: torch.Tensor, src: int, timeout: float | None) -> None:
+        """Receive into out from one rank."""
+        self._run("recv", timeout, lambda: dist.irecv(out, group_src=src, group=self._group))
+
+    def _run(self, op: str, timeout: float | None, start: Callable[[], dist.Work | None]) -> None:
+        limit = datetime.timedelta(seconds=_FOR_EVER if timeout is None else timeout)
+        try:
+            work = start()
+            if work is not None:
+                work.wait(limit)
+        except (RuntimeError, dist.DistError) as error:
+            self._translate(op, timeout, error)
+
+    def _translate(self, op: str, timeout: float | None, error: Exception) -> NoReturn:
+        """Raise tcomm's error for one of torch's."""
+        told = str(error).splitlines()[0] if str(error) else repr(error)
+        if "nvalid scalar type" in told or "nsupported" in told or "not supported" in told:
+            raise CapabilityError(f"torch.distributed cannot do this {op}: {told}") from error
+        dead, known = self._find_dead()
+        kind: type[CommError] = CommError
+        if dead or "onnection" in told:
+            kind = PeerLostError
+        elif "imed out" in told or "imeout" in told:
+            kind, known = PeerTimeoutError, f"nothing for {timeout:g} s" if timeout else "no answer"
+        raise kind(
+            f"{op} of group {self._name!r} failed in torch.distributed: {known or told}",
+            group=self._name,
+            op=op,
+            rank=self.rank,
+            peers=dead,
+        ) from error

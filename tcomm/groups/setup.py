@@ -1,0 +1,155 @@
+"""How the ranks of a group find one another and agree on all that a later choice depends on."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import importlib.metadata
+import logging
+import secrets
+import threading
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from tcomm.config import Config
+from tcomm.errors import ConfigError, DuplicateRankError, GroupMismatchError
+from tcomm.interpret import why_not_runnable
+from tcomm.memory.base import Exchange
+from tcomm.memory.control import LAYOUT_VERSION
+from tcomm.memory.exchange import LocalExchange, StoreExchange
+from tcomm.tuning.table import Table, decode_table, load_table
+
+__all__ = ["Membership", "agree_on_settings", "from_process_group", "from_store"]
+
+logger = logging.getLogger("tcomm")
+
+_counter_lock = threading.Lock()
+_made: collections.Counter[str] = collections.Counter()
+
+
+@dataclasses.dataclass(frozen=True)
+class Membership:
+    """Who is in a group, and how they reach one another before they share memory."""
+
+    name: str
+    """For errors and logs."""
+    exchange: Exchange
+    """Reaches the other ranks."""
+    process_group: dist.ProcessGroup | None
+    """What to fall back to."""
+    global_ranks: tuple[int, ...]
+    """Rank of each member in the world it was made from."""
+
+
+def _prefix(name: str) -> str:
+    """Keys of one group. Ranks make their groups of one name in the same order."""
+    with _counter_lock:
+        _made[name] += 1
+        return f"tcomm/{name}/{_made[name]}"
+
+
+def from_process_group(group: dist.ProcessGroup | DeviceMesh | None, name: str) -> Membership:
+    """Membership of a process group, a one-dimensional mesh, the default group or, without one, alone.
+
+    Raises:
+        ConfigError: when the mesh has several dimensions, or this process is not a member.
+    """
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ConfigError(
+                f"a mesh of {group.ndim} dimensions {group.mesh_dim_names} is not one group; "
+                'take one of them, as in mesh["tp"]'
+            )
+        group = group.get_group()
+    if group is None:
+        if not dist.is_initialized():
+            return Membership(name or "alone", LocalExchange(), None, (0,))
+        group = dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup):
+        raise ConfigError(f"{group!r} is no process group that this rank belongs to, and no DeviceMesh")
+    name = name or group.group_desc or group.group_name
+    rank, size = group.rank(), group.size()
+    key = _prefix(f"{group.group_name}/{name}")
+    exchange = StoreExchange(group.get_group_store(), rank, size, key)
+    return Membership(name, exchange, group, tuple(dist.get_process_group_ranks(group)))
+
+
+def from_store(store: dist.Store, rank: int, world_size: int, name: str) -> Membership:
+    """Membership given by a store alone; nothing to fall back to.
+
+    Raises:
+        ConfigError: when rank and world_size make no sense.
+    """
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank {rank} of {world_size} ranks: it must be at least 0 and below their number")
+    exchange = StoreExchange(store, rank, world_size, _prefix(name))
+    return Membership(name, exchange, None, tuple(range(world_size)))
+
+
+class _Settings(msgspec.Struct, frozen=True):
+    """What a rank tells the others when a group is made."""
+
+    claim: str
+    same: dict[str, str]
+    no_kernels: str
+    table: bytes = b""
+
+
+def agree_on_settings(members: Membership, config: Config, timeout: float) -> tuple[Table, str]:
+    """Compare all that choices depend on, and take rank 0's tuning table. **Collective.**
+
+    Returns:
+        The table, and why kernels cannot run on host memory; empty when they can on every rank.
+
+    Raises:
+        GroupMismatchError: on every rank, when settings differ; shows which, and each rank's value.
+        DuplicateRankError: when two processes claim one rank.
+        RendezvousError: when a rank did not come in time.
+    """
+    table = load_table(config.table)
+    rank = members.exchange.rank
+    same = {
+        "tcomm": importlib.metadata.version("tcomm") if _is_installed() else "source",
+        "control page layout": str(LAYOUT_VERSION),
+        "torch": str(torch.__version__),
+        "members": str(members.global_ranks),
+        "TCOMM_ALGORITHM": config.algorithm,
+        "TCOMM_STAGING_BYTES": str(config.staging_bytes),
+    }
+    claim = secrets.token_hex(8)
+    mine = _Settings(claim, same, why_not_runnable(), table.encode() if rank == 0 else table.digest.encode())
+    payloads = members.exchange.all_gather(msgspec.msgpack.encode(mine), timeout)
+    everyone = [msgspec.msgpack.decode(payload, type=_Settings) for payload in payloads]
+    if everyone[rank].claim != claim:
+        raise DuplicateRankError(
+            f"another process also claims rank {rank} of group {members.name!r}; give each its own rank"
+        )
+    _refuse_differences(members.name, everyone)
+    agreed = decode_table(everyone[0].table, "the tuning table of rank 0")
+    if agreed.digest != table.digest:
+        logger.warning("group %r: using the tuning table of rank 0, which differs from mine", members.name)
+    reasons = [f"rank {r}: {s.no_kernels}" for r, s in enumerate(everyone) if s.no_kernels]
+    return agreed, "; ".join(reasons)
+
+
+def _refuse_differences(name: str, everyone: list[_Settings]) -> None:
+    lines = []
+    for key in dict.fromkeys(key for settings in everyone for key in settings.same):
+        values = [settings.same.get(key, "(unknown)") for settings in everyone]
+        if len(set(values)) > 1:
+            lines += [f"  {key}:"] + [f"    rank {rank}: {value!r}" for rank, value in enumerate(values)]
+    if lines:
+        raise GroupMismatchError(
+            "\n".join([f"the ranks of group {name!r} have different settings", *lines, "make them the same"])
+        )
+
+
+def _is_installed() -> bool:
+    try:
+        importlib.metadata.version("tcomm")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
