@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 
 from tcomm.errors import ConfigError
 
-__all__ = ["ALL_REDUCE", "REDUCE_OPS", "Algorithm", "acc_dtype", "reduce_op_name"]
+__all__ = ["ALL_REDUCE", "REDUCE_OPS", "Algorithm", "acc_dtype", "combine_of", "reduce_op_name"]
 
 REDUCE_OPS = ("sum", "avg", "max", "min")
 """Reduce operations that kernels and the CPU path know."""
@@ -61,6 +64,12 @@ ALL_REDUCE = (
 """All that can do an all-reduce besides torch.distributed."""
 
 
+def combine_of(op: str) -> Callable[..., torch.Tensor]:
+    """Reduces two tensors, with `out=`; an average is a sum until it is scaled."""
+    combine: dict[str, Any] = {"sum": torch.add, "avg": torch.add, "max": torch.maximum, "min": torch.minimum}
+    return cast("Callable[..., torch.Tensor]", combine[op])
+
+
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type that values of `dtype` are accumulated in."""
     return torch.float32 if dtype in _FLOATS else dtype
@@ -72,7 +81,11 @@ def reduce_op_name(op: object) -> str:
     Raises:
         ConfigError: when it is neither.
     """
-    name = str(op).rpartition(".")[2].lower()
+    if isinstance(op, dist.ReduceOp):
+        kinds = dist.ReduceOp.RedOpType.__members__.items()
+        name = next(known.lower() for known, kind in kinds if op == kind)  # type: ignore[comparison-overlap]
+    else:
+        name = str(op).rpartition(".")[2].lower()
     if name not in REDUCE_OPS + _FALLBACK_OPS:
         raise ConfigError(
             f"reduce operation {op!r} is unknown; give one of {', '.join(REDUCE_OPS + _FALLBACK_OPS)} "

@@ -33,7 +33,7 @@ class Config(msgspec.Struct, frozen=True):
     """TCOMM_TIMEOUT: seconds or a profile, for calls that give none."""
     staging_bytes: int = 8 * 1024 * 1024
     """TCOMM_STAGING_BYTES: staging memory of each rank of a group, until `prepare` makes it larger."""
-    shm_dir: str = "/dev/shm"  # noqa: S108
+    shm_dir: str = "/dev/shm"
     """TCOMM_SHM_DIR: memory file system for the CPU transport."""
     table: str = ""
     """TCOMM_TABLE: tuning table to use instead of the one that comes with tcomm; rank 0's counts."""
@@ -61,7 +61,7 @@ class Config(msgspec.Struct, frozen=True):
         resolve_timeout(config.timeout)
         if config.staging_bytes % 4096 or config.staging_bytes <= 0:
             raise ConfigError(
-                f"TCOMM_STAGING_BYTES={config.staging_bytes} is not a positive multiple of 4096, the page size"
+                f"TCOMM_STAGING_BYTES={config.staging_bytes} is no positive multiple of the page size, 4096"
             )
         return config
 

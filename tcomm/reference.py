@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tcomm.algorithms import acc_dtype
+from tcomm.algorithms import acc_dtype, combine_of
 
 __all__ = ["all_reduce"]
 
@@ -21,7 +21,7 @@ def all_reduce(inputs: Sequence[torch.Tensor], op: str = "sum") -> list[torch.Te
     Returns:
         One tensor per rank, each the same bits.
     """
-    combine = {"sum": torch.add, "avg": torch.add, "max": torch.maximum, "min": torch.minimum}[op]
+    combine = combine_of(op)
     acc = inputs[0].to(acc_dtype(inputs[0].dtype))
     for tensor in inputs[1:]:
         acc = combine(acc, tensor.to(acc.dtype))

@@ -54,9 +54,9 @@ class Member:
         """Byte exchange between the ranks."""
         return StoreExchange(self.store, self.rank, self.world_size, name)
 
-    def arena(self, staging_bytes=1 << 20, name="arena", spins=20) -> Arena:
+    def arena(self, staging_bytes=1 << 20, name="arena", spins=20, directory="") -> Arena:
         """Control pages and staging, without a communicator."""
-        arena = open_arena(name, self.exchange(name), Config().shm_dir, spins, 20.0)
+        arena = open_arena(name, self.exchange(name), directory or Config().shm_dir, spins, 20.0)
         assert isinstance(arena, Arena), arena
         arena.grow(staging_bytes, 20.0)
         return arena

@@ -18,7 +18,16 @@ from tcomm.tuning.measure import Candidate, Schedule, bus_factor, summarise, tim
 
 __all__ = ["BenchRequest", "parse_sizes", "run_bench"]
 
-_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "K": 1 << 10, "MIB": 1 << 20, "M": 1 << 20, "GIB": 1 << 30, "G": 1 << 30}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KIB": 1 << 10,
+    "K": 1 << 10,
+    "MIB": 1 << 20,
+    "M": 1 << 20,
+    "GIB": 1 << 30,
+    "G": 1 << 30,
+}
 _CHECKED_WHOLE_BYTES = 1 << 20
 _SAMPLE = 4096
 
@@ -41,7 +50,7 @@ class BenchRequest:
     """Engine, algorithm or both; empty: the table's choice."""
     outs: tuple[str, ...] = ("reused", "allocated")
     """Whether the result goes to memory that was used before, or is new each time."""
-    schedule: Schedule = Schedule()
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
     """How often."""
     pin: bool = False
     """Give each rank one core."""

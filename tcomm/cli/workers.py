@@ -13,16 +13,15 @@ from typing import Any
 import msgspec
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import torch.multiprocessing.spawn as mp
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tcomm.errors import CommError, ConfigError
 
 __all__ = ["run_ranks"]
 
 
-def run_ranks(
-    world_size: int, fn: Callable[..., Any], *args: Any, timeout: float, pin: bool = False
-) -> Any:
+def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float, pin: bool = False) -> Any:
     """Call `fn(*args)` in `world_size` processes that share a gloo process group.
 
     Args:
@@ -41,7 +40,7 @@ def run_ranks(
     """
     if world_size < 1:
         raise ConfigError(f"{world_size} ranks; there must be at least one")
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="tcomm-") as directory:
         path = f"{directory}/result.json"
         context = mp.start_processes(
@@ -81,7 +80,7 @@ def _serve(
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=timeout)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=limit)
+    store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=limit)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
     try:
         result = fn(*args)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tcomm.algorithms import acc_dtype
+from tcomm.algorithms import acc_dtype, combine_of
 
 __all__ = ["Reduction", "make_reduction"]
 
@@ -24,7 +24,7 @@ def make_reduction(op: str, dtype: torch.dtype, world_size: int, numel: int) -> 
 
     The destination may be the first source, or the second of two; no other.
     """
-    combine = {"sum": torch.add, "avg": torch.add, "max": torch.maximum, "min": torch.minimum}[op]
+    combine = combine_of(op)
     widens = acc_dtype(dtype) != dtype and op in {"sum", "avg"} and (world_size > 2 or op == "avg")
     if widens:
         return _widening(op, world_size, numel)

@@ -77,4 +77,3 @@ class RemoteAgreement:
                 peers=others,
             )
         return [c for c in calls if c is not None]
-

@@ -46,7 +46,9 @@ def check_tensor(verb: str, x: object, loses_gradient: bool = True) -> torch.Ten
     if not isinstance(x, torch.Tensor):
         raise ConfigError(f"{verb} takes a torch.Tensor, not {type(x).__name__}")
     if x.layout != torch.strided:
-        raise ConfigError(f"{verb} takes a dense tensor, not one of layout {x.layout}; call .to_dense() first")
+        raise ConfigError(
+            f"{verb} takes a dense tensor, not one of layout {x.layout}; call .to_dense() first"
+        )
     if loses_gradient and x.requires_grad and torch.is_grad_enabled():
         raise ConfigError(
             f"{verb} would lose the gradient of its input; call it under torch.no_grad() or on x.detach()"
@@ -94,7 +96,9 @@ def check_rank(verb: str, what: str, rank: int, world_size: int, myself: int | N
         ConfigError: when it is not. Nothing was sent.
     """
     if not isinstance(rank, int) or not 0 <= rank < world_size:
-        raise ConfigError(f"{what}={rank!r} of {verb} is not a rank of this group; ranks are 0 to {world_size - 1}")
+        raise ConfigError(
+            f"{what}={rank!r} of {verb} is not a rank of this group; ranks are 0 to {world_size - 1}"
+        )
     if rank == myself:
         raise ConfigError(f"{what}={rank} of {verb} is this rank itself; name another")
 

@@ -29,6 +29,7 @@ from tcomm.groups.work import Work
 from tcomm.memory.arena import Arena, open_arena
 from tcomm.memory.base import NotShared
 from tcomm.memory.control import Word
+from tcomm.memory.exchange import Store
 from tcomm.memory.layout import StagingLayout
 from tcomm.signature import CallDescription
 from tcomm.tuning.choose import Capabilities, Decision, Request, choose
@@ -84,7 +85,7 @@ class Communicator(FallbackVerbs):
     @classmethod
     def from_store(
         cls,
-        store: dist.Store,
+        store: Store,
         rank: int,
         world_size: int,
         *,
@@ -402,9 +403,7 @@ class Communicator(FallbackVerbs):
         if self._executor is not None:
             self._executor.shutdown()
         with self._lock:
-            if self._foreign:
-                return
-            self._foreign = "it was closed"
+            self._foreign = self._foreign or "it was closed"
             self._plans.clear()
             if self._arena is not None:
                 self._arena.close("it closed the group")

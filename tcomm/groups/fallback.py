@@ -69,7 +69,7 @@ class TorchFallback:
         return [row[2 : 2 + int.from_bytes(row[:2], "little")] for row in gathered]
 
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor, op: str, timeout: float | None) -> None:
-        """out = reduction of x over the ranks. **Collective.**"""
+        """Out = reduction of x over the ranks. **Collective.**"""
         if out is not x:
             out.copy_(x)
         self._run(
@@ -89,7 +89,7 @@ class TorchFallback:
         )
 
     def all_gather(self, x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
-        """out = every rank's x, one after another. **Collective.**"""
+        """Out = every rank's x, one after another. **Collective.**"""
         parts = list(out.view(self.world_size, -1).unbind(0))
         self._run(
             "all_gather_single",
@@ -98,7 +98,7 @@ class TorchFallback:
         )
 
     def reduce_scatter(self, x: torch.Tensor, out: torch.Tensor, op: str, timeout: float | None) -> None:
-        """out = this rank's part of the reduction of x. **Collective.**"""
+        """Out = this rank's part of the reduction of x. **Collective.**"""
         whole = torch.empty_like(x)
         self.all_reduce(x, whole, op, timeout)
         out.view(-1).copy_(whole.view(self.world_size, -1)[self.rank])

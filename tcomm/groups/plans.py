@@ -73,9 +73,7 @@ class Planner:
                 launcher(x, arena, reduce, out=out, timeout=timeout, call=call)
 
             return run_kernel
-        return make_plan(
-            algorithm, arena, call, asked.reduce, asked.dtype, shape, decision.piece_nbytes
-        )
+        return make_plan(algorithm, arena, call, asked.reduce, asked.dtype, shape, decision.piece_nbytes)
 
     def _plan_fallback(self, decision: Decision, call: CallDescription) -> Plan:
         fallback, agreement, reduce = self._fallback, self._agreement, decision.request.reduce

@@ -8,6 +8,7 @@ import importlib.metadata
 import logging
 import secrets
 import threading
+from typing import cast
 
 import msgspec
 import torch
@@ -19,7 +20,7 @@ from tcomm.errors import ConfigError, DuplicateRankError, GroupMismatchError
 from tcomm.interpret import why_not_runnable
 from tcomm.memory.base import Exchange
 from tcomm.memory.control import LAYOUT_VERSION
-from tcomm.memory.exchange import LocalExchange, StoreExchange
+from tcomm.memory.exchange import LocalExchange, Store, StoreExchange
 from tcomm.tuning.table import Table, decode_table, load_table
 
 __all__ = ["Membership", "agree_on_settings", "from_process_group", "from_store"]
@@ -73,11 +74,12 @@ def from_process_group(group: dist.ProcessGroup | DeviceMesh | None, name: str) 
     name = name or group.group_desc or group.group_name
     rank, size = group.rank(), group.size()
     key = _prefix(f"{group.group_name}/{name}")
-    exchange = StoreExchange(group.get_group_store(), rank, size, key)
+    store = cast("Store", group.get_group_store())
+    exchange = StoreExchange(store, rank, size, key)
     return Membership(name, exchange, group, tuple(dist.get_process_group_ranks(group)))
 
 
-def from_store(store: dist.Store, rank: int, world_size: int, name: str) -> Membership:
+def from_store(store: Store, rank: int, world_size: int, name: str) -> Membership:
     """Membership given by a store alone; nothing to fall back to.
 
     Raises:

@@ -116,7 +116,9 @@ class FallbackVerbs(abc.ABC):
         """
         check_tensor("all_gather_single", x)
         if x.dim() == 0:
-            raise ConfigError("all_gather_single of a 0-d tensor has no dimension to gather along; reshape(1)")
+            raise ConfigError(
+                "all_gather_single of a 0-d tensor has no dimension to gather along; reshape(1)"
+            )
         call = CallDescription("all_gather_single", dtype_name(x.dtype), tuple(x.shape))
         shape = (self.world_size * x.shape[0], *x.shape[1:])
 
@@ -150,7 +152,7 @@ class FallbackVerbs(abc.ABC):
         reduce = reduce_op_name(op)
         if x.dim() == 0 or x.shape[0] % self.world_size:
             raise ConfigError(
-                f"reduce_scatter_single of {list(x.shape)}: dim 0 does not divide among {self.world_size} ranks"
+                f"reduce_scatter_single of {list(x.shape)}: dim 0 does not divide by {self.world_size} ranks"
             )
         call = CallDescription("reduce_scatter_single", dtype_name(x.dtype), tuple(x.shape), reduce)
         shape = (x.shape[0] // self.world_size, *x.shape[1:])
@@ -273,7 +275,9 @@ class FallbackVerbs(abc.ABC):
             if call.send_splits:
                 self._refuse_unequal_splits(calls)
             in_place = out is not None and out.is_contiguous()
-            result = out if in_place and out is not None else torch.empty(shape, dtype=x.dtype, device=x.device)
+            result = (
+                out if in_place and out is not None else torch.empty(shape, dtype=x.dtype, device=x.device)
+            )
             if self.world_size == 1:
                 result.copy_(x.view(shape) if x.is_contiguous() else x.reshape(shape))
             else:

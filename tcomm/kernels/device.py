@@ -12,8 +12,8 @@ rules that the compiler does not keep for us are kept here, once:
 import triton
 import triton.language as tl
 
-from tcomm.kernels import hooks
 from tcomm.interpret import is_interpreted
+from tcomm.kernels import hooks
 from tcomm.memory import control
 from tcomm.memory.control import ErrorKind, Word
 
@@ -127,7 +127,7 @@ def await_peers(
     inbox = page + _arrivals(phase, word) + peers
     epoch = (word >> 32) & _EPOCH_MASK
     abort = epoch | (1 << 32)
-    waiting = _count_absent(inbox, mask, epoch, word, ATOMIC_POLL)
+    waiting = _count_absent(inbox, mask, epoch, ATOMIC_POLL)
     polls = tl.full((), 0, tl.int64)
     given_up = tl.full((), 0, tl.int32)
     while (waiting > 0) & (given_up == 0):
@@ -136,7 +136,7 @@ def await_peers(
         given_up = tl.where(polls >= budget, 1, given_up)
         aborted = tl.load(page + _ABORT, volatile=True) == abort
         given_up = tl.where(aborted, 1, given_up)
-        waiting = _count_absent(inbox, mask, epoch, word, ATOMIC_POLL)
+        waiting = _count_absent(inbox, mask, epoch, ATOMIC_POLL)
     # The polls above order nothing; this reads the words again, with acquire.
     seen = tl.atomic_add(inbox, 0, mask=mask, sem="acquire", scope="sys")
     tl.debug_barrier()
@@ -168,7 +168,7 @@ def _arrivals(phase, word):
 
 
 @triton.jit
-def _count_absent(inbox, mask, epoch, word, ATOMIC_POLL: tl.constexpr):
+def _count_absent(inbox, mask, epoch, ATOMIC_POLL: tl.constexpr):
     """How many ranks have not published this epoch yet."""
     if ATOMIC_POLL:
         seen = tl.atomic_add(inbox, 0, mask=mask, sem="acquire", scope="sys")
@@ -210,10 +210,9 @@ def accumulate(acc, value, OP: tl.constexpr):
     """One more rank's values onto those of the ranks before it."""
     if OP == "max":
         return tl.where((acc > value) | (acc != acc), acc, value)
-    elif OP == "min":
+    if OP == "min":
         return tl.where((acc < value) | (acc != acc), acc, value)
-    else:
-        return acc + value
+    return acc + value
 
 
 @triton.jit
@@ -224,5 +223,4 @@ def rounded(acc, dtype: tl.constexpr):
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         nearest = tl.where(acc != acc, 0x7FC0, nearest)
         return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return acc.to(dtype)
+    return acc.to(dtype)

@@ -81,8 +81,7 @@ def _packed(x_ptr, offs, numel):
         low = tl.load(x_ptr + 2 * offs, mask=2 * offs < numel, other=0).to(tl.uint16, bitcast=True)
         high = tl.load(x_ptr + 2 * offs + 1, mask=2 * offs + 1 < numel, other=0).to(tl.uint16, bitcast=True)
         return low.to(tl.int64) | (high.to(tl.int64) << 16)
-    else:
-        return tl.load(x_ptr + offs, mask=offs < numel, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
+    return tl.load(x_ptr + offs, mask=offs < numel, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
 
 
 @triton.jit
@@ -90,14 +89,13 @@ def _element(bits, half: tl.constexpr, dtype: tl.constexpr):
     """Element `half` (0 or 1) of each word; a 32-bit word has one, which is given for both."""
     if dtype.primitive_bitwidth == 16:
         return (bits >> (16 * half)).to(tl.uint16).to(dtype, bitcast=True)
-    else:
-        return bits.to(tl.uint32).to(dtype, bitcast=True)
+    return bits.to(tl.uint32).to(dtype, bitcast=True)
 
 
 @triton.jit
 def _await_lanes(ptrs, mask, page, source, word, budget, ATOMIC_POLL: tl.constexpr):
     """The lanes at `ptrs`, once all of them carry the epoch of this call. Bounded, as `await_peers` is."""
-    lanes = _poll_lanes(ptrs, mask, word, ATOMIC_POLL)
+    lanes = _poll_lanes(ptrs, mask, ATOMIC_POLL)
     waiting = _count_stale(lanes, mask, word)
     polls = tl.full((), 0, tl.int64)
     given_up = tl.full((), 0, tl.int32)
@@ -105,19 +103,18 @@ def _await_lanes(ptrs, mask, page, source, word, budget, ATOMIC_POLL: tl.constex
         given_up = pause(_LANES_OF + source, tl.program_id(0), word)
         polls += 1
         given_up = tl.where(polls >= budget, 1, given_up)
-        waiting = _count_stale(_poll_lanes(ptrs, mask, word, ATOMIC_POLL), mask, word)
+        waiting = _count_stale(_poll_lanes(ptrs, mask, ATOMIC_POLL), mask, word)
     if waiting > 0:
         record_late(page, source, word)
     # All have arrived: reading once more keeps the loop free of a carried vector (Triton 3.6).
-    return _poll_lanes(ptrs, mask, word, ATOMIC_POLL)
+    return _poll_lanes(ptrs, mask, ATOMIC_POLL)
 
 
 @triton.jit
-def _poll_lanes(ptrs, mask, word, ATOMIC_POLL: tl.constexpr):
+def _poll_lanes(ptrs, mask, ATOMIC_POLL: tl.constexpr):
     if ATOMIC_POLL:
         return tl.atomic_add(ptrs, 0, mask=mask, sem="acquire", scope="sys")
-    else:
-        return tl.load(ptrs, mask=mask, other=0, volatile=True)
+    return tl.load(ptrs, mask=mask, other=0, volatile=True)
 
 
 @triton.jit

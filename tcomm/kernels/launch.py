@@ -10,8 +10,8 @@ import torch
 import triton
 
 from tcomm.errors import CapabilityError
-from tcomm.kernels.hooks import interpreting
 from tcomm.interpret import is_interpreted
+from tcomm.kernels.hooks import interpreting
 from tcomm.memory.arena import Arena, Staging
 from tcomm.memory.control import MAX_BLOCKS
 from tcomm.signature import CallDescription
@@ -62,11 +62,13 @@ def launch(
     """Launch `kernel` on `num_blocks` programs as the next call of the group. **Collective.**
 
     Args:
-        kernel: takes `args`, then the staging and pad tables, signature, rank and budget, then constants.
+        kernel: takes args, then the staging and pad tables, signature, rank and budget, then constants.
         num_blocks: the same on every rank.
         arena: whose epoch it advances.
         call: what it does, for the signature.
         timeout: seconds that it may wait; None: while the peers live.
+        *args: of the kernel, ahead of those that every kernel takes.
+        **constants: of the kernel, besides `common_constants`.
 
     Raises:
         CollectiveMismatchError, PeerLostError, PeerTimeoutError: what it found while it waited.

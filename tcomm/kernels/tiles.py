@@ -23,8 +23,7 @@ def _tile_offsets(tile, BLOCK: tl.constexpr):
 def _tile_mask(offs, numel, FULL: tl.constexpr):
     if FULL:
         return tl.full(offs.shape, True, tl.int1)
-    else:
-        return offs < numel
+    return offs < numel
 
 
 @triton.jit

@@ -7,6 +7,7 @@ import os
 import secrets
 
 import msgspec
+
 from tcomm.errors import RendezvousError
 from tcomm.memory.base import Exchange, NotShared, SymmetricBuffer
 from tcomm.memory.channel import Channel
@@ -17,6 +18,7 @@ from tcomm.memory.liveness import Identity, PeerProcess, my_identity
 from tcomm.memory.shm import SharedMemoryTransport
 
 __all__ = ["Arena", "Staging", "open_arena"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Staging:
@@ -78,7 +80,7 @@ class Arena:
         made = self._transport.allocate(nbytes, timeout, check)
         if isinstance(made, NotShared):
             raise RendezvousError(f"staging of group {channel.group!r}: {made.reason}")
-        words = memoryview(made.local.numpy())[: layout.half_offset].cast("Q")
+        words = made.local.numpy().data[: layout.half_offset].cast("Q")
         lanes = layout.lane_half_bytes // 8
         channel.lanes = (words[:lanes], words[lanes:])
         for parity in (0, 1):
@@ -144,9 +146,7 @@ def open_arena(
     payloads = exchange.all_gather(msgspec.msgpack.encode(_Hello(me, nonce)), timeout)
     hellos = [msgspec.msgpack.decode(payload, type=_Hello) for payload in payloads]
     wrong = [r for r in range(world_size) if not pages[r].matches(r, hellos[r].nonce)]
-    processes = [
-        None if r == rank else PeerProcess(hellos[r].identity, fds[r]) for r in range(world_size)
-    ]
+    processes = [None if r == rank else PeerProcess(hellos[r].identity, fds[r]) for r in range(world_size)]
     verdicts = exchange.all_gather(str(wrong or "").encode(), timeout)
     channel = Channel(group, rank, pages, processes, spins)
     arena = Arena(exchange, transport, control, channel, fds[rank])
@@ -156,4 +156,3 @@ def open_arena(
         return NotShared("the ranks share no memory (" + "; ".join(refusals) + ")")
     announce_leaving(pages[rank])
     return arena
-

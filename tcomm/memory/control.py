@@ -15,13 +15,13 @@ from tcomm.signature import CallDescription, decode_description
 __all__ = [
     "ARRIVALS",
     "CONTROL_BYTES",
+    "DEAD_EPOCH",
     "EPOCH_MASK",
     "LAYOUT_VERSION",
     "MAGIC",
     "MAX_BLOCKS",
     "MAX_PHASES",
     "MAX_WORLD_SIZE",
-    "DEAD_EPOCH",
     "RENEWAL_MASK",
     "ControlPage",
     "ErrorKind",
@@ -124,7 +124,7 @@ class ControlPage:
 
     def __init__(self, memory: torch.Tensor) -> None:
         self._memory = memory
-        self.bytes = memoryview(memory.numpy())
+        self.bytes = memory.numpy().data
         self.words: memoryview[int] = self.bytes.cast("Q")
         """Every word, unsigned. A plain aligned 8-byte store or load on x86-64."""
 

@@ -5,14 +5,37 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import torch.distributed as dist
 
 from tcomm.errors import RendezvousError
 
-__all__ = ["LocalExchange", "StoreExchange"]
+__all__ = ["LocalExchange", "Store", "StoreExchange"]
 
 _POLL_SECONDS = 0.1
+
+
+class Store(Protocol):
+    """What is needed of a `torch.distributed.Store`."""
+
+    def set(self, key: str, value: bytes) -> None:
+        """Put a value down."""
+
+    def get(self, key: str) -> bytes:
+        """The value of a key that exists."""
+        ...
+
+    def wait(self, keys: list[str], timeout: datetime.timedelta) -> None:
+        """Wait until all keys exist; raises DistStoreError when they do not in time."""
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all keys exist."""
+        ...
+
+    def delete_key(self, key: str) -> bool:
+        """Forget a key."""
+        ...
 
 
 class LocalExchange:
@@ -42,7 +65,7 @@ class StoreExchange:
         prefix: the same on all ranks of the group, and no other group's.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, prefix: str = "tcomm") -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, prefix: str = "tcomm") -> None:
         self.rank = rank
         self.world_size = world_size
         self._store = store

@@ -16,6 +16,7 @@ import platform
 import secrets
 import time
 from collections.abc import Callable
+from typing import cast
 
 import msgspec
 import torch
@@ -80,7 +81,8 @@ class _Segment:
 
     def map(self, nbytes: int) -> torch.Tensor:
         """[nbytes] uint8 over the file. The mapping keeps no descriptor and ends with its last tensor."""
-        storage = torch.UntypedStorage.from_file(f"/proc/self/fd/{self.fd}", True, nbytes)
+        path = f"/proc/self/fd/{self.fd}"
+        storage = cast("torch.UntypedStorage", torch.UntypedStorage.from_file(path, True, nbytes))
         return torch.empty(0, dtype=torch.uint8).set_(storage)
 
     def unlink(self) -> None:
@@ -101,7 +103,7 @@ class SharedMemoryTransport:
 
     name = "shared memory"
 
-    def __init__(self, exchange: Exchange, directory: str = "/dev/shm") -> None:  # noqa: S108
+    def __init__(self, exchange: Exchange, directory: str = "/dev/shm") -> None:
         self._exchange = exchange
         self._directory = directory
 
@@ -177,9 +179,7 @@ class SharedMemoryTransport:
                 "TCOMM_SHM_DIR, or lower TCOMM_STAGING_BYTES"
             )
 
-    def _gather(
-        self, offer: _Offer, timeout: float, check: Callable[[], None] | None
-    ) -> list[_Offer]:
+    def _gather(self, offer: _Offer, timeout: float, check: Callable[[], None] | None) -> list[_Offer]:
         payloads = self._exchange.all_gather(msgspec.msgpack.encode(offer), timeout, check)
         return [msgspec.msgpack.decode(payload, type=_Offer) for payload in payloads]
 

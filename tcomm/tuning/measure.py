@@ -82,9 +82,7 @@ def time_alternating(
     return {name: np.array(values) for name, values in seconds.items()}, wrong
 
 
-def summarise(
-    seconds: npt.NDArray[np.float64], gather: Callable[[torch.Tensor], torch.Tensor]
-) -> Summary:
+def summarise(seconds: npt.NDArray[np.float64], gather: Callable[[torch.Tensor], torch.Tensor]) -> Summary:
     """Percentiles of the slowest rank of each call. **Collective.**
 
     Args:

@@ -25,19 +25,19 @@ def test_every_rank_sees_every_ranks_memory(on_ranks, world_size):
     assert on_ranks(world_size, _see_each_other) == [list(range(1, world_size + 1))] * world_size
 
 
-def _leaves_no_trace(member):
-    before = set(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd"))
+def _leaves_no_trace(member, directory):
+    before = os.listdir(directory), len(os.listdir("/proc/self/fd"))
     for round_ in range(3):
-        arena = member.arena(name=f"round{round_}")
+        arena = member.arena(name=f"round{round_}", directory=directory)
         arena.close("done")
         del arena
     member.meet("closed")
-    after = set(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd"))
+    after = os.listdir(directory), len(os.listdir("/proc/self/fd"))
     return before, after
 
 
-def test_names_and_descriptors_are_given_back(on_ranks):
-    for before, after in on_ranks(2, _leaves_no_trace):
+def test_names_and_descriptors_are_given_back(on_ranks, tmp_path):
+    for before, after in on_ranks(2, _leaves_no_trace, str(tmp_path)):
         assert after == before
 
 

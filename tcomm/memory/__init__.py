@@ -1,0 +1,1 @@
+"""Symmetric memory, and the protocol core that every collective is made of."""
