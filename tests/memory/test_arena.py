@@ -27,6 +27,7 @@ def test_every_rank_sees_every_ranks_memory(on_ranks, world_size):
 
 def _leaves_no_trace(member, directory):
     before = os.listdir(directory), len(os.listdir("/proc/self/fd"))
+    member.meet("before")
     for round_ in range(3):
         arena = member.arena(name=f"round{round_}", directory=directory)
         arena.close("done")
