@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import logging
 import os
 import threading
@@ -228,9 +229,9 @@ class Communicator(FallbackVerbs):
             PeerLostError, PeerTimeoutError: when a peer does not come; the group is given up.
             GroupClosedError: when the group is closed or belongs to another process.
         """
-        if async_op or (self._last_work is not None and not self._last_work.done()):
-            work = self._submit(lambda: self._all_reduce(x, op, out, timeout, algorithm))
-            return work if async_op else work.wait()
+        if async_op or self._last_work is not None:
+            run = functools.partial(self._all_reduce, x, op, out, timeout, algorithm)
+            return self._in_order(run, async_op)
         return self._all_reduce(x, op, out, timeout, algorithm)
 
     def _all_reduce(
@@ -241,30 +242,26 @@ class Communicator(FallbackVerbs):
         timeout: Timeout | Unset,
         algorithm: str,
     ) -> torch.Tensor:
+        # The hot path of small messages: every line here is a tenth of a microsecond.
         with self._lock:
             if self._foreign:
                 self._refuse_foreign()
-            seconds = self.timeout if timeout is UNSET else resolve_timeout(timeout)  # type: ignore[arg-type]
+            seconds = self.timeout if timeout is UNSET else self._seconds(timeout)
             try:
                 plan, nbytes = self._plans[op, algorithm, x.dtype, x.shape, x.is_cpu]
             except (KeyError, AttributeError, TypeError):
                 plan, nbytes = self._plan(x, out, op, algorithm, seconds)
-            if out is not x:
-                if out is None:
-                    out = self._new_like(x)
-                elif not (
-                    # Contiguous tensors of one shape that begin this far apart do not overlap.
-                    out.shape == x.shape
-                    and out.dtype is x.dtype
-                    and out.is_cpu
-                    and abs(out.data_ptr() - x.data_ptr()) >= nbytes
-                ):
-                    check_out("all_reduce", x, out, x.shape)
-            if x.requires_grad and self.world_size > 1:
-                check_tensor("all_reduce", x)
+            if out is None:
+                out = self._new_like(x)
+            elif out is not x and not _is_apart(x, out, nbytes):
+                check_out("all_reduce", x, out, x.shape)
+            if x.requires_grad:
+                check_tensor("all_reduce", x, self.world_size > 1)
             if x.is_contiguous() and out.is_contiguous():
                 plan(x, out, seconds)
                 return out
+            if out is not x:
+                check_out("all_reduce", x, out, x.shape)
             dense = self._new_like(x).copy_(x)
             plan(dense, dense, seconds)
             return out.copy_(dense)
@@ -358,21 +355,21 @@ class Communicator(FallbackVerbs):
 
     def _submit(self, run: Callable[[], torch.Tensor]) -> Work:
         """Run behind the caller's back, after everything that was submitted before."""
-        with self._lock:
-            self._refuse_foreign()
-            if self._executor is None:
-                self._executor = concurrent.futures.ThreadPoolExecutor(1, f"tcomm-{self.name}")
-            self._last_work = self._executor.submit(run)
-            return Work(self._last_work, self._explain_delay)
+        if self._executor is None:
+            self._executor = concurrent.futures.ThreadPoolExecutor(1, f"tcomm-{self.name}")
+        self._last_work = self._executor.submit(run)
+        return Work(self._last_work, self._explain_delay)
 
     def _in_order(self, run: Callable[[], torch.Tensor], async_op: bool) -> torch.Tensor | Work:
         """Run now, or where asynchronous calls are under way, behind them."""
-        if async_op or (self._last_work is not None and not self._last_work.done()):
-            work = self._submit(run)
-            return work if async_op else work.wait()
         with self._lock:
             self._refuse_foreign()
-            return run()
+            if self._last_work is not None and self._last_work.done():
+                self._last_work = None
+            if not async_op and self._last_work is None:
+                return run()
+            work = self._submit(run)
+        return work if async_op else work.wait()
 
     def _seconds(self, timeout: Timeout | Unset) -> float | None:
         return self.timeout if isinstance(timeout, Unset) else resolve_timeout(timeout)
@@ -423,6 +420,17 @@ class Communicator(FallbackVerbs):
     def __repr__(self) -> str:
         memory = "shared memory" if self._arena is not None else "torch.distributed"
         return f"<Communicator {self.name!r} rank {self.rank} of {self.world_size} over {memory}>"
+
+
+def _is_apart(x: torch.Tensor, out: torch.Tensor, nbytes: int) -> bool:
+    """Whether out is like x and elsewhere, without a doubt; for contiguous tensors on the CPU."""
+    return (
+        type(out) is torch.Tensor
+        and out.shape == x.shape
+        and out.dtype is x.dtype
+        and out.is_cpu
+        and abs(out.data_ptr() - x.data_ptr()) >= nbytes
+    )
 
 
 _CHOSEN_VERBS = ("all_reduce",)

@@ -60,7 +60,7 @@ class Channel:
         self.processes = tuple(processes)
         self.peers = tuple(peer for peer in range(self.world_size) if peer != rank)
         self.words = pages[rank].words
-        self.op = ""
+        self._call = CallDescription("")
         self._spins = spins
         self._peer_words = tuple(pages[peer].words for peer in self.peers)
         # [phase * 2 + parity]: where this rank writes in a peer's page, and the words it waits for.
@@ -100,7 +100,7 @@ class Channel:
             self._described[epoch & 1] = call
         if not epoch & RENEWAL_MASK:
             self._renew(epoch)
-        self.op = call.op
+        self._call = call
         self._timeout = timeout
         self._started = 0.0
         return epoch
@@ -182,6 +182,11 @@ class Channel:
         if not self._started:
             self._started = time.monotonic()
         return None if self._timeout is None else self._started + self._timeout
+
+    @property
+    def op(self) -> str:
+        """Verb of the call in progress, or of the last one."""
+        return self._call.op
 
     @property
     def timeout(self) -> float | None:
