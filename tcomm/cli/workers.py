@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 import torch
 import torch.distributed as dist
-import torch.multiprocessing.spawn as mp
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from tcomm.errors import CommError, ConfigError
 
@@ -43,7 +43,7 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="tcomm-") as directory:
         path = f"{directory}/result.json"
-        context = mp.start_processes(
+        context = start_processes(
             _serve,
             (world_size, store.port, path, timeout, pin, fn, args),
             nprocs=world_size,
@@ -55,7 +55,7 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
             while not context.join(timeout=0.5):
                 if time.monotonic() > deadline:
                     raise CommError(f"{world_size} ranks were not done after {timeout:g} s")
-        except mp.ProcessException as error:
+        except ProcessException as error:
             raise CommError(f"a rank failed: {error}") from error
         finally:
             for process in context.processes:

@@ -5,14 +5,12 @@ They move to tcomm's own algorithms one by one; signatures and guarantees stay.
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Callable, Sequence
 
 import torch
 
 from tcomm.algorithms import reduce_op_name
 from tcomm.errors import CapabilityError, CollectiveMismatchError, ConfigError
-from tcomm.groups.agreement import Agreement
 from tcomm.groups.arguments import (
     UNSET,
     Timeout,
@@ -25,28 +23,15 @@ from tcomm.groups.arguments import (
     refuse_unequal_splits,
 )
 from tcomm.groups.fallback import TorchFallback
+from tcomm.groups.handle import GroupHandle
 from tcomm.groups.work import Work
 from tcomm.signature import CallDescription
 
 __all__ = ["FallbackVerbs"]
 
 
-class FallbackVerbs(abc.ABC):
+class FallbackVerbs(GroupHandle):
     """Broadcast, gather, scatter, all-to-all, point to point and barrier of a communicator."""
-
-    name: str
-    rank: int
-    world_size: int
-    _agreement: Agreement
-    _fallback: TorchFallback | None
-
-    @abc.abstractmethod
-    def _in_order(self, run: Callable[[], torch.Tensor], async_op: bool) -> torch.Tensor | Work:
-        """Run now, or behind the asynchronous calls under way."""
-
-    @abc.abstractmethod
-    def _seconds(self, timeout: Timeout | Unset) -> float | None:
-        """Seconds of a timeout as a caller gives it."""
 
     def barrier(self, *, timeout: Timeout | Unset = UNSET) -> None:
         """Return when every rank has called it. **Collective.**

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from tcomm import Communicator
 
 RANK, WORLD_SIZE = 1, 2
+_kept = []
 
 
 def store_of(port: int, key: str) -> dist.Store:
@@ -25,6 +26,7 @@ def main(port: str, key: str, directory: str, how: str) -> None:
     os.environ["TCOMM_SHM_DIR"] = directory
     torch.set_num_threads(1)
     comm = Communicator.from_store(store_of(int(port), key), RANK, WORLD_SIZE, name="test", timeout=20.0)
+    _kept.append(comm)
     x = torch.arange(4.0) + RANK
     comm.all_reduce(x)
     if how == "raise":

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tcomm.errors import CapabilityError, ConfigError
-from tcomm.kernels import all_reduce
+from tcomm.kernels import all_reduce, launch
 from tcomm.kernels.all_reduce import LAUNCHERS
 from tcomm.memory.arena import open_arena
 from tcomm.memory.channel import Channel
@@ -20,6 +20,12 @@ def capacity(name, layout):
     if name.endswith("one_shot_ll"):
         return layout.lane_slot_bytes // 2
     return layout.slot_bytes if name.endswith("one_shot_push") else layout.half_bytes
+
+
+def use_tiles(numel, num_blocks=2):
+    """In a rank's own process: small tiles, which are quick to interpret and many in a message."""
+    launch._INTERPRETED_TILE, launch._INTERPRETED_BLOCKS = numel, num_blocks
+    launch.tile_numel.cache_clear()
 
 
 def poison(member, arena, name, byte=0xFF):
@@ -40,6 +46,7 @@ def test_the_examples_of_the_docstrings(on_ranks):
 
 
 def _bits(member, names, numel):
+    use_tiles(1024)
     arena = member.arena()
     poison(member, arena, "bits")
     cases = [(name, op, dtype) for name in names for op, dtype in supported(name)]
@@ -57,6 +64,7 @@ def test_every_operation_and_dtype_has_the_bits_of_the_reference(on_ranks, world
 
 
 def _few_bits(member):
+    use_tiles(1024)
     arena = member.arena()
     wanted = [("sum", torch.bfloat16), ("avg", torch.float32), ("max", torch.float16)]
     found = [
@@ -88,6 +96,7 @@ def test_odd_and_empty_and_0d_sizes(on_ranks, world_size):
 
 
 def _in_place(member):
+    use_tiles(1024)
     arena = member.arena()
     cases = itertools.product(TRITON, [(5,), (1000,), (1003,)], [torch.float32, torch.bfloat16])
     found = [
@@ -118,6 +127,7 @@ def bytes_written_past(member, names):
 
 
 def _guard(member):
+    use_tiles(1024)
     assert bytes_written_past(member, TRITON) == []
 
 
@@ -127,6 +137,7 @@ def test_nothing_is_written_around_the_output(on_ranks, world_size):
 
 
 def _poisoned(member):
+    use_tiles(1024)
     arena = member.arena(staging_bytes=128 * 1024)
     found = []
     for seed, (name, byte) in enumerate(itertools.product(TRITON, [0xFF, 0x5A])):
@@ -140,6 +151,7 @@ def test_leftovers_in_the_staging_do_not_reach_a_result(on_ranks):
 
 
 def _larger_than_the_staging(member, names):
+    use_tiles(1024)
     arena = member.arena(staging_bytes=64 * 1024)
     layout, found = arena.staging.layout, []
     for seed, (name, dtype) in enumerate(itertools.product(names, [torch.float32, torch.float16])):
@@ -155,6 +167,7 @@ def test_messages_larger_than_the_staging(on_ranks, world_size):
 
 
 def _again_and_again(member, name):
+    use_tiles(1024)
     arena = member.arena()
     found = [mistake(member, arena, seed, name, "sum", torch.float32, (500,)) for seed in range(50)]
     assert not any(found), "\n".join(filter(None, found))
@@ -184,6 +197,7 @@ def delay_at_random(seed, monkeypatch):
 
 
 def _mixed(member, names, num_calls):
+    use_tiles(1024)
     with pytest.MonkeyPatch.context() as monkeypatch:
         arena = member.arena(staging_bytes=128 * 1024)
         delay_at_random(member.rank, monkeypatch)
@@ -204,6 +218,7 @@ def test_shapes_dtypes_and_algorithms_alternate_with_random_delays(on_ranks, wor
 
 
 def _ranks_are_late_in_turn(member, name):
+    use_tiles(1024)
     arena, found = member.arena(), []
     for seed in range(6):
         if seed % member.world_size == member.rank:
@@ -252,6 +267,7 @@ BAD = [
 
 
 def _refuses_and_goes_on(member):
+    use_tiles(1024)
     arena = member.arena()
     if member.rank == 0:
         for launcher, (x, op, out, kind, message) in itertools.product(LAUNCHERS.values(), BAD):

@@ -1,0 +1,190 @@
+"""One rank's hold on a group: what it is made of, the order of its calls, and its end."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from tcomm.config import Config, resolve_timeout
+from tcomm.errors import CapabilityError, GroupClosedError, PeerTimeoutError
+from tcomm.groups.agreement import Agreement, LocalAgreement, RemoteAgreement, SharedAgreement
+from tcomm.groups.arguments import Timeout, Unset
+from tcomm.groups.fallback import TorchFallback
+from tcomm.groups.plans import Plan, PlanKey, Planner
+from tcomm.groups.pool import ResultPool
+from tcomm.groups.setup import Membership, agree_on_settings
+from tcomm.groups.work import Work
+from tcomm.memory.arena import Arena, open_arena
+from tcomm.memory.base import NotShared
+from tcomm.memory.control import Word
+from tcomm.tuning.choose import Capabilities
+
+__all__ = ["SETUP_SECONDS", "GroupHandle"]
+
+logger = logging.getLogger("tcomm")
+
+SETUP_SECONDS = 120.0
+"""How long each step of setting a group up may take."""
+_SPINS_WITH_A_CORE_EACH = 200
+_SPINS_OTHERWISE = 20
+
+_open: weakref.WeakSet[GroupHandle] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for handle in list(_open):
+        # A thread of the parent may hold the lock, and will never give it back here.
+        handle._lock = threading.RLock()
+        handle._foreign = f"the group belongs to process {os.getppid()}, from which this one was forked"
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class GroupHandle:
+    """What every communicator has besides its collectives. Made by `_start`, which is collective."""
+
+    def _start(self, members: Membership, timeout: Timeout | Unset) -> None:
+        self.config = Config.from_environment()
+        self.name = members.name
+        self.rank = members.exchange.rank
+        self.world_size = members.exchange.world_size
+        self.global_ranks = members.global_ranks
+        self.timeout = resolve_timeout(self.config.timeout if isinstance(timeout, Unset) else timeout)
+        self._members = members
+        self._lock = threading.RLock()
+        self._foreign = ""
+        self._executor: concurrent.futures.ThreadPoolExecutor | None = None
+        self._last_work: concurrent.futures.Future[torch.Tensor] | None = None
+        self._pool = ResultPool()
+        self.table, no_kernels = agree_on_settings(members, self.config, SETUP_SECONDS)
+        self._arena, no_shared_memory = self._open_arena()
+        self._fallback = self._make_fallback()
+        self._agreement = self._make_agreement()
+        self.capabilities = Capabilities(
+            no_shared_memory=no_shared_memory,
+            no_kernels=no_kernels,
+            torch_backends=self._fallback.backends if self._fallback else (),
+        )
+        self._planner = Planner(
+            self.name, self.config, self._arena, self._fallback, self._agreement, SETUP_SECONDS
+        )
+        self._plans: dict[PlanKey, tuple[Plan, int]] = {}
+        _open.add(self)
+
+    def _open_arena(self) -> tuple[Arena | None, str]:
+        if self.world_size == 1:
+            return None, "a world of one needs no shared memory"
+        cores = len(os.sched_getaffinity(0))
+        spins = self.config.spins or (
+            _SPINS_WITH_A_CORE_EACH if self.world_size <= cores else _SPINS_OTHERWISE
+        )
+        exchange = self._members.exchange
+        made = open_arena(self.name, exchange, self.config.shm_dir, spins, SETUP_SECONDS)
+        if isinstance(made, NotShared):
+            logger.info("group %r uses torch.distributed: %s", self.name, made.reason)
+            return None, made.reason
+        return made, ""
+
+    def _make_fallback(self) -> TorchFallback | None:
+        group = self._members.process_group
+        return None if group is None else TorchFallback(self.name, group, self._find_dead)
+
+    def _make_agreement(self) -> Agreement:
+        if self._arena is not None:
+            return SharedAgreement(self._arena.channel)
+        if self.world_size == 1:
+            return LocalAgreement()
+        if self._fallback is None:
+            raise CapabilityError(
+                f"the ranks of group {self.name!r} share no memory and there is no process group behind "
+                "it; make the communicator from a torch.distributed process group"
+            )
+        return RemoteAgreement(self.name, self._fallback)
+
+    def _find_dead(self) -> tuple[list[int], str]:
+        if self._arena is None:
+            return [], ""
+        channel = self._arena.channel
+        dead = [
+            peer
+            for peer in channel.peers
+            if channel.pages[peer].words[Word.LEFT] or ((w := channel.processes[peer]) and w.is_dead())
+        ]
+        return dead, "; ".join(channel.blame(peer) for peer in dead)
+
+    def _submit(self, run: Callable[[], torch.Tensor]) -> Work:
+        """Run behind the caller's back, after everything that was submitted before."""
+        if self._executor is None:
+            self._executor = concurrent.futures.ThreadPoolExecutor(1, f"tcomm-{self.name}")
+        self._last_work = self._executor.submit(run)
+        return Work(self._last_work, self._explain_delay)
+
+    def _in_order(self, run: Callable[[], torch.Tensor], async_op: bool) -> torch.Tensor | Work:
+        """Run now, or where asynchronous calls are under way, behind them."""
+        with self._lock:
+            self._refuse_foreign()
+            if self._last_work is not None and self._last_work.done():
+                self._last_work = None
+            if not async_op and self._last_work is None:
+                return run()
+            work = self._submit(run)
+        return work if async_op else work.wait()
+
+    def _seconds(self, timeout: Timeout | Unset) -> float | None:
+        return self.timeout if isinstance(timeout, Unset) else resolve_timeout(timeout)
+
+    def _refuse_foreign(self) -> None:
+        if self._foreign:
+            raise GroupClosedError(
+                f"group {self.name!r} cannot be used: {self._foreign}", group=self.name, rank=self.rank
+            )
+
+    def _explain_delay(self, told: str) -> PeerTimeoutError:
+        waiting: list[int] = []
+        if self._arena is not None and (word := self._arena.channel.words[Word.WAITING_FOR]):
+            waiting = [word - 1]
+            told += f"; waiting for {self._arena.channel.blame(word - 1)}"
+        return PeerTimeoutError(
+            f"collective of group {self.name!r} is {told}", group=self.name, rank=self.rank, peers=waiting
+        )
+
+    def close(self) -> None:
+        """Leave the group and give its memory back. Not collective; may be called twice.
+
+        A collective in flight on this rank is completed first. Peers that call another one are told that
+        this rank left.
+        """
+        if self._foreign:
+            return
+        if self._executor is not None:
+            self._executor.shutdown()
+        with self._lock:
+            self._foreign = self._foreign or "it was closed"
+            self._plans.clear()
+            if self._arena is not None:
+                self._arena.close("it closed the group")
+        _open.discard(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        memory = "shared memory" if self._arena is not None else "torch.distributed"
+        return f"<Communicator {self.name!r} rank {self.rank} of {self.world_size} over {memory}>"

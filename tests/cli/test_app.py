@@ -1,0 +1,92 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from tcomm.cli.app import app
+from tcomm.cli.bench import parse_sizes
+from tcomm.errors import ConfigError
+
+runner = CliRunner()
+
+
+def _tcomm(*args, timeout=100):
+    return subprocess.run(
+        [sys.executable, "-m", "tcomm", *args], capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [("1KiB", (1024,)), ("16KiB,1MiB", (16384, 1048576)), ("100", (100,)), (" 2 G ", (2 << 30,))],
+)
+def test_sizes_are_bytes(text, sizes):
+    assert parse_sizes(text) == sizes
+
+
+@pytest.mark.parametrize("text", ["", "KiB", "1XB", "-1", "1,,2"])
+def test_a_size_that_makes_no_sense_is_refused(text):
+    with pytest.raises(ConfigError, match="is not a size"):
+        parse_sizes(text)
+
+
+def test_demo_says_ok_and_counts_launches():
+    done = _tcomm("demo", "--ranks", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "ok"
+    assert re.search(r"launched +\d+ x _two_shot_all_reduce_kernel", done.stdout)
+
+
+def test_bench_writes_the_rows_that_it_prints(tmp_path):
+    path = tmp_path / "rows.json"
+    done = _tcomm(
+        "bench", "all_reduce", "--ranks", "2", "--sizes", "1KiB,16KiB", "--blocks", "2", "--calls", "3",
+        "--json", str(path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())
+    assert [(row["nbytes"], row["out"]) for row in rows] == [
+        (1024, "reused"), (1024, "allocated"), (16384, "reused"), (16384, "allocated"),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["checked"]
+        assert row["wrong"] == 0
+        assert row["p10_us"] <= row["median_us"] <= row["p90_us"]
+        assert row["ratio"] == pytest.approx(row["baseline_us"] / row["median_us"])
+        assert row["busbw_gbps"] == pytest.approx(row["nbytes"] / row["median_us"] / 1e3)
+        assert f"{row['median_us']:.1f}" in done.stdout
+
+
+def test_an_error_is_a_sentence_and_not_a_traceback():
+    done = _tcomm("bench", "all_reduce", "--sizes", "1KiB", "--against", "smoke signals")
+    assert done.returncode == 1
+    assert done.stderr == "tcomm: ConfigError: 'smoke signals' is not a baseline; give gloo\n"
+
+
+def test_bench_counts_wrong_results(monkeypatch):
+    from tcomm.cli import bench
+    from tcomm.tuning.measure import Schedule
+    from tests.cli.broken import broken_measure
+
+    monkeypatch.setattr(bench, "_measure_all", broken_measure)
+    request = bench.BenchRequest("all_reduce", 2, (1024,), schedule=Schedule(1, 2, 1), outs=("reused",))
+    rows = bench.run_bench(request, 60.0)
+    assert rows[0]["wrong"] > 0
+    assert not rows[0]["checked"]
+
+
+def test_explain_names_every_algorithm():
+    result = runner.invoke(app, ["explain", "all_reduce", "--nbytes", "1KiB,64MiB", "--ranks", "4"])
+    assert result.exit_code == 0
+    assert result.output.count("triton:one_shot_ll") == 2
+    assert "because the table says so" in result.output
+
+
+def test_env_lists_what_is_set(monkeypatch):
+    monkeypatch.setenv("TCOMM_ALGORITHM", "two_shot")
+    result = runner.invoke(app, ["env"])
+    assert re.search(r"TCOMM_ALGORITHM +two_shot +set", result.output)
+    assert re.search(r"TCOMM_TIMEOUT +default +default", result.output)

@@ -1,0 +1,35 @@
+import os
+import time
+
+import pytest
+
+from tcomm.cli.inspection import inspect_process
+
+
+def _hang(member, directory):
+    comm = member.communicator(timeout=5.0)
+    comm.barrier()
+    if member.rank == 0:
+        open(f"{directory}/{os.getpid()}", "w").close()
+        with pytest.raises(TimeoutError):
+            comm.barrier(timeout=2.0)
+    else:
+        time.sleep(3.0)
+
+
+def test_a_third_process_sees_whom_a_hanging_rank_waits_for(on_ranks, tmp_path):
+    seen = []
+
+    def look(processes):
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and not seen:
+            for name in os.listdir(tmp_path):
+                groups = inspect_process(int(name))
+                seen.extend(group for group in groups if group["waiting for rank"] is not None)
+            time.sleep(0.05)
+
+    on_ranks(2, _hang, str(tmp_path), during=look)
+    assert seen[0]["waiting for rank"] == 1
+    assert (seen[0]["rank"], seen[0]["world_size"], seen[0]["completed"]) == (0, 2, 1)
+    assert seen[0]["last call"] == "barrier"
+    assert seen[0]["state"] == "healthy"

@@ -1,0 +1,157 @@
+"""What is compiled: every kernel, with the constants that its launcher gives it."""
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import pkgutil
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tcomm import kernels
+from tcomm.algorithms import acc_dtype
+from tcomm.kernels.launch import tile_numel
+from tcomm.memory.layout import StagingLayout, slice_numel
+
+STAGING_BYTES = 8 * 1024 * 1024
+NUM_WARPS = 8
+MAX_REGISTERS = 128
+"""Two blocks of 8 warps on an SM, or of 8 waves on a CU, whose register files hold 512 x 128 of them.
+
+As `maxnreg` it also keeps ptxas from spilling a few registers of its own accord, to fit a third block.
+"""
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+PARAMETERS = {
+    "x_ptr": "*{dtype}",
+    "out_ptr": "*{dtype}",
+    "numel": "i32",
+    "staging_ptrs": "*i64",
+    "pad_ptrs": "*i64",
+    "signature": "i64",
+    "rank": "i32",
+    "budget": "i64",
+}
+"""Run-time arguments of every kernel, in order, and their types."""
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+    "i64": torch.int64,
+}
+ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64, torch.int64: tl.int64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """What the assembly of a kernel has to show."""
+
+    phases: int
+    lanes: bool = False
+
+
+PROTOCOLS = {
+    "_one_shot_push_all_reduce_kernel": Protocol(phases=1),
+    "_one_shot_pull_all_reduce_kernel": Protocol(phases=1),
+    "_two_shot_all_reduce_kernel": Protocol(phases=2),
+    "_one_shot_ll_all_reduce_kernel": Protocol(phases=1, lanes=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    kernel: str
+    target: str
+    dtype: str
+    world_size: int
+    op: str
+    aligned: bool = True
+
+    def __str__(self):
+        name = self.kernel.removeprefix("_").removesuffix("_all_reduce_kernel")
+        tail = "" if self.aligned else "-unaligned"
+        return f"{self.target}-{name}-{self.dtype}-{self.world_size}-{self.op}{tail}"
+
+    @property
+    def protocol(self):
+        return PROTOCOLS[self.kernel]
+
+
+def _cases():
+    for kernel, protocol in PROTOCOLS.items():
+        for target in TARGETS:
+            yield Case(kernel, target, "bf16", 8, "sum")
+            yield Case(kernel, target, "fp32", 3, "max")
+        for dtype, world_size, op in (("fp32", 2, "sum"), ("fp32", 8, "avg"), ("fp16", 6, "avg")):
+            yield Case(kernel, "sm_90", dtype, world_size, op)
+        if not protocol.lanes:
+            yield Case(kernel, "sm_90", "fp64", 8, "sum")
+            yield Case(kernel, "gfx942", "i64", 3, "min")
+        yield Case(kernel, "sm_90", "bf16", 2, "min", aligned=False)
+        yield Case(kernel, "gfx942", "bf16", 2, "min", aligned=False)
+
+
+CASES = tuple(_cases())
+
+
+def cases_of(backend, **wanted):
+    """The cases of one backend; `aligned` and `lanes` narrow them down."""
+    facts = ((case, {"aligned": case.aligned, "lanes": case.protocol.lanes}) for case in CASES)
+    chosen = (case for case, fact in facts if all(fact[name] == value for name, value in wanted.items()))
+    return [case for case in chosen if TARGETS[case.target].backend == backend]
+
+
+@functools.cache
+def discovered_kernels():
+    """Every `@triton.jit` function of `tcomm.kernels` whose name ends in `_kernel`, by name."""
+    names = [found.name for found in pkgutil.walk_packages(kernels.__path__, kernels.__name__ + ".")]
+    modules = [importlib.import_module(name) for name in names]
+    members = [member for module in modules for member in inspect.getmembers(module)]
+    return {name: fn for name, fn in members if name.endswith("_kernel") and hasattr(fn, "arg_names")}
+
+
+def constants_of(case):
+    dtype = DTYPES[case.dtype]
+    layout = StagingLayout(STAGING_BYTES, case.world_size)
+    return {
+        "WORLD": case.world_size,
+        "LANES": triton.next_power_of_2(case.world_size),
+        "LANE_HALF_BYTES": layout.lane_half_bytes,
+        "ATOMIC_POLL": TARGETS[case.target].backend == "hip",
+        "HALF_BYTES": layout.half_bytes,
+        "SLOT_BYTES": layout.slot_bytes,
+        "SLICE_UNIT": slice_numel(1, dtype.itemsize, 1),
+        "BLOCK": tile_numel(dtype.itemsize),
+        "OP": case.op,
+        "ACC": ACCUMULATORS[acc_dtype(dtype)],
+    }
+
+
+def compile_kernel(fn, target, dtype, constants, aligned=True, max_registers=MAX_REGISTERS):
+    """Compile `fn`, whose run-time arguments are those of `PARAMETERS`, without a GPU."""
+    names = fn.arg_names
+    signature = {name: PARAMETERS.get(name, "constexpr").format(dtype=dtype) for name in names}
+    pointers = ("x_ptr", "out_ptr", "staging_ptrs", "pad_ptrs")[0 if aligned else 2 :]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    values = {(names.index(name),): value for name, value in constants.items() if name in names}
+    options = {"num_warps": NUM_WARPS}
+    if target.backend == "cuda":
+        options["maxnreg"] = max_registers
+    return triton.compile(ASTSource(fn, signature, values, attributes), target=target, options=options)
+
+
+@functools.cache
+def compiled(case):
+    fn = discovered_kernels()[case.kernel]
+    return compile_kernel(fn, TARGETS[case.target], case.dtype, constants_of(case), case.aligned)

@@ -1,0 +1,75 @@
+import functools
+
+import pytest
+
+from tests.compile import inspect_asm
+from tests.compile.cases import MAX_REGISTERS, PROTOCOLS, cases_of, compiled, discovered_kernels
+
+every_case = pytest.mark.parametrize("case", cases_of("cuda"), ids=str)
+span_case = pytest.mark.parametrize("case", cases_of("cuda", aligned=True, lanes=False), ids=str)
+lane_case = pytest.mark.parametrize("case", cases_of("cuda", lanes=True), ids=str)
+
+
+@functools.cache
+def ptx_of(case):
+    return inspect_asm.Ptx(compiled(case).asm["ptx"])
+
+
+def test_every_kernel_has_a_case():
+    assert discovered_kernels().keys() == PROTOCOLS.keys()
+
+
+@every_case
+def test_publishes_are_releases_at_system_scope(case):
+    inspect_asm.check_publish_semantics(ptx_of(case), case.protocol.phases)
+
+
+@every_case
+def test_all_warps_meet_before_a_publish(case):
+    inspect_asm.check_publish_barriers(ptx_of(case))
+
+
+@every_case
+def test_acquires_are_at_system_scope(case):
+    inspect_asm.check_acquire_semantics(ptx_of(case), case.protocol.phases)
+
+
+@every_case
+def test_all_warps_meet_after_an_acquire(case):
+    inspect_asm.check_acquire_barriers(ptx_of(case))
+
+
+@every_case
+def test_staging_is_read_only_after_an_acquire(case):
+    inspect_asm.check_loads_follow_acquires(ptx_of(case))
+
+
+@every_case
+def test_gpu_scope_is_for_own_words_only(case):
+    inspect_asm.check_atomics(ptx_of(case), case.protocol.phases)
+
+
+@every_case
+def test_no_spin_loop_is_deleted(case):
+    lane_spins = case.world_size if case.protocol.lanes else 0
+    inspect_asm.check_spins(ptx_of(case), case.protocol.phases, lane_spins)
+
+
+@span_case
+def test_loops_move_128_bits(case):
+    inspect_asm.check_vectors(ptx_of(case), case.protocol.phases + 1)
+
+
+@lane_case
+def test_lanes_are_never_split(case):
+    inspect_asm.check_lanes(ptx_of(case), case.world_size)
+
+
+@every_case
+def test_arithmetic_is_that_of_the_reference(case):
+    inspect_asm.check_arithmetic(ptx_of(case))
+
+
+@every_case
+def test_nothing_is_spilled(case):
+    inspect_asm.check_resources(compiled(case).asm["cubin"], MAX_REGISTERS)

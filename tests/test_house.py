@@ -1,0 +1,109 @@
+"""Rules of this house that no linter knows."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+MODULES = sorted((ROOT / "tcomm").rglob("*.py"))
+KERNEL_FILES = sorted((ROOT / "tcomm" / "kernels").glob("*.py"))
+
+
+def _functions(path):
+    tree = ast.parse(path.read_text())
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def _code_lines(function):
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    return (body[-1].end_lineno - body[0].lineno + 1) if body else 0
+
+
+def _is_kernel(function):
+    return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_has_at_most_400_lines(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_function_has_at_most_35_lines_of_code_and_a_kernel_60(path):
+    limits = [(f.name, _code_lines(f), 60 if _is_kernel(f) else 35) for f in _functions(path)]
+    assert [found for found in limits if found[1] > found[2]] == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_exports_are_explicit_and_sorted(path):
+    tree = ast.parse(path.read_text())
+    names = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
+    if names:
+        # ruff's order: constants, then classes, then the rest
+        assert sorted(names[0], key=lambda n: (not n.isupper(), not n[0].isupper(), n)) == list(names[0])
+
+
+def test_only_config_and_interpret_read_the_environment():
+    readers = {p.name for p in MODULES if "os.environ" in p.read_text()}
+    assert readers <= {"config.py", "interpret.py", "app.py"}
+
+
+def test_inline_assembly_stays_in_one_file():
+    users = {
+        p.name for p in MODULES if "inline_asm" in p.read_text() or "extern_elementwise" in p.read_text()
+    }
+    assert users <= {"device_cuda.py"}
+
+
+def test_kernels_have_no_range_over_a_runtime_bound():
+    for path in KERNEL_FILES:
+        assert not re.search(r"in range\(", "\n".join(_kernel_sources(path))), path.name
+
+
+def _kernel_sources(path):
+    return [ast.unparse(f) for f in _functions(path) if _is_kernel(f)]
+
+
+def test_launchers_are_typed_and_say_what_they_raise():
+    tree = ast.parse((ROOT / "tcomm/kernels/all_reduce.py").read_text())
+    launchers = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.endswith("_all_reduce")]
+    assert len(launchers) == 4
+    for launcher in launchers:
+        arguments = launcher.args.args + launcher.args.kwonlyargs
+        assert all(argument.annotation is not None for argument in arguments), launcher.name
+        assert launcher.returns is not None
+        assert "Raises:" in ast.get_docstring(launcher)
+
+
+def test_every_kernel_shows_an_example():
+    for path in KERNEL_FILES:
+        for function in _functions(path):
+            if function.name.endswith("_kernel"):
+                assert "Example" in ast.get_docstring(function), function.name
+
+
+def test_every_variable_is_documented():
+    from tcomm.config import Config
+
+    text = (ROOT / "docs" / "environment.md").read_text()
+    assert [f for f in Config.__struct_fields__ if f"`TCOMM_{f.upper()}`" not in text] == []
+
+
+def test_import_initialises_no_cuda_and_imports_no_triton():
+    code = (
+        "import sys, tcomm, torch; "
+        "print([m for m in ('triton', 'rich', 'typer', 'matplotlib') if m in sys.modules], "
+        "torch.cuda.is_initialized())"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT
+    )
+    assert out.stdout.split("\n")[0] == "[] False"
