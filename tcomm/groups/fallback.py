@@ -7,6 +7,7 @@ checked and the ranks have agreed before anything here is called.
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -14,9 +15,12 @@ import torch
 import torch.distributed as dist
 
 from tcomm.errors import CapabilityError, CommError, PeerLostError, PeerTimeoutError
+from tcomm.memory.channel import Channel
+from tcomm.memory.control import Word
 
 __all__ = ["TorchFallback"]
 
+_DYING_SECONDS = 1.0
 _FOR_EVER = 7 * 24 * 3600.0
 _TORCH_OPS = {
     "sum": dist.ReduceOp.SUM,
@@ -36,20 +40,20 @@ class TorchFallback:
     Args:
         name: of the tcomm group, for errors.
         group: to run on.
-        find_dead: the ranks known to be dead, and what is known of them.
+        channel: of the tcomm group, which knows who is dead; None where the ranks share no memory.
     """
 
     def __init__(
         self,
         name: str,
         group: dist.ProcessGroup,
-        find_dead: Callable[[], tuple[list[int], str]],
+        channel: Channel | None,
     ) -> None:
         self.rank = group.rank()
         self.world_size = group.size()
         self._name = name
         self._group = group
-        self._find_dead = find_dead
+        self._channel = channel
 
     @property
     def backends(self) -> tuple[tuple[str, str], ...]:
@@ -142,16 +146,26 @@ class TorchFallback:
         told = str(error).splitlines()[0] if str(error) else repr(error)
         if "nvalid scalar type" in told or "nsupported" in told or "not supported" in told:
             raise CapabilityError(f"torch.distributed cannot do this {op}: {told}") from error
-        dead, known = self._find_dead()
-        kind: type[CommError] = CommError
-        if dead or "onnection" in told:
-            kind = PeerLostError
-        elif "imed out" in told or "imeout" in told:
-            kind, known = PeerTimeoutError, f"nothing for {timeout:g} s" if timeout else "no answer"
+        if "onnection" in told and self._channel is not None:
+            self._lose_the_dead(self._channel, error)
+        kind: type[CommError] = PeerLostError if "onnection" in told else CommError
+        if "imed out" in told or "imeout" in told:
+            kind = PeerTimeoutError
+            told = f"no answer for {timeout:g} s" if timeout else "no answer"
         raise kind(
-            f"{op} of group {self._name!r} failed in torch.distributed: {known or told}",
+            f"{op} of group {self._name!r} failed in torch.distributed: {told}",
             group=self._name,
             op=op,
             rank=self.rank,
-            peers=dead,
         ) from error
+
+    def _lose_the_dead(self, channel: Channel, error: Exception) -> None:
+        """Raise for the peers that are gone; a connection may break before its process has ended."""
+        deadline = time.monotonic() + _DYING_SECONDS
+        while time.monotonic() < deadline:
+            if gone := channel.find_gone():
+                try:
+                    channel.lose(gone, channel.words[Word.EPOCH])
+                except PeerLostError as lost:
+                    raise lost from error
+            time.sleep(0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import logging
 import os
@@ -23,7 +24,7 @@ from tcomm.groups.pool import ResultPool
 from tcomm.groups.setup import Membership, agree_on_settings
 from tcomm.groups.work import Work
 from tcomm.memory.arena import Arena, open_arena
-from tcomm.memory.base import NotShared
+from tcomm.memory.base import Exchange, NotShared
 from tcomm.memory.control import Word
 from tcomm.tuning.choose import Capabilities
 
@@ -46,7 +47,13 @@ def _after_fork() -> None:
         handle._foreign = f"the group belongs to process {os.getppid()}, from which this one was forked"
 
 
+def _at_exit() -> None:
+    for handle in list(_open):
+        handle.close()
+
+
 os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)
 
 
 class GroupHandle:
@@ -59,19 +66,20 @@ class GroupHandle:
         self.world_size = members.exchange.world_size
         self.global_ranks = members.global_ranks
         self.timeout = resolve_timeout(self.config.timeout if isinstance(timeout, Unset) else timeout)
-        self._members = members
         self._lock = threading.RLock()
         self._foreign = ""
         self._executor: concurrent.futures.ThreadPoolExecutor | None = None
         self._last_work: concurrent.futures.Future[torch.Tensor] | None = None
         self._pool = ResultPool()
-        self.table, no_kernels = agree_on_settings(members, self.config, SETUP_SECONDS)
-        self._arena, no_shared_memory = self._open_arena()
-        self._fallback = self._make_fallback()
+        settled = agree_on_settings(members, self.config, SETUP_SECONDS)
+        self.table = settled.table
+        self._arena, no_shared_memory = self._open_arena(members.exchange, settled.num_cores)
+        group, channel = members.process_group, self._arena.channel if self._arena else None
+        self._fallback = None if group is None else TorchFallback(self.name, group, channel)
         self._agreement = self._make_agreement()
         self.capabilities = Capabilities(
             no_shared_memory=no_shared_memory,
-            no_kernels=no_kernels,
+            no_kernels=settled.no_kernels,
             torch_backends=self._fallback.backends if self._fallback else (),
         )
         self._planner = Planner(
@@ -80,23 +88,15 @@ class GroupHandle:
         self._plans: dict[PlanKey, tuple[Plan, int]] = {}
         _open.add(self)
 
-    def _open_arena(self) -> tuple[Arena | None, str]:
+    def _open_arena(self, exchange: Exchange, num_cores: int) -> tuple[Arena | None, str]:
         if self.world_size == 1:
             return None, "a world of one needs no shared memory"
-        cores = len(os.sched_getaffinity(0))
-        spins = self.config.spins or (
-            _SPINS_WITH_A_CORE_EACH if self.world_size <= cores else _SPINS_OTHERWISE
-        )
-        exchange = self._members.exchange
-        made = open_arena(self.name, exchange, self.config.shm_dir, spins, SETUP_SECONDS)
+        spins = _SPINS_WITH_A_CORE_EACH if self.world_size <= num_cores else _SPINS_OTHERWISE
+        made = open_arena(self.name, exchange, self.config.shm_dir, self.config.spins or spins, SETUP_SECONDS)
         if isinstance(made, NotShared):
             logger.info("group %r uses torch.distributed: %s", self.name, made.reason)
             return None, made.reason
         return made, ""
-
-    def _make_fallback(self) -> TorchFallback | None:
-        group = self._members.process_group
-        return None if group is None else TorchFallback(self.name, group, self._find_dead)
 
     def _make_agreement(self) -> Agreement:
         if self._arena is not None:
@@ -109,17 +109,6 @@ class GroupHandle:
                 "it; make the communicator from a torch.distributed process group"
             )
         return RemoteAgreement(self.name, self._fallback)
-
-    def _find_dead(self) -> tuple[list[int], str]:
-        if self._arena is None:
-            return [], ""
-        channel = self._arena.channel
-        dead = [
-            peer
-            for peer in channel.peers
-            if channel.pages[peer].words[Word.LEFT] or ((w := channel.processes[peer]) and w.is_dead())
-        ]
-        return dead, "; ".join(channel.blame(peer) for peer in dead)
 
     def _submit(self, run: Callable[[], torch.Tensor]) -> Work:
         """Run behind the caller's back, after everything that was submitted before."""
@@ -170,6 +159,8 @@ class GroupHandle:
         with self._lock:
             self._foreign = self._foreign or "it was closed"
             self._plans.clear()
+            # Whoever else holds the process group decides when it ends, and not a forgotten communicator.
+            self._fallback = None
             if self._arena is not None:
                 self._arena.close("it closed the group")
         _open.discard(self)

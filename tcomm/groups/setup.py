@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import importlib.metadata
 import logging
+import os
 import secrets
 import threading
 from typing import cast
@@ -23,7 +24,7 @@ from tcomm.memory.control import LAYOUT_VERSION
 from tcomm.memory.exchange import LocalExchange, Store, StoreExchange
 from tcomm.tuning.table import Table, decode_table, load_table
 
-__all__ = ["Membership", "agree_on_settings", "from_process_group", "from_store"]
+__all__ = ["Membership", "Settlement", "agree_on_settings", "from_process_group", "from_store"]
 
 logger = logging.getLogger("tcomm")
 
@@ -97,14 +98,24 @@ class _Settings(msgspec.Struct, frozen=True):
     claim: str
     same: dict[str, str]
     no_kernels: str
+    cores: list[int]
     table: bytes = b""
 
 
-def agree_on_settings(members: Membership, config: Config, timeout: float) -> tuple[Table, str]:
-    """Compare all that choices depend on, and take rank 0's tuning table. **Collective.**
+@dataclasses.dataclass(frozen=True)
+class Settlement:
+    """What the ranks agreed on, the same on each of them."""
 
-    Returns:
-        The table, and why kernels cannot run on host memory; empty when they can on every rank.
+    table: Table
+    """Rank 0's tuning table."""
+    no_kernels: str
+    """Why kernels cannot run on host memory; empty when they can on every rank."""
+    num_cores: int
+    """Different cores that the ranks may run on."""
+
+
+def agree_on_settings(members: Membership, config: Config, timeout: float) -> Settlement:
+    """Compare all that choices depend on, and take rank 0's tuning table. **Collective.**
 
     Raises:
         GroupMismatchError: on every rank, when settings differ; shows which, and each rank's value.
@@ -122,7 +133,13 @@ def agree_on_settings(members: Membership, config: Config, timeout: float) -> tu
         "TCOMM_STAGING_BYTES": str(config.staging_bytes),
     }
     claim = secrets.token_hex(8)
-    mine = _Settings(claim, same, why_not_runnable(), table.encode() if rank == 0 else table.digest.encode())
+    mine = _Settings(
+        claim,
+        same,
+        why_not_runnable(),
+        sorted(os.sched_getaffinity(0)),
+        table.encode() if rank == 0 else table.digest.encode(),
+    )
     payloads = members.exchange.all_gather(msgspec.msgpack.encode(mine), timeout)
     everyone = [msgspec.msgpack.decode(payload, type=_Settings) for payload in payloads]
     if everyone[rank].claim != claim:
@@ -134,7 +151,8 @@ def agree_on_settings(members: Membership, config: Config, timeout: float) -> tu
     if agreed.digest != table.digest:
         logger.warning("group %r: using the tuning table of rank 0, which differs from mine", members.name)
     reasons = [f"rank {r}: {s.no_kernels}" for r, s in enumerate(everyone) if s.no_kernels]
-    return agreed, "; ".join(reasons)
+    cores = {core for settings in everyone for core in settings.cores}
+    return Settlement(agreed, "; ".join(reasons), len(cores))
 
 
 def _refuse_differences(name: str, everyone: list[_Settings]) -> None:

@@ -73,8 +73,7 @@ class Arena:
         layout = StagingLayout(nbytes, self.world_size)
 
         def check() -> None:
-            gone = [p for p in channel.peers if (watch := channel.processes[p]) and watch.is_dead()]
-            if gone:
+            if gone := channel.find_gone():
                 channel.lose(gone, channel.words[Word.EPOCH])
 
         made = self._transport.allocate(nbytes, timeout, check)

@@ -284,6 +284,15 @@ class Channel:
                 raise failure
             self.time_out([words[Word.ERROR_PEER]], epoch)
 
+    def is_gone(self, peer: int) -> bool:
+        """Whether a peer has left the group, or its process has ended."""
+        process = self.processes[peer]
+        return bool(self.pages[peer].words[Word.LEFT]) or (process is not None and process.is_dead())
+
+    def find_gone(self) -> list[int]:
+        """The peers that have left or died."""
+        return [peer for peer in self.peers if self.is_gone(peer)]
+
     def lose(self, peers: Sequence[int], epoch: int) -> NoReturn:
         """Give the group up because peers are dead or gone, and raise."""
         self.give_up(PoisonCode.PEER_LOST, peers[0], epoch)
@@ -357,18 +366,13 @@ class Wait:
 
     def _refuse_the_dead(self, absent: Sequence[int]) -> None:
         channel = self._channel
-        gone = [peer for peer in absent if self._is_gone(peer)]
+        gone = [peer for peer in absent if channel.is_gone(peer)]
         if gone:
             # A peer may have arrived and then left: what it published before it went counts.
             still_absent = self._absent()
             gone = [peer for peer in gone if peer in still_absent]
         if gone:
             channel.lose(gone, self._epoch)
-
-    def _is_gone(self, peer: int) -> bool:
-        process = self._channel.processes[peer]
-        left = self._channel.pages[peer].words[Word.LEFT]
-        return bool(left) or (process is not None and process.is_dead())
 
     def differs(self) -> bool:
         """Whether a peer has arrived with another signature."""
