@@ -152,15 +152,16 @@ class GroupHandle:
         A collective in flight on this rank is completed first. Peers that call another one are told that
         this rank left.
         """
-        if self._foreign:
-            return
-        if self._executor is not None:
+        if self._executor is not None and not self._foreign:
             self._executor.shutdown()
         with self._lock:
-            self._foreign = self._foreign or "it was closed"
+            if self._foreign:
+                return
+            self._foreign = "it was closed"
             self._plans.clear()
             # Whoever else holds the process group decides when it ends, and not a forgotten communicator.
             self._fallback = None
+            del self._agreement, self._planner
             if self._arena is not None:
                 self._arena.close("it closed the group")
         _open.discard(self)

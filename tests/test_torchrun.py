@@ -1,0 +1,71 @@
+"""Scripts as users write them, under torchrun."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def _torchrun(tmp_path, ranks, source, timeout=100, **variables):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(source))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [*command, str(script)], capture_output=True, text=True, timeout=timeout, check=False,
+        env={**environment, **variables},
+    )  # fmt: skip
+
+
+def test_a_module_level_communicator_that_nobody_closes_ends_cleanly(tmp_path):
+    source = """
+        import torch, torch.distributed as dist, tcomm
+        dist.init_process_group("gloo")
+        comm = tcomm.Communicator()
+        assert comm.all_reduce(torch.ones(3)).tolist() == [2.0, 2.0, 2.0]
+        comm.all_reduce(torch.ones(3), algorithm="torch")
+        dist.destroy_process_group()
+        print("end", flush=True)
+    """
+    for _ in range(3):
+        done = _torchrun(tmp_path, 2, source)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("end") == 2
+
+
+def test_the_variable_forces_the_kernels(tmp_path):
+    source = """
+        import torch, torch.distributed as dist, tcomm
+        dist.init_process_group("gloo")
+        with tcomm.Communicator() as comm:
+            assert comm.all_reduce(torch.ones(3)).tolist() == [2.0, 2.0, 2.0]
+            assert comm.explain("all_reduce", nbytes=12).algorithm == "triton:two_shot"
+        from tcomm.kernels.launch import launches
+        assert dict(launches) == {"_two_shot_all_reduce_kernel": 1}, launches
+        dist.destroy_process_group()
+    """
+    done = _torchrun(tmp_path, 2, source, TCOMM_ALGORITHM="triton:two_shot")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("variable", ["TCOMM_ALGORITHM", "TCOMM_STAGING_BYTES"])
+def test_ranks_with_different_variables_are_told_which(tmp_path, variable):
+    source = f"""
+        import os, torch, torch.distributed as dist, tcomm
+        dist.init_process_group("gloo")
+        os.environ["{variable}"] = {{"TCOMM_ALGORITHM": ["cpu", "torch"]}}.get(
+            "{variable}", ["1048576", "2097152"])[dist.get_rank()]
+        try:
+            tcomm.Communicator()
+        except tcomm.GroupMismatchError as error:
+            print("refused:", str(error).splitlines()[1].strip(), flush=True)
+        dist.destroy_process_group()
+    """
+    done = _torchrun(tmp_path, 2, source)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"refused: {variable}:") == 2
