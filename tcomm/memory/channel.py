@@ -31,6 +31,7 @@ __all__ = ["Channel", "Wait"]
 
 _MISMATCH_GRACE_SECONDS = 0.4
 _BUSY_SECONDS = 0.02
+_YIELDS = 64
 _LOOKS_PER_LIVENESS_CHECK = 16
 
 
@@ -121,13 +122,14 @@ class Channel:
         """
         words = self.words
         for index in self._inbox[phase * 2 + (word >> 32 & 1)]:
-            if words[index] != word:
-                spins = self._spins
-                while spins and words[index] != word:
-                    spins -= 1
-                if not spins:
+            polls = self._spins
+            while words[index] != word:
+                polls -= 1
+                if polls < -_YIELDS:
                     self._wait(phase, word)
                     return
+                if polls < 0:
+                    os.sched_yield()
 
     def finish(self, epoch: int) -> None:
         """End the call: its staging may be written again at the second epoch from here."""
