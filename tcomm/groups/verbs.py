@@ -6,6 +6,7 @@ They move to tcomm's own algorithms one by one; signatures and guarantees stay.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal, overload
 
 import torch
 
@@ -47,6 +48,28 @@ class FallbackVerbs(GroupHandle):
 
         self._in_order(run, False)
 
+    @overload
+    def broadcast(
+        self,
+        x: torch.Tensor,
+        root: int,
+        *,
+        out: torch.Tensor | None = None,
+        timeout: Timeout | Unset = UNSET,
+        async_op: Literal[False] = False,
+    ) -> torch.Tensor: ...
+
+    @overload
+    def broadcast(
+        self,
+        x: torch.Tensor,
+        root: int,
+        *,
+        out: torch.Tensor | None = None,
+        timeout: Timeout | Unset = UNSET,
+        async_op: Literal[True],
+    ) -> Work: ...
+
     def broadcast(
         self,
         x: torch.Tensor,
@@ -80,6 +103,26 @@ class FallbackVerbs(GroupHandle):
 
         return self._carry_out(call, x, out, tuple(x.shape), move, timeout, async_op)
 
+    @overload
+    def all_gather_single(
+        self,
+        x: torch.Tensor,
+        *,
+        out: torch.Tensor | None = None,
+        timeout: Timeout | Unset = UNSET,
+        async_op: Literal[False] = False,
+    ) -> torch.Tensor: ...
+
+    @overload
+    def all_gather_single(
+        self,
+        x: torch.Tensor,
+        *,
+        out: torch.Tensor | None = None,
+        timeout: Timeout | Unset = UNSET,
+        async_op: Literal[True],
+    ) -> Work: ...
+
     def all_gather_single(
         self,
         x: torch.Tensor,
@@ -111,6 +154,28 @@ class FallbackVerbs(GroupHandle):
             self._torch(call).all_gather(x.contiguous(), result, seconds)
 
         return self._carry_out(call, x, out, shape, move, timeout, async_op)
+
+    @overload
+    def reduce_scatter_single(
+        self,
+        x: torch.Tensor,
+        op: object = "sum",
+        *,
+        out: torch.Tensor | None = None,
+        timeout: Timeout | Unset = UNSET,
+        async_op: Literal[False] = False,
+    ) -> torch.Tensor: ...
+
+    @overload
+    def reduce_scatter_single(
+        self,
+        x: torch.Tensor,
+        op: object = "sum",
+        *,
+        out: torch.Tensor | None = None,
+        timeout: Timeout | Unset = UNSET,
+        async_op: Literal[True],
+    ) -> Work: ...
 
     def reduce_scatter_single(
         self,
@@ -146,6 +211,30 @@ class FallbackVerbs(GroupHandle):
             self._torch(call).reduce_scatter(x.contiguous(), result, reduce, seconds)
 
         return self._carry_out(call, x, out, shape, move, timeout, async_op)
+
+    @overload
+    def all_to_all_single(
+        self,
+        x: torch.Tensor,
+        send_splits: Sequence[int] | None = None,
+        recv_splits: Sequence[int] | None = None,
+        *,
+        out: torch.Tensor | None = None,
+        timeout: Timeout | Unset = UNSET,
+        async_op: Literal[False] = False,
+    ) -> torch.Tensor: ...
+
+    @overload
+    def all_to_all_single(
+        self,
+        x: torch.Tensor,
+        send_splits: Sequence[int] | None = None,
+        recv_splits: Sequence[int] | None = None,
+        *,
+        out: torch.Tensor | None = None,
+        timeout: Timeout | Unset = UNSET,
+        async_op: Literal[True],
+    ) -> Work: ...
 
     def all_to_all_single(
         self,

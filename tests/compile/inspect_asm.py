@@ -61,11 +61,21 @@ class Flow:
                 self.blocks[-1].append(op)
                 if _JUMPS.match(op.opcode) or op.opcode in _ENDS:
                     self.blocks.append([])
-        self.successors = [self._successors(index, labels) for index in range(len(self.blocks))]
+        self.successors = [[] for _ in self.blocks]
         self.predecessors = [[] for _ in self.blocks]
-        for index, followers in enumerate(self.successors):
-            for follower in followers:
+        self._connect(labels)
+
+    def _connect(self, labels):
+        """Link the blocks that are reached from the first one."""
+        queue, seen = [0], {0}
+        while queue:
+            index = queue.pop()
+            self.successors[index] = self._successors(index, labels)
+            for follower in self.successors[index]:
                 self.predecessors[follower].append(index)
+            fresh = [block for block in self.successors[index] if block not in seen]
+            seen.update(fresh)
+            queue += fresh
 
     def _successors(self, index, labels):
         block = self.blocks[index]
@@ -280,7 +290,7 @@ def check_publish_barriers(ptx):
 
 
 def _acquires(ptx):
-    words = [op for op in ptx.matching(r"atom\b.*\badd\b") if ptx.touches(op, "*pad[rank]")]
+    words = [op for op in ptx.matching(r"(atom|red)\b.*\badd\b") if ptx.touches(op, "*pad[rank]")]
     return [op for op in words if ptx.word(op) != Word.BLOCKS_DONE]
 
 
@@ -361,7 +371,7 @@ def check_lanes(ptx, world_size):
 
 def check_arithmetic(ptx):
     """Nothing that rounds otherwise than the reference, flushes subnormals or drops NaN."""
-    bad = [op for op in ptx.ops if re.match(r"div\..*f\d|fma\.|rcp\.|(max|min)\.(?!NaN)\w*\.?b?f\d", op.opcode)]
+    bad = ptx.matching(r"div\..*f\d|fma\.|rcp\.|(max|min)\.(?!NaN)\w*\.?b?f\d")
     bad += [op for op in ptx.ops if ".ftz" in op.opcode]
     bad += [op for op in ptx.matching(r"cvt\..*b?f16(x2)?\.f32") if not op.opcode.startswith("cvt.rn")]
     assert not bad, f"arithmetic: {_show(bad[:4])}"
@@ -423,24 +433,31 @@ def check_gcn_publish_barriers(flow):
 
 
 def _gcn_polls(ops):
-    return [op for op in ops if re.match(r"\w+_atomic_add_x2", op.opcode) and "sc0" in op.operands.split()]
+    """Acquiring reads of words or lanes. Before Triton 3.9 LLVM turns an atomic that adds 0 into a load."""
+    returning = [op for op in ops if re.match(r"\w+_(atomic_add_x2|load_dwordx2)", op.opcode)]
+    returning = [op for op in returning if {"sc0", "sc1"} & set(op.operands.split())]
+    own = tuple(f"offset:{word * 8}" for word in (Word.ABORT, Word.BLOCKS_DONE))
+    return [op for op in returning if not any(word in op.operands.split() for word in own)]
 
 
 def check_gcn_spins(flow, phases, lane_spins):
-    """Every wait is a loop around an acquiring atomic at system scope."""
+    """Every wait is a loop around an acquiring read at system scope; LLVM may make two loops of one."""
     waits = [loop for loop in flow.loops if _gcn_polls(loop)]
-    aborts = [[op for op in loop if f"offset:{Word.ABORT * 8}" in op.operands] for loop in waits]
-    pages, lanes = sum(map(bool, aborts)), sum(not found for found in aborts)
-    assert (pages, lanes) == (phases, lane_spins), f"{pages} and {lanes} loops wait for words and for lanes"
-    cached = [op for found in aborts for op in found if not _bypasses_caches(op)]
-    cached += [op for loop in waits for op in _gcn_polls(loop) if not _bypasses_caches(op)]
+    cached = [op for loop in waits for op in _gcn_polls(loop) if not _bypasses_caches(op)]
     assert not cached, f"polled through a cache: {_show(cached)}"
+    aborts = [[op for op in loop if f"offset:{Word.ABORT * 8}" in op.operands.split()] for loop in waits]
+    pages, lanes = sum(map(bool, aborts)), sum(not found for found in aborts)
+    assert pages == phases, f"{pages} loops wait for words, not {phases}"
+    assert lanes >= lane_spins, f"{lanes} loops wait for lanes, not {lane_spins}"
+    for loop, found in zip(waits, aborts, strict=True):
+        invalidated = "buffer_inv sc0 sc1" in map(str, loop)
+        assert invalidated or all(map(_bypasses_caches, found)), f"stale forever: {_show(found)}"
 
 
 def check_gcn_acquires(flow, phases):
-    """Besides the spins, `phases` reads of the words; after every one, caches are invalidated."""
-    polls = [op for op in _gcn_polls(flow.ops) if "sc1" in op.operands.split()]
-    assert len(polls) >= 3 * phases, f"{len(polls)} acquiring reads at system scope"
+    """A spin and one more read in each phase; after every one, caches are invalidated."""
+    polls = [op for op in _gcn_polls(flow.ops) if _bypasses_caches(op)]
+    assert len(polls) >= 2 * phases, f"{len(polls)} acquiring reads at system scope"
     for op in polls:
         block, place = flow.places[op]
         after = [str(found) for found in flow.blocks[block][place + 1 : place + 3]]
@@ -471,7 +488,7 @@ def check_gcn_lanes(flow, world_size):
 
 def gcn_resource_usage(asm):
     names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
-    return {name: int(re.search(rf"^\s*\.{name}:\s+(\d+)", asm, re.M)[1]) for name in names}
+    return {name: int(re.search(rf"^\s*\.{name}:\s+(\d+)", asm, re.MULTILINE)[1]) for name in names}
 
 
 def check_gcn_resources(asm, max_registers):

@@ -3,7 +3,7 @@ import functools
 import pytest
 
 from tests.compile import inspect_asm
-from tests.compile.cases import MAX_REGISTERS, cases_of, compiled
+from tests.compile.cases import MAX_REGISTERS, cases_of, compiled, write_back_not_awaited
 
 every_case = pytest.mark.parametrize("case", cases_of("hip"), ids=str)
 span_case = pytest.mark.parametrize("case", cases_of("hip", aligned=True, lanes=False), ids=str)
@@ -15,6 +15,7 @@ def flow_of(case):
     return inspect_asm.Flow(compiled(case).asm["amdgcn"])
 
 
+@write_back_not_awaited
 @every_case
 def test_publishes_write_caches_back(case):
     inspect_asm.check_gcn_publishes(flow_of(case), case.protocol.phases)

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import os
 import shutil
@@ -14,14 +15,20 @@ def _in_directory(member, directory, fn, args):
     return fn(member, *args)
 
 
-@pytest.fixture
-def memory_directory():
-    """A directory of our own in /dev/shm; whatever a test leaves in it is a leak."""
+@contextlib.contextmanager
+def _private_directory():
     directory = tempfile.mkdtemp(prefix=leaks.PRIVATE_PREFIX, dir="/dev/shm")
     yield directory
     left = os.listdir(directory)
     shutil.rmtree(directory)
     assert not left, f"names left in {directory}: {left}"
+
+
+@pytest.fixture
+def memory_directory():
+    """A directory of our own in /dev/shm; whatever a test leaves in it is a leak."""
+    with _private_directory() as directory:
+        yield directory
 
 
 @pytest.fixture
@@ -31,6 +38,17 @@ def world(rank_server, memory_directory):
     @functools.wraps(rank_server.run)
     def run(world_size, fn, *args, **options):
         return rank_server.run(world_size, _in_directory, memory_directory, fn, args, **options)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def module_world(rank_server):
+    """As `world`, for what several tests of a module look at."""
+
+    def run(world_size, fn, *args, **options):
+        with _private_directory() as directory:
+            return rank_server.run(world_size, _in_directory, directory, fn, args, **options)
 
     return run
 

@@ -55,7 +55,9 @@ def _check_survivors(outcomes, killer):
         assert again.seconds < 0.5
 
 
-@pytest.mark.parametrize("kind", ["cpu", "triton:one_shot_push", "triton:one_shot_ll", "triton:two_shot", "torch"])
+@pytest.mark.parametrize(
+    "kind", ["cpu", "triton:one_shot_push", "triton:one_shot_ll", "triton:two_shot", "torch"]
+)
 def test_f01_survivors_of_a_killed_rank_name_it(world, signals, kind):
     killer = Killer(signals, tuple(f"busy-{rank}" for rank in range(3)))
     outcomes = world(3, _until_killed, kind, signals, check=False, during=killer)

@@ -72,21 +72,20 @@ def _disagree(member, kind, odd, names):
     return told
 
 
-def _check(results, odd, names):
+def _check_case(results, odd, name):
     for rank, told in enumerate(results):
-        for name in names:
-            failure, (usual, unusual) = told[name], CASES[name][2]
-            assert failure.kind == "CollectiveMismatchError", (name, failure)
-            assert failure.seconds < LIMIT_SECONDS, (name, failure)
-            lines = failure.text.splitlines()
-            table = {int(line.split()[1][:-1]): line for line in lines if line.startswith("  rank ")}
-            assert sorted(table) == list(range(len(results))), (name, failure.text)
-            for peer, line in table.items():
-                assert (unusual if peer == odd else usual) in line, (name, failure.text)
-            others = [peer for peer in table if (peer == odd) != (rank == odd)]
-            assert (failure.rank, failure.peers) == (rank, tuple(others)), (name, failure)
-            assert failure.seq > 0
-            assert failure.op in lines[1 + rank]
+        failure, (usual, unusual) = told[name], CASES[name][2]
+        assert failure.kind == "CollectiveMismatchError", (name, failure)
+        assert failure.seconds < LIMIT_SECONDS, (name, failure)
+        lines = [line for line in failure.text.splitlines() if line.startswith("  rank ")]
+        assert len(lines) == len(results), (name, failure.text)
+        for peer, line in enumerate(lines):
+            assert line.startswith(f"  rank {peer}: "), (name, failure.text)
+            assert (unusual if peer == odd else usual) in line, (name, failure.text)
+        others = [peer for peer in range(len(results)) if (peer == odd) != (rank == odd)]
+        assert (failure.rank, failure.peers) == (rank, tuple(others)), (name, failure)
+        assert failure.seq > 0
+        assert failure.op in lines[rank]
 
 
 def _names(kind):
@@ -98,16 +97,76 @@ def _names(kind):
     return [name for name in CASES if name not in left_out]
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [(kind, name) for kind in KINDS for name in _names(kind) if kind != "triton"]
+WORLDS = (
+    [(kind, 2, 0) for kind in KINDS] + [(kind, 3, 2) for kind in KINDS] + [("cpu", 3, 0), ("torch", 3, 1)]
 )
-def test_f04_to_f08_the_first_collectives_differ(world, kind, name):
-    odd = 1
-    _check(world(2, _disagree, kind, odd, [name]), odd, [name])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("world_size", "odd"), [(2, 0), (3, 0), (3, 2)])
-def test_f04_to_f08_one_disagreement_after_another(world, kind, world_size, odd):
-    names = _names(kind)
-    _check(world(world_size, _disagree, kind, odd, names), odd, names)
+@pytest.fixture(scope="module", params=WORLDS, ids=lambda p: f"{p[0]}-{p[1]}-odd{p[2]}")
+def disagreements(request, module_world):
+    """What every rank was told in every case, one after another in one group."""
+    kind, world_size, odd = request.param
+    return module_world(world_size, _disagree, kind, odd, _names(kind)), odd
+
+
+def _check(disagreements, number):
+    results, odd = disagreements
+    names = [name for name in results[0] if name.startswith(number)]
+    assert names
+    for name in names:
+        _check_case(results, odd, name)
+
+
+def test_f04_a_skipped_collective_is_told_at_the_next(disagreements):
+    _check(disagreements, "f04")
+
+
+def test_f05_different_verbs_are_told_apart(disagreements):
+    _check(disagreements, "f05")
+
+
+def test_f06_different_shapes_are_told_apart(disagreements):
+    _check(disagreements, "f06")
+
+
+def test_f07_different_dtypes_are_told_apart(disagreements):
+    _check(disagreements, "f07")
+
+
+def test_f08_different_reductions_and_algorithms_are_told_apart(disagreements):
+    _check(disagreements, "f08")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("cpu", "f04_next"),
+        ("cpu", "f06_numel"),
+        ("cpu", "f08_algorithm"),
+        ("triton", "f07_size"),
+        ("torch", "f08_algorithm"),
+        ("remote", "f06_numel"),
+    ],
+)
+def test_f04_to_f08_the_very_first_collectives_differ(world, kind, name):
+    _check_case(world(2, _disagree, kind, 1, [name]), 1, name)
+
+
+def _skip_and_stay(member, signals):
+    with group(member, timeout=20.0) as comm:
+        reduce_ones(comm)
+        if member.rank == 1:
+            signals.wait_for("failed")
+            return failure_of(comm.barrier)
+        failure = failure_of(reduce_ones, comm, timeout=1.0)
+        signals.show("failed")
+        return failure
+
+
+def test_f04_a_skipped_collective_that_none_follows_names_who_is_missing(world, signals):
+    failure, told = world(2, _skip_and_stay, signals)
+    assert (failure.kind, failure.peers, failure.rank) == ("PeerTimeoutError", (1,), 0)
+    assert 0.9 < failure.seconds < 2.0
+    assert "rank 1 is silent (pid " in failure.text
+    assert "; it has completed call #2)" in failure.text
+    assert told.kind == "PeerTimeoutError"

@@ -46,7 +46,7 @@ def test_the_examples_of_the_docstrings(on_ranks):
 
 
 def _bits(member, names, numel):
-    use_tiles(1024)
+    use_tiles(8192)
     arena = member.arena()
     poison(member, arena, "bits")
     cases = [(name, op, dtype) for name in names for op, dtype in supported(name)]
@@ -64,7 +64,7 @@ def test_every_operation_and_dtype_has_the_bits_of_the_reference(on_ranks, world
 
 
 def _few_bits(member):
-    use_tiles(1024)
+    use_tiles(8192)
     arena = member.arena()
     wanted = [("sum", torch.bfloat16), ("avg", torch.float32), ("max", torch.float16)]
     found = [
@@ -81,11 +81,11 @@ def test_worlds_of_other_sizes_have_the_bits_of_the_reference(on_ranks, world_si
 
 def _odd_sizes(member):
     arena = member.arena(staging_bytes=4 << 20)
-    shapes = [*SIZES, (65536 + 1,)]
-    cases = itertools.product(TRITON, shapes, [torch.float32, torch.float16])
+    shapes = [(shape, torch.float16) for shape in SIZES]
+    shapes += [((65536 + 1,), torch.float16), ((65536 + 1,), torch.float32), ((), torch.float32)]
     found = [
         mistake(member, arena, seed, name, "sum", dtype, shape)
-        for seed, (name, shape, dtype) in enumerate(cases)
+        for seed, (name, (shape, dtype)) in enumerate(itertools.product(TRITON, shapes))
     ]
     assert not any(found), "\n".join(filter(None, found))
 
@@ -96,7 +96,7 @@ def test_odd_and_empty_and_0d_sizes(on_ranks, world_size):
 
 
 def _in_place(member):
-    use_tiles(1024)
+    use_tiles(8192)
     arena = member.arena()
     cases = itertools.product(TRITON, [(5,), (1000,), (1003,)], [torch.float32, torch.bfloat16])
     found = [
@@ -127,7 +127,7 @@ def bytes_written_past(member, names):
 
 
 def _guard(member):
-    use_tiles(1024)
+    use_tiles(8192)
     assert bytes_written_past(member, TRITON) == []
 
 
@@ -137,7 +137,7 @@ def test_nothing_is_written_around_the_output(on_ranks, world_size):
 
 
 def _poisoned(member):
-    use_tiles(1024)
+    use_tiles(8192)
     arena = member.arena(staging_bytes=128 * 1024)
     found = []
     for seed, (name, byte) in enumerate(itertools.product(TRITON, [0xFF, 0x5A])):
@@ -151,7 +151,7 @@ def test_leftovers_in_the_staging_do_not_reach_a_result(on_ranks):
 
 
 def _larger_than_the_staging(member, names):
-    use_tiles(1024)
+    use_tiles(8192)
     arena = member.arena(staging_bytes=64 * 1024)
     layout, found = arena.staging.layout, []
     for seed, (name, dtype) in enumerate(itertools.product(names, [torch.float32, torch.float16])):
@@ -167,7 +167,7 @@ def test_messages_larger_than_the_staging(on_ranks, world_size):
 
 
 def _again_and_again(member, name):
-    use_tiles(1024)
+    use_tiles(8192)
     arena = member.arena()
     found = [mistake(member, arena, seed, name, "sum", torch.float32, (500,)) for seed in range(50)]
     assert not any(found), "\n".join(filter(None, found))
@@ -197,7 +197,7 @@ def delay_at_random(seed, monkeypatch):
 
 
 def _mixed(member, names, num_calls):
-    use_tiles(1024)
+    use_tiles(512)
     with pytest.MonkeyPatch.context() as monkeypatch:
         arena = member.arena(staging_bytes=128 * 1024)
         delay_at_random(member.rank, monkeypatch)
@@ -206,7 +206,7 @@ def _mixed(member, names, num_calls):
         for seed in range(num_calls):
             name = same.choice(names)
             op, dtype = same.choice(supported(name))
-            numel = same.choice([0, 1, 7, 300, 5000])
+            numel = same.choice([0, 1, 7, 300, 900])
             in_place = same.random() < 0.5
             found.append(mistake(member, arena, seed, name, op, dtype, (numel,), in_place=in_place))
     assert not any(found), "\n".join(filter(None, found))
@@ -214,11 +214,11 @@ def _mixed(member, names, num_calls):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_shapes_dtypes_and_algorithms_alternate_with_random_delays(on_ranks, world_size):
-    on_ranks(world_size, _mixed, TRITON, 60)
+    on_ranks(world_size, _mixed, TRITON, 40)
 
 
 def _ranks_are_late_in_turn(member, name):
-    use_tiles(1024)
+    use_tiles(8192)
     arena, found = member.arena(), []
     for seed in range(6):
         if seed % member.world_size == member.rank:
@@ -267,7 +267,7 @@ BAD = [
 
 
 def _refuses_and_goes_on(member):
-    use_tiles(1024)
+    use_tiles(8192)
     arena = member.arena()
     if member.rank == 0:
         for launcher, (x, op, out, kind, message) in itertools.product(LAUNCHERS.values(), BAD):
