@@ -162,12 +162,17 @@ class Communicator(FallbackVerbs):
             if x.requires_grad:
                 check_tensor("all_reduce", x, self.world_size > 1)
             if x.is_contiguous() and out.is_contiguous():
-                plan(x, out, seconds)
+                try:
+                    plan(x, out, seconds)
+                except BaseException:
+                    with self._whole():
+                        raise
                 return out
             if out is not x:
                 check_out("all_reduce", x, out, x.shape)
             dense = self._new_like(x).copy_(x)
-            plan(dense, dense, seconds)
+            with self._whole():
+                plan(dense, dense, seconds)
             return out.copy_(dense)
 
     def _plan(

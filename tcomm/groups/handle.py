@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures
+import contextlib
 import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
 import torch
 
 from tcomm.config import Config, resolve_timeout
-from tcomm.errors import CapabilityError, GroupClosedError, PeerTimeoutError
+from tcomm.errors import CapabilityError, GroupClosedError, PeerTimeoutError, TcommError
 from tcomm.groups.agreement import Agreement, LocalAgreement, RemoteAgreement, SharedAgreement
 from tcomm.groups.arguments import Timeout, Unset
 from tcomm.groups.fallback import TorchFallback
@@ -124,9 +125,22 @@ class GroupHandle:
             if self._last_work is not None and self._last_work.done():
                 self._last_work = None
             if not async_op and self._last_work is None:
-                return run()
+                with self._whole():
+                    return run()
             work = self._submit(run)
         return work if async_op else work.wait()
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Around a call: what breaks it off in the middle leaves this rank out of step, so it is the last."""
+        try:
+            yield
+        except TcommError:
+            raise
+        except BaseException:
+            if self._arena is not None:
+                self._arena.channel.interrupt()
+            raise
 
     def _seconds(self, timeout: Timeout | Unset) -> float | None:
         return self.timeout if isinstance(timeout, Unset) else resolve_timeout(timeout)

@@ -167,12 +167,6 @@ class Channel:
         try:
             while not wait.step():
                 wait.pause()
-        except CommError:
-            raise
-        except BaseException:
-            # Ctrl-C and the like: this rank cannot complete the call any more, nor can its peers.
-            self.give_up(PoisonCode.INTERRUPTED, self.rank, word >> 32)
-            raise
         finally:
             self.words[Word.WAITING_FOR] = 0
         if wait.differs():
@@ -194,6 +188,10 @@ class Channel:
     def timeout(self) -> float | None:
         """Of the call in progress, in seconds."""
         return self._timeout
+
+    def interrupt(self) -> None:
+        """Give the group up because this rank broke off in the middle of a call: Ctrl-C, or a bug."""
+        self.give_up(PoisonCode.INTERRUPTED, self.rank, self.words[Word.EPOCH] + 1 & EPOCH_MASK)
 
     def give_up(self, code: PoisonCode, rank: int, seq: int) -> None:
         """Make every rank raise: now if it waits, else at its next call."""
