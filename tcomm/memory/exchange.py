@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -13,7 +12,7 @@ from tcomm.errors import RendezvousError
 
 __all__ = ["LocalExchange", "Store", "StoreExchange"]
 
-_POLL_SECONDS = 0.1
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.02
 
 
 class Store(Protocol):
@@ -25,9 +24,6 @@ class Store(Protocol):
     def get(self, key: str) -> bytes:
         """The value of a key that exists."""
         ...
-
-    def wait(self, keys: list[str], timeout: datetime.timedelta) -> None:
-        """Wait until all keys exist; raises DistStoreError when they do not in time."""
 
     def check(self, keys: list[str]) -> bool:
         """Whether all keys exist."""
@@ -99,21 +95,17 @@ class StoreExchange:
     def _wait(
         self, keys: list[str], deadline: float, timeout: float, check: Callable[[], None] | None
     ) -> None:
-        while True:
-            left = deadline - time.monotonic()
-            slice_ = datetime.timedelta(seconds=max(0.001, min(_POLL_SECONDS, left)))
-            try:
-                self._store.wait(keys, slice_)
-            except dist.DistStoreError:
-                if check is not None:
-                    check()
-            else:
-                return
+        # Store.wait would do, but a TCPStore writes a warning to stderr each time that it runs out.
+        pause = _SHORTEST_PAUSE
+        while not self._store.check(keys):
             if time.monotonic() >= deadline:
                 missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-                if missing:
-                    raise RendezvousError(
-                        f"ranks {missing} of {self.world_size} did not come to {self._prefix!r} within "
-                        f"{timeout:g} s; check that they are running and call the same things in the same "
-                        "order, or give a longer timeout"
-                    )
+                raise RendezvousError(
+                    f"ranks {missing} of {self.world_size} did not come to {self._prefix!r} within "
+                    f"{timeout:g} s; check that they are running and call the same things in the same "
+                    "order, or give a longer timeout"
+                )
+            if check is not None:
+                check()
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
