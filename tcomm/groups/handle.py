@@ -155,7 +155,7 @@ class GroupHandle:
         waiting: list[int] = []
         if self._arena is not None and (word := self._arena.channel.words[Word.WAITING_FOR]):
             waiting = [word - 1]
-            told += f"; waiting for {self._arena.channel.blame(word - 1)}"
+            told += f"; {self._arena.channel.blame(word - 1)}"
         return PeerTimeoutError(
             f"collective of group {self.name!r} is {told}", group=self.name, rank=self.rank, peers=waiting
         )

@@ -55,7 +55,7 @@ ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64, torch.int6
 
 write_back_not_awaited = pytest.mark.xfail(
     tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
-    reason="the LLVM of Triton before 3.9 drops the wait after buffer_wbl2 (llvm-project pull request 178316)",
+    reason="LLVM before Triton 3.9 drops the wait after buffer_wbl2 (llvm-project pull request 178316)",
     strict=False,
 )
 

@@ -108,6 +108,7 @@ def test_f01_a_killed_program_that_nobody_waits_for_was_killed_by_sigkill(
 
 def _loop_with_a_program(member, port, key, signals):
     with group(Member(0, 2, plain.store_of(port, key))) as comm:
+        reduce_ones(comm)
         signals.show("waiting")
 
         def loop():

@@ -3,8 +3,6 @@ import logging
 
 import pytest
 import torch
-
-from tcomm.errors import PeerLostError
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -348,27 +346,3 @@ def _integer_average(member):
 
 def test_an_average_of_integers_is_refused_with_a_process_group_too(on_ranks):
     assert on_ranks(2, _integer_average) == [[2.0] * 4] * 2
-
-
-def _interrupt(member):
-    comm = member.communicator(timeout=10.0)
-    comm.all_reduce(torch.ones(4))
-    if member.rank == 1:
-        real = comm._arena.channel.publish
-
-        def interrupted(phase, word):
-            real(phase, word)
-            raise KeyboardInterrupt
-
-        comm._arena.channel.publish = interrupted
-        with pytest.raises(KeyboardInterrupt):
-            comm.all_reduce(torch.ones(4))
-        comm._arena.channel.publish = real
-    else:
-        assert comm.all_reduce(torch.ones(4)).tolist() == [2.0] * 4
-    with pytest.raises(PeerLostError, match="rank 1 was interrupted in the middle of it"):
-        comm.all_reduce(torch.ones(4))
-
-
-def test_an_interrupted_rank_is_never_out_of_step_without_a_word(on_ranks):
-    on_ranks(2, _interrupt)
