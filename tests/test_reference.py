@@ -42,7 +42,7 @@ def _special_values(dtype):
 
 
 def difference(got, want, op="sum"):
-    """What is wrong with `got`; empty when it has the bits of `want`, NaN being NaN and a max of zeros a zero."""
+    """What is wrong with `got`; empty when it has the bits of `want`, but for NaN and for zeros of max."""
     if (got.shape, got.dtype) != (want.shape, want.dtype):
         return f"{got.dtype} {list(got.shape)} instead of {want.dtype} {list(want.shape)}"
     bits = INT_BITS[got.dtype.itemsize]
@@ -126,4 +126,6 @@ def test_a_wrong_bit_is_noticed():
     assert difference(y, x) == "1 of 4 differ, first [1]: 2.000000238418579 for 2.0"
     assert difference(x, -x * torch.tensor([-1.0, -1.0, 1.0, 1.0])) != ""
     assert difference(torch.tensor([-0.0]), torch.tensor([0.0]), "max") == ""
-    assert difference(torch.tensor([1]), torch.tensor([1.0])) == "torch.int64 [1] instead of torch.float32 [1]"
+    assert (
+        difference(torch.tensor([1]), torch.tensor([1.0])) == "torch.int64 [1] instead of torch.float32 [1]"
+    )

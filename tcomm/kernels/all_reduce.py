@@ -331,11 +331,14 @@ def _run(
         name = str(x.dtype).removeprefix("torch.")
         call = CallDescription("all_reduce", name, tuple(x.shape), op, algorithm=f"triton:{algorithm}")
     flat_x, flat_out = x.view(-1), out.view(-1)
-    tile = tile_numel(x.itemsize)
+    # A lane is 8 bytes, and carries 4 bytes of x.
+    by_lanes = kernel is _one_shot_ll_all_reduce_kernel
+    tile = tile_numel(8 if by_lanes else x.itemsize)
+    per_item = 4 // x.itemsize if by_lanes else 1
     acc = _TRITON_DTYPES[acc_dtype(x.dtype)]
     for start, numel in cut(x.numel(), x.itemsize, capacity):
         launch(
-            kernel, grid_of(triton.cdiv(numel, tile)), arena, call, timeout,
+            kernel, grid_of(triton.cdiv(numel, tile * per_item)), arena, call, timeout,
             flat_x[start : start + numel], flat_out[start : start + numel], numel,
             BLOCK=tile, OP=op, ACC=acc, **constants,
         )  # fmt: skip

@@ -18,6 +18,7 @@ from tcomm.memory import control
 from tcomm.memory.control import ErrorKind, Word
 
 __all__ = [
+    "INTERPRETED",
     "accumulate",
     "await_peers",
     "begin_call",
@@ -210,9 +211,10 @@ def accumulate(acc, value, OP: tl.constexpr):
     """One more rank's values onto those of the ranks before it."""
     if OP == "max":
         return tl.where((acc > value) | (acc != acc), acc, value)
-    if OP == "min":
+    elif OP == "min":
         return tl.where((acc < value) | (acc != acc), acc, value)
-    return acc + value
+    else:
+        return acc + value
 
 
 @triton.jit
@@ -223,4 +225,5 @@ def rounded(acc, dtype: tl.constexpr):
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         nearest = tl.where(acc != acc, 0x7FC0, nearest)
         return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return acc.to(dtype)
+    else:
+        return acc.to(dtype)

@@ -81,7 +81,8 @@ def _packed(x_ptr, offs, numel):
         low = tl.load(x_ptr + 2 * offs, mask=2 * offs < numel, other=0).to(tl.uint16, bitcast=True)
         high = tl.load(x_ptr + 2 * offs + 1, mask=2 * offs + 1 < numel, other=0).to(tl.uint16, bitcast=True)
         return low.to(tl.int64) | (high.to(tl.int64) << 16)
-    return tl.load(x_ptr + offs, mask=offs < numel, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
+    else:
+        return tl.load(x_ptr + offs, mask=offs < numel, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
 
 
 @triton.jit
@@ -89,7 +90,8 @@ def _element(bits, half: tl.constexpr, dtype: tl.constexpr):
     """Element `half` (0 or 1) of each word; a 32-bit word has one, which is given for both."""
     if dtype.primitive_bitwidth == 16:
         return (bits >> (16 * half)).to(tl.uint16).to(dtype, bitcast=True)
-    return bits.to(tl.uint32).to(dtype, bitcast=True)
+    else:
+        return bits.to(tl.uint32).to(dtype, bitcast=True)
 
 
 @triton.jit
@@ -114,7 +116,8 @@ def _await_lanes(ptrs, mask, page, source, word, budget, ATOMIC_POLL: tl.constex
 def _poll_lanes(ptrs, mask, ATOMIC_POLL: tl.constexpr):
     if ATOMIC_POLL:
         return tl.atomic_add(ptrs, 0, mask=mask, sem="acquire", scope="sys")
-    return tl.load(ptrs, mask=mask, other=0, volatile=True)
+    else:
+        return tl.load(ptrs, mask=mask, other=0, volatile=True)
 
 
 @triton.jit

@@ -16,12 +16,15 @@ from tcomm.memory.arena import Arena, Staging
 from tcomm.memory.control import MAX_BLOCKS
 from tcomm.signature import CallDescription
 
-__all__ = ["common_constants", "grid_of", "launch", "launches", "tile_numel"]
+__all__ = ["COMPILED_THREADS", "common_constants", "grid_of", "launch", "launches", "tile_numel"]
 
 launches: collections.Counter[str] = collections.Counter()
 """How often each kernel was launched in this process, by name."""
 
-_COMPILED_TILE_BYTES = 16 * 1024
+COMPILED_THREADS = 256
+"""Threads of a compiled program: 8 warps of 32, 4 waves of 64."""
+# One 16-byte access per thread and source: with 16 sources in flight nothing spills.
+_COMPILED_TILE_BYTES = 16 * COMPILED_THREADS
 _COMPILED_BLOCKS = 16
 _COMPILED_POLLS = 1 << 31
 _INTERPRETED_BLOCKS = 2

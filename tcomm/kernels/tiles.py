@@ -2,42 +2,47 @@
 
 A span's tile `t` belongs to program `t % num_programs` on every rank, so that what a program waits for is
 the work of the same program of its peers. Full tiles are not masked: a mask whose bound is unknown would
-split every 128-bit access into scalars. Loops are `while`, because `range` over a run-time bound fails in
-the interpreter of Triton 3.6.
+split every 128-bit access into scalars. What is left behind the last full tile goes in small masked steps,
+since scalars of a whole tile would not fit the registers. Loops are `while`, because `range` over a run-time
+bound fails in the interpreter of Triton 3.6.
 """
 
 import triton
 import triton.language as tl
 
-from tcomm.kernels.device import accumulate, pointer_to, rounded
+from tcomm.kernels.device import INTERPRETED, accumulate, pointer_to, rounded
 
 __all__ = ["copy_span", "reduce_span", "spread_span"]
 
 
 @triton.jit
-def _tile_offsets(tile, BLOCK: tl.constexpr):
-    return tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-
-
-@triton.jit
-def _tile_mask(offs, numel, FULL: tl.constexpr):
+def _offsets(start, numel, SIZE: tl.constexpr, FULL: tl.constexpr):
+    """Offsets of a tile, and which of them count."""
+    offs = start + tl.arange(0, SIZE)
     if FULL:
-        return tl.full(offs.shape, True, tl.int1)
-    return offs < numel
+        return offs, tl.full((SIZE,), True, tl.int1)
+    else:
+        return offs, offs < numel
 
 
 @triton.jit
 def copy_span(src_ptr, dst_ptr, numel, BLOCK: tl.constexpr):
     """dst[i] = src[i] for i < numel."""
-    tile = tl.program_id(0)
+    TAIL: tl.constexpr = BLOCK if INTERPRETED else BLOCK // 8
+    tile = tl.program_id(0).to(tl.int64)
     while tile < numel // BLOCK:
-        offs = _tile_offsets(tile, BLOCK)
-        tl.store(dst_ptr + offs, tl.load(src_ptr + offs))
+        _copy_tile(src_ptr, dst_ptr, numel, tile * BLOCK, BLOCK, True)
         tile += tl.num_programs(0)
-    if tile == numel // BLOCK:
-        offs = _tile_offsets(tile, BLOCK)
-        mask = _tile_mask(offs, numel, False)
-        tl.store(dst_ptr + offs, tl.load(src_ptr + offs, mask=mask), mask=mask)
+    start = tile * BLOCK
+    while (start < numel) & (tile == numel // BLOCK):
+        _copy_tile(src_ptr, dst_ptr, numel, start, TAIL, False)
+        start += TAIL
+
+
+@triton.jit
+def _copy_tile(src_ptr, dst_ptr, numel, start, SIZE: tl.constexpr, FULL: tl.constexpr):
+    offs, mask = _offsets(start, numel, SIZE, FULL)
+    tl.store(dst_ptr + offs, tl.load(src_ptr + offs, mask=mask), mask=mask)
 
 
 @triton.jit
@@ -46,21 +51,23 @@ def spread_span(
     WORLD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dst_p[i] = src[i] for i < numel and every rank p, its own neighbour first."""
-    tile = tl.program_id(0)
+    TAIL: tl.constexpr = BLOCK if INTERPRETED else BLOCK // 8
+    tile = tl.program_id(0).to(tl.int64)
     while tile < numel // BLOCK:
-        _spread_tile(src_ptr, dst_ptrs, dst_offset, numel, rank, tile, WORLD, BLOCK, True)
+        _spread_tile(src_ptr, dst_ptrs, dst_offset, numel, rank, tile * BLOCK, WORLD, BLOCK, True)
         tile += tl.num_programs(0)
-    if tile == numel // BLOCK:
-        _spread_tile(src_ptr, dst_ptrs, dst_offset, numel, rank, tile, WORLD, BLOCK, False)
+    start = tile * BLOCK
+    while (start < numel) & (tile == numel // BLOCK):
+        _spread_tile(src_ptr, dst_ptrs, dst_offset, numel, rank, start, WORLD, TAIL, False)
+        start += TAIL
 
 
 @triton.jit
 def _spread_tile(
-    src_ptr, dst_ptrs, dst_offset, numel, rank, tile,
-    WORLD: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    src_ptr, dst_ptrs, dst_offset, numel, rank, start,
+    WORLD: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    offs = _tile_offsets(tile, BLOCK)
-    mask = _tile_mask(offs, numel, FULL)
+    offs, mask = _offsets(start, numel, SIZE, FULL)
     value = tl.load(src_ptr + offs, mask=mask)
     for step in tl.static_range(WORLD):
         peer = (rank + step + 1) % WORLD
@@ -79,29 +86,31 @@ def reduce_span(
     Source s lies `src_offset + s * SLOT_BYTES` bytes into the buffer of rank
     `first_holder + s * HOLDER_STEP`: one rank holds them all (0, SLOT_BYTES) or each its own (1, 0).
     """
-    tile = tl.program_id(0)
+    TAIL: tl.constexpr = BLOCK if INTERPRETED else BLOCK // 8
+    tile = tl.program_id(0).to(tl.int64)
     while tile < numel // BLOCK:
         _reduce_tile(
-            dst_ptr, src_ptrs, first_holder, src_offset, numel, tile,
+            dst_ptr, src_ptrs, first_holder, src_offset, numel, tile * BLOCK,
             WORLD, BLOCK, OP, ACC, HOLDER_STEP, SLOT_BYTES, True,
         )  # fmt: skip
         tile += tl.num_programs(0)
-    if tile == numel // BLOCK:
+    start = tile * BLOCK
+    while (start < numel) & (tile == numel // BLOCK):
         _reduce_tile(
-            dst_ptr, src_ptrs, first_holder, src_offset, numel, tile,
-            WORLD, BLOCK, OP, ACC, HOLDER_STEP, SLOT_BYTES, False,
+            dst_ptr, src_ptrs, first_holder, src_offset, numel, start,
+            WORLD, TAIL, OP, ACC, HOLDER_STEP, SLOT_BYTES, False,
         )  # fmt: skip
+        start += TAIL
 
 
 @triton.jit
 def _reduce_tile(
-    dst_ptr, src_ptrs, first_holder, src_offset, numel, tile,
-    WORLD: tl.constexpr, BLOCK: tl.constexpr, OP: tl.constexpr, ACC: tl.constexpr,
+    dst_ptr, src_ptrs, first_holder, src_offset, numel, start,
+    WORLD: tl.constexpr, SIZE: tl.constexpr, OP: tl.constexpr, ACC: tl.constexpr,
     HOLDER_STEP: tl.constexpr, SLOT_BYTES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     dtype = dst_ptr.dtype.element_ty
-    offs = _tile_offsets(tile, BLOCK)
-    mask = _tile_mask(offs, numel, FULL)
+    offs, mask = _offsets(start, numel, SIZE, FULL)
     acc = tl.load(pointer_to(src_ptrs, first_holder, src_offset, dtype) + offs, mask=mask).to(ACC)
     for source in tl.static_range(1, WORLD):
         holder = first_holder + source * HOLDER_STEP

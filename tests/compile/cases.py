@@ -15,13 +15,12 @@ from triton.compiler import ASTSource
 
 from tcomm import kernels
 from tcomm.algorithms import acc_dtype
-from tcomm.kernels.launch import tile_numel
+from tcomm.kernels.launch import COMPILED_THREADS, tile_numel
 from tcomm.memory.layout import StagingLayout, slice_numel
 
 STAGING_BYTES = 8 * 1024 * 1024
-NUM_WARPS = 8
 MAX_REGISTERS = 128
-"""Two blocks of 8 warps on an SM, or of 8 waves on a CU, whose register files hold 512 x 128 of them.
+"""Two blocks of 256 threads on an SM or CU, whose register files hold 512 x 128 of them or more.
 
 As `maxnreg` it also keeps ptxas from spilling a few registers of its own accord, to fit a third block.
 """
@@ -139,7 +138,7 @@ def constants_of(case):
         "HALF_BYTES": layout.half_bytes,
         "SLOT_BYTES": layout.slot_bytes,
         "SLICE_UNIT": slice_numel(1, dtype.itemsize, 1),
-        "BLOCK": tile_numel(dtype.itemsize),
+        "BLOCK": tile_numel(8 if "_ll_" in case.kernel else dtype.itemsize),
         "OP": case.op,
         "ACC": ACCUMULATORS[acc_dtype(dtype)],
     }
@@ -152,7 +151,7 @@ def compile_kernel(fn, target, dtype, constants, aligned=True, max_registers=MAX
     pointers = ("x_ptr", "out_ptr", "staging_ptrs", "pad_ptrs")[0 if aligned else 2 :]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
     values = {(names.index(name),): value for name, value in constants.items() if name in names}
-    options = {"num_warps": NUM_WARPS}
+    options = {"num_warps": COMPILED_THREADS // target.warp_size}
     if target.backend == "cuda":
         options["maxnreg"] = max_registers
     return triton.compile(ASTSource(fn, signature, values, attributes), target=target, options=options)

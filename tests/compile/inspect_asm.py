@@ -349,8 +349,8 @@ def check_spins(ptx, phases, lane_spins):
 
 
 def check_vectors(ptx, loops):
-    """Innermost loops move the payload by 128 bits; there are at least `loops` that load and store it."""
-    payloads = [[op for op in loop if ptx.is_payload(op)] for loop in ptx.loops]
+    """Unmasked loops move the payload by 128 bits; there are at least `loops` that load and store it."""
+    payloads = [[op for op in loop if ptx.is_payload(op) and not op.guarded] for loop in ptx.loops]
     payloads = [ops for ops in payloads if any(op.opcode.startswith("ld.") for op in ops)]
     narrow = [op for ops in payloads for op in ops if _bits(op)[1] < 128]
     assert not narrow, f"narrower than 128 bits in a loop: {_show(narrow[:4])}"
@@ -465,7 +465,9 @@ def check_gcn_acquires(flow, phases):
 
 
 def check_gcn_vectors(flow, loops):
-    moving = [loop for loop in flow.loops if any(map(_is_gcn_load, loop)) and any(map(_is_gcn_store, loop))]
+    """As `check_vectors`; a loop that masks lanes moves what is left behind the full tiles."""
+    unmasked = [loop for loop in flow.loops if not any(op.opcode.startswith("s_and_saveexec") for op in loop)]
+    moving = [loop for loop in unmasked if any(map(_is_gcn_load, loop)) and any(map(_is_gcn_store, loop))]
     accesses = [op for loop in moving for op in loop if _is_gcn_load(op) or _is_gcn_store(op)]
     narrow = [op for op in accesses if "dwordx4" not in op.opcode and not _is_gcn_table_read(op)]
     assert not narrow, f"narrower than 128 bits in a loop: {_show(narrow[:4])}"

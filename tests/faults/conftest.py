@@ -18,9 +18,11 @@ def _in_directory(member, directory, fn, args):
 @contextlib.contextmanager
 def _private_directory():
     directory = tempfile.mkdtemp(prefix=leaks.PRIVATE_PREFIX, dir="/dev/shm")
-    yield directory
-    left = os.listdir(directory)
-    shutil.rmtree(directory)
+    try:
+        yield directory
+        left = os.listdir(directory)
+    finally:
+        shutil.rmtree(directory)
     assert not left, f"names left in {directory}: {left}"
 
 

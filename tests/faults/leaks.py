@@ -13,7 +13,7 @@ SETTLE_SECONDS = 4.0
 OF_TORCH = "pt_gloo"
 """Threads that a process group starts when it needs them, and keeps."""
 PRIVATE_PREFIX = "tcomm-faults-"
-"""Directories of other runs of these tests."""
+"""Of the directories in /dev/shm that these tests make."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +70,10 @@ def _descendants(pid: int) -> dict[int, str]:
 
 def assert_as_before(before: Holdings) -> None:
     """Fail unless what this process has taken since `before` is given back, now or within seconds."""
-    gc.collect()
     deadline = time.monotonic() + SETTLE_SECONDS
     while added := Holdings.of_this_process().added_since(before):
         assert time.monotonic() < deadline, f"not given back: {added}"
+        gc.collect()
         time.sleep(0.02)
 
 
@@ -86,8 +86,8 @@ def given_back():
 
 
 def shared_names() -> set[str]:
-    """Names in /dev/shm, less those of other runs of these tests."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith(PRIVATE_PREFIX)}
+    """Names in /dev/shm, less those of other runs of tcomm; ours are in a directory of their own."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("tcomm-")}
 
 
 def assert_no_new_names(before: set[str]) -> None:

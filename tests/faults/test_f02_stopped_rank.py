@@ -16,7 +16,7 @@ from tests.faults.worlds import (
 )
 
 VICTIM = 1
-DEADLINE = 1.5
+DEADLINE = 1.2
 
 
 def _stop_in_the_middle(signals, epoch):
@@ -83,7 +83,7 @@ def _without_a_deadline(member, kind, signals):
 
 @pytest.mark.parametrize("kind", ["cpu", "triton"])
 def test_f02_without_a_deadline_the_call_completes_when_the_rank_goes_on(world, signals, kind):
-    stopped_for = DEADLINE + 0.5
+    stopped_for = DEADLINE + 0.3
 
     def go_on_later(processes):
         wait_until_stopped(processes[VICTIM].pid)

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import pathlib
 import signal
+import threading
 import time
 
 import torch
@@ -14,6 +15,7 @@ import torch
 import tcomm
 from tcomm.errors import CommError
 from tcomm.memory import shm
+from tcomm.memory.control import Word
 from tests.faults.leaks import given_back
 from tests.ranks import Member
 
@@ -114,6 +116,39 @@ def reduce_until_failure(comm, kind: str, signals: Signals, seconds: float = 30.
                 error.op, error.seq, error.rank, error.peers,
             )  # fmt: skip
     raise AssertionError(f"{calls} calls and no failure in {seconds} s")
+
+
+class CallInThread:
+    """A call of another thread, asked as a `Work` is."""
+
+    def __init__(self, call, *args) -> None:
+        self._value = self._error = None
+        self._thread = threading.Thread(target=self._run, args=(call, args), daemon=True)
+        self._thread.start()
+
+    def _run(self, call, args) -> None:
+        try:
+            self._value = call(*args)
+        except Exception as error:
+            self._error = error
+
+    def is_completed(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self, timeout: float):
+        self._thread.join(timeout)
+        assert self.is_completed(), f"still running after {timeout} s"
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+def wait_until_in_flight(comm, work, timeout: float = 10.0) -> None:
+    """Return when the thread behind `work` waits for a peer, or has ended."""
+    deadline = time.monotonic() + timeout
+    while not (work.is_completed() or comm._arena.channel.words[Word.WAITING_FOR]):
+        assert time.monotonic() < deadline, "the collective does not begin"
+        time.sleep(0.001)
 
 
 def hang(signals: Signals, name: str) -> None:

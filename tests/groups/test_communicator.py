@@ -68,7 +68,9 @@ def _any_stride(member):
         assert result.is_contiguous()
         assert difference(result, expected) == "", name
         holey = torch.full((*x.shape, 3), -1.0)
-        assert comm.all_reduce(x, out=holey[..., 1], algorithm=algorithm).data_ptr() == holey[..., 1].data_ptr()
+        assert (
+            comm.all_reduce(x, out=holey[..., 1], algorithm=algorithm).data_ptr() == holey[..., 1].data_ptr()
+        )
         assert difference(holey[..., 1], expected) == "", name
         assert holey[..., ::2].eq(-1).all(), name
     square = base[member.rank][:, :6, 0].t()

@@ -1,0 +1,116 @@
+import pytest
+import torch
+
+from tcomm.errors import ConfigError
+from tcomm.groups.arguments import (
+    check_out,
+    check_rank,
+    check_splits,
+    check_tensor,
+    dtype_name,
+    overlaps,
+    refuse_unequal_splits,
+)
+from tcomm.signature import CallDescription
+
+
+def _message(function, *args, **kwargs):
+    with pytest.raises(ConfigError) as caught:
+        function(*args, **kwargs)
+    return str(caught.value)
+
+
+def test_dtypes_go_by_their_short_name():
+    assert [dtype_name(d) for d in (torch.float32, torch.bfloat16)] == ["float32", "bfloat16"]
+
+
+def test_a_gradient_may_be_lost_only_where_none_is_recorded():
+    x = torch.ones(3, requires_grad=True)
+    assert _message(check_tensor, "send", x) == (
+        "send would lose the gradient of its input; call it under torch.no_grad() or on x.detach()"
+    )
+    assert check_tensor("send", x, loses_gradient=False) is x
+    with torch.no_grad():
+        assert check_tensor("send", x) is x
+    assert _message(check_tensor, "send", None) == "send takes a torch.Tensor, not NoneType"
+    assert _message(check_tensor, "send", torch.eye(3).to_sparse()) == (
+        "send takes a dense tensor, not one of layout torch.sparse_coo; call .to_dense() first"
+    )
+
+
+@pytest.mark.parametrize(
+    ("x", "out", "expected"),
+    [
+        ((0, 4, 1), (4, 4, 1), False),
+        ((0, 4, 1), (3, 4, 1), True),
+        ((3, 4, 1), (0, 4, 1), True),
+        ((0, 4, 1), (0, 4, 1), False),
+        ((0, 4, 1), (0, 3, 1), True),
+        ((0, 4, 2), (1, 4, 2), True),
+        ((0, 4, 2), (8, 4, 2), False),
+        ((0, 1, 1), (1, 1, 1), False),
+        ((2, 0, 1), (2, 4, 1), False),
+    ],
+)
+def test_overlap_is_a_matter_of_extents(x, out, expected):
+    base = torch.zeros(32)
+    views = [base.as_strided((length,), (stride,), start) for start, length, stride in (x, out)]
+    assert overlaps(*views) is expected
+    assert not overlaps(views[0], torch.zeros(4))
+
+
+def test_an_output_is_compared_with_what_is_needed():
+    x = torch.zeros(2, 3)
+    check_out("all_reduce", x, torch.empty(3, 2).t(), (2, 3))
+    check_out("all_gather_single", x, torch.empty(4, 3), (4, 3))
+    assert _message(check_out, "all_gather_single", x, torch.empty(2, 3), (4, 3)) == (
+        "out= of all_gather_single is float32 [2, 3] on cpu; needed float32 [4, 3] on cpu"
+    )
+    assert _message(check_out, "all_reduce", x, torch.empty(2, 3, device="meta"), (2, 3)) == (
+        "out= of all_reduce is float32 [2, 3] on meta; needed float32 [2, 3] on cpu"
+    )
+    assert _message(check_out, "all_reduce", x, x[:1].expand(2, 3), (2, 3)) == (
+        "out= of all_reduce overlaps the input without being the input; give other memory"
+    )
+
+
+@pytest.mark.parametrize("rank", [2, -1, "0", None, 1.0])
+def test_a_rank_that_is_not_in_the_group_is_refused(rank):
+    assert _message(check_rank, "send", "dst", rank, 2) == (
+        f"dst={rank!r} of send is not a rank of this group; ranks are 0 to 1"
+    )
+
+
+def test_a_rank_does_not_send_to_itself():
+    check_rank("broadcast", "root", 1, 2)
+    check_rank("send", "dst", 1, 2, myself=0)
+    assert _message(check_rank, "send", "dst", 1, 2, 1) == "dst=1 of send is this rank itself; name another"
+
+
+def test_splits_are_as_given_or_equal():
+    assert check_splits("send_splits", None, 6, 3) == (2, 2, 2)
+    assert check_splits("send_splits", [0, 6, 0], 6, 3) == (0, 6, 0)
+
+
+@pytest.mark.parametrize(
+    ("splits", "rows", "told"),
+    [
+        (None, 7, "7 rows do not divide among 3 ranks; give send_splits="),
+        ([1, 2], 3, "send_splits has 2 entries; needed one for each of 3 ranks"),
+        ([4, -1, 0], 3, "send_splits=[4, -1, 0] has a negative entry"),
+        ([1, 1, 2], 3, "send_splits=[1, 1, 2] adds up to 4; the tensor has 3 rows"),
+    ],
+)
+def test_splits_that_do_not_fit_are_refused(splits, rows, told):
+    assert _message(check_splits, "send_splits", splits, rows, 3) == told
+
+
+def test_every_pair_that_disagrees_is_named():
+    calls = [
+        CallDescription("all_to_all_single", send_splits=(1, 2), recv_splits=(1, 0)),
+        CallDescription("all_to_all_single", send_splits=(3, 4), recv_splits=(2, 5)),
+    ]
+    assert refuse_unequal_splits(calls) == [
+        "rank 1 sends 3 rows to rank 0, which expects 0",
+        "rank 1 sends 4 rows to rank 1, which expects 5",
+    ]

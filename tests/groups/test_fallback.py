@@ -1,0 +1,115 @@
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import tcomm
+from tcomm.errors import CapabilityError, CommError, PeerLostError, PeerTimeoutError
+from tcomm.groups.fallback import TorchFallback
+
+
+def _fallback(member):
+    member.process_group()
+    return TorchFallback("tp", dist.group.WORLD, None)
+
+
+def _bytes(member):
+    fallback = _fallback(member)
+    payload = bytes([member.rank]) * (3 * member.rank)
+    assert fallback.backends == (("cpu", "gloo"),) or ("cpu", "gloo") in fallback.backends
+    return fallback.gather_bytes(payload, 16, 20.0)
+
+
+def test_bytes_of_different_lengths_are_gathered(on_ranks):
+    assert on_ranks(3, _bytes) == [[b"", b"\1" * 3, b"\2" * 6]] * 3
+
+
+def _reduces(member):
+    fallback, seen = _fallback(member), []
+    for op, dtype in [
+        ("sum", torch.int8),
+        ("avg", torch.float32),
+        ("bxor", torch.int32),
+        ("product", torch.int64),
+    ]:
+        x, out = torch.tensor([3, 5]).to(dtype) + member.rank, torch.zeros(2, dtype=dtype)
+        fallback.all_reduce(x, out, op, 20.0)
+        fallback.all_reduce(x, x, op, 20.0)
+        assert x.equal(out)
+        seen.append(out.tolist())
+    return seen
+
+
+def test_operations_are_torchs(on_ranks):
+    assert on_ranks(2, _reduces) == [[[7, 11], [3.5, 5.5], [3 ^ 4, 5 ^ 6], [12, 30]]] * 2
+
+
+def _cannot(member):
+    fallback, told = _fallback(member), []
+    for dtype, op in [(torch.int16, "sum"), (torch.float8_e4m3fn, "sum")]:
+        x = torch.ones(3).to(dtype)
+        with pytest.raises(CapabilityError) as caught:
+            fallback.all_reduce(x, x, op, 20.0)
+        told.append(str(caught.value))
+    with pytest.raises(CommError) as caught:
+        fallback.all_reduce(torch.ones(3), torch.ones(3), "band", 20.0)
+    return told, str(caught.value), caught.value.op, caught.value.rank
+
+
+def test_what_torch_cannot_do_is_a_capability_and_other_refusals_name_the_verb(on_ranks):
+    for rank, (told, band, op, culprit) in enumerate(on_ranks(2, _cannot)):
+        assert all(line.startswith("torch.distributed cannot do this all_reduce: ") for line in told)
+        assert band.startswith("all_reduce of group 'tp' failed in torch.distributed: ")
+        assert (op, culprit) == ("all_reduce", rank)
+
+
+def _complex(member):
+    member.process_group()
+    with tcomm.Communicator() as comm:
+        x = torch.tensor([1 + 2j])
+        assert comm.all_reduce(x).tolist() == [2 + 4j]
+        with pytest.raises(tcomm.TcommError):
+            comm.all_reduce(x, "max")
+        return comm.all_reduce(x).tolist()
+
+
+def test_what_torch_refuses_by_value_is_an_error_of_ours_too(on_ranks):
+    assert on_ranks(2, _complex) == [[2 + 4j]] * 2
+
+
+def _silent(member):
+    fallback = _fallback(member)
+    x = torch.ones(3)
+    if member.rank == 1:
+        member.meet("done")
+        return None
+    started = time.monotonic()
+    with pytest.raises(PeerTimeoutError) as caught:
+        fallback.all_reduce(x, x, "sum", 0.5)
+    seconds = time.monotonic() - started
+    member.meet("done")
+    return str(caught.value), seconds
+
+
+def test_a_silent_peer_ends_in_our_timeout_after_the_callers_seconds(on_ranks):
+    told, seconds = on_ranks(2, _silent)[0]
+    assert told == "all_reduce of group 'tp' failed in torch.distributed: no answer for 0.5 s"
+    assert 0.4 < seconds < 5
+
+
+def _gone(member):
+    fallback = _fallback(member)
+    x = torch.ones(3)
+    fallback.all_reduce(x, x, "sum", 20.0)
+    if member.rank == 1:
+        return None
+    with pytest.raises(PeerLostError) as caught:
+        fallback.all_reduce(x, x, "sum", 20.0)
+    return str(caught.value)
+
+
+def test_a_closed_connection_is_a_lost_peer(on_ranks):
+    told = on_ranks(2, _gone)[0]
+    assert told.startswith("all_reduce of group 'tp' failed in torch.distributed: ")
+    assert "onnection" in told

@@ -1,0 +1,89 @@
+import time
+
+import pytest
+import torch.distributed as dist
+
+from tcomm.errors import RendezvousError
+from tcomm.memory.exchange import LocalExchange, StoreExchange
+
+
+def test_a_world_of_one_hands_its_payload_back():
+    assert LocalExchange().all_gather(b"x", 1.0) == [b"x"]
+
+
+def _rounds(member):
+    exchange = member.exchange("rounds")
+    gathered = []
+    for round_ in range(5):
+        if round_ % member.world_size == member.rank:
+            time.sleep(0.02)
+        gathered.append(exchange.all_gather(bytes([round_, member.rank]), 10.0))
+    return gathered
+
+
+def test_every_round_gives_every_payload_in_rank_order(on_ranks):
+    expected = [[bytes([round_, rank]) for rank in range(3)] for round_ in range(5)]
+    assert on_ranks(3, _rounds) == [expected] * 3
+
+
+def _payloads(member):
+    payload = {0: b"", 1: bytes(range(256)) * 16}[member.rank]
+    return member.exchange("payloads").all_gather(payload, 10.0)
+
+
+def test_payloads_may_be_empty_and_hold_any_byte(on_ranks):
+    assert on_ranks(2, _payloads) == [[b"", bytes(range(256)) * 16]] * 2
+
+
+def test_a_timeout_names_the_missing_ranks():
+    store = dist.HashStore()
+    store.set("tcomm/tp/1/0/2", b"here")
+    started = time.monotonic()
+    with pytest.raises(RendezvousError) as caught:
+        StoreExchange(store, 0, 4, "tcomm/tp/1").all_gather(b"", 0.3)
+    assert 0.25 < time.monotonic() - started < 5
+    assert str(caught.value) == (
+        "ranks [1, 3] of 4 did not come to 'tcomm/tp/1' within 0.3 s; check that they are running and call "
+        "the same things in the same order, or give a longer timeout"
+    )
+
+
+class _InterruptedError(Exception):
+    pass
+
+
+def test_a_check_may_end_the_wait():
+    calls = []
+
+    def check():
+        calls.append(1)
+        if len(calls) == 3:
+            raise _InterruptedError
+
+    with pytest.raises(_InterruptedError):
+        StoreExchange(dist.HashStore(), 0, 2, "tp").all_gather(b"", 30.0, check)
+
+
+def test_a_long_lived_group_leaves_few_keys_behind():
+    store = dist.HashStore()
+    exchanges = [StoreExchange(store, rank, 1, "tp") for rank in (0,)]
+    for _ in range(20):
+        exchanges[0].all_gather(b"", 1.0)
+    assert store.num_keys() <= 3
+
+
+def test_a_store_that_is_gone_is_a_failed_rendezvous():
+    class Gone:
+        def set(self, key, value):
+            raise dist.DistNetworkError("connection reset")
+
+    with pytest.raises(RendezvousError) as caught:
+        StoreExchange(Gone(), 0, 2, "tp").all_gather(b"", 1.0)
+    assert str(caught.value) == "the store of group 'tp' failed: connection reset"
+
+
+def test_groups_on_one_store_do_not_read_each_others_keys():
+    store = dist.HashStore()
+    first = StoreExchange(store, 0, 1, "a").all_gather(b"1", 1.0)
+    second = StoreExchange(store, 0, 1, "b").all_gather(b"2", 1.0)
+    assert (first, second) == ([b"1"], [b"2"])
