@@ -19,6 +19,7 @@ __all__ = [
     "check_splits",
     "check_tensor",
     "dtype_name",
+    "find_unequal_splits",
     "refuse_unequal_splits",
 ]
 
@@ -70,6 +71,8 @@ def check_out(verb: str, x: torch.Tensor, out: torch.Tensor, shape: Sequence[int
         )
     if overlaps(x, out):
         raise ConfigError(f"out= of {verb} overlaps the input without being the input; give other memory")
+    if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
+        raise ConfigError(f"out= of {verb} has several elements in one place; give memory of its own to each")
 
 
 def overlaps(x: torch.Tensor, out: torch.Tensor) -> bool:
@@ -122,12 +125,16 @@ def check_splits(what: str, splits: Sequence[int] | None, rows: int, world_size:
     return tuple(splits)
 
 
+def find_unequal_splits(calls: Sequence[CallDescription]) -> list[tuple[int, int]]:
+    """Every (source, destination) of which one sends what the other does not expect."""
+    ranks = range(len(calls))
+    return [(s, d) for s in ranks for d in ranks if calls[s].send_splits[d] != calls[d].recv_splits[s]]
+
+
 def refuse_unequal_splits(calls: Sequence[CallDescription]) -> list[str]:
     """Every pair of ranks of which one sends what the other does not expect, as sentences."""
     return [
         f"rank {src} sends {calls[src].send_splits[dst]} rows to rank {dst}, "
         f"which expects {calls[dst].recv_splits[src]}"
-        for src in range(len(calls))
-        for dst in range(len(calls))
-        if calls[src].send_splits[dst] != calls[dst].recv_splits[src]
+        for src, dst in find_unequal_splits(calls)
     ]

@@ -44,7 +44,7 @@ _open: weakref.WeakSet[GroupHandle] = weakref.WeakSet()
 def _after_fork() -> None:
     for handle in list(_open):
         # A thread of the parent may hold the lock, and will never give it back here.
-        handle._lock = threading.RLock()
+        handle._lock, handle._queue_lock = threading.RLock(), threading.Lock()
         handle._foreign = f"the group belongs to process {os.getppid()}, from which this one was forked"
 
 
@@ -68,6 +68,7 @@ class GroupHandle:
         self.global_ranks = members.global_ranks
         self.timeout = resolve_timeout(self.config.timeout if isinstance(timeout, Unset) else timeout)
         self._lock = threading.RLock()
+        self._queue_lock = threading.Lock()
         self._foreign = ""
         self._executor: concurrent.futures.ThreadPoolExecutor | None = None
         self._last_work: concurrent.futures.Future[torch.Tensor] | None = None
@@ -120,15 +121,21 @@ class GroupHandle:
 
     def _in_order(self, run: Callable[[], torch.Tensor], async_op: bool) -> torch.Tensor | Work:
         """Run now, or where asynchronous calls are under way, behind them."""
-        with self._lock:
+        # Not the lock that a call holds while it waits for its peers: a handle is given at once.
+        with self._queue_lock:
             self._refuse_foreign()
             if self._last_work is not None and self._last_work.done():
                 self._last_work = None
-            if not async_op and self._last_work is None:
-                with self._whole():
-                    return run()
-            work = self._submit(run)
+            behind = async_op or self._last_work is not None
+            work = self._submit(lambda: self._call(run)) if behind else None
+        if work is None:
+            return self._call(run)
         return work if async_op else work.wait()
+
+    def _call(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with self._lock, self._whole():
+            self._refuse_foreign()
+            return run()
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
@@ -166,6 +173,9 @@ class GroupHandle:
         A collective in flight on this rank is completed first. Peers that call another one are told that
         this rank left.
         """
+        self._close("it closed the group")
+
+    def _close(self, reason: str) -> None:
         if self._executor is not None and not self._foreign:
             self._executor.shutdown()
         with self._lock:
@@ -177,7 +187,7 @@ class GroupHandle:
             self._fallback = None
             del self._agreement, self._planner
             if self._arena is not None:
-                self._arena.close("it closed the group")
+                self._arena.close(reason)
         _open.discard(self)
 
     def __enter__(self) -> Self:
@@ -189,7 +199,7 @@ class GroupHandle:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        self._close("it closed the group" if error is None else f"{type(error).__name__}: {error}")
 
     def __repr__(self) -> str:
         memory = "shared memory" if self._arena is not None else "torch.distributed"

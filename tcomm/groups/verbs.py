@@ -21,6 +21,7 @@ from tcomm.groups.arguments import (
     check_splits,
     check_tensor,
     dtype_name,
+    find_unequal_splits,
     refuse_unequal_splits,
 )
 from tcomm.groups.fallback import TorchFallback
@@ -93,7 +94,7 @@ class FallbackVerbs(GroupHandle):
             CapabilityError: when there is no process group to carry it out.
             CollectiveMismatchError, PeerLostError, PeerTimeoutError, GroupClosedError: see `all_reduce`.
         """
-        check_tensor("broadcast", x)
+        check_tensor("broadcast", x, self.world_size > 1)
         check_rank("broadcast", "root", root, self.world_size)
         call = CallDescription("broadcast", dtype_name(x.dtype), tuple(x.shape), root=root)
 
@@ -142,7 +143,7 @@ class FallbackVerbs(GroupHandle):
         Raises:
             ConfigError, CapabilityError, CommError: as for `broadcast`.
         """
-        check_tensor("all_gather_single", x)
+        check_tensor("all_gather_single", x, self.world_size > 1)
         if x.dim() == 0:
             raise ConfigError(
                 "all_gather_single of a 0-d tensor has no dimension to gather along; reshape(1)"
@@ -198,7 +199,7 @@ class FallbackVerbs(GroupHandle):
         Raises:
             ConfigError, CapabilityError, CommError: as for `broadcast`.
         """
-        check_tensor("reduce_scatter_single", x)
+        check_tensor("reduce_scatter_single", x, self.world_size > 1)
         reduce = reduce_op_name(op)
         if x.dim() == 0 or x.shape[0] % self.world_size:
             raise ConfigError(
@@ -260,7 +261,7 @@ class FallbackVerbs(GroupHandle):
             ConfigError, CapabilityError, CommError: as for `broadcast`.
             CollectiveMismatchError: also when one rank sends what another does not expect; names the pair.
         """
-        check_tensor("all_to_all_single", x)
+        check_tensor("all_to_all_single", x, self.world_size > 1)
         if x.dim() == 0:
             raise ConfigError("all_to_all_single of a 0-d tensor has no rows; reshape(1)")
         sends = check_splits("send_splits", send_splits, x.shape[0], self.world_size)
@@ -320,6 +321,7 @@ class FallbackVerbs(GroupHandle):
         return out
 
     def _torch(self, call: CallDescription) -> TorchFallback:
+        self._refuse_foreign()
         if self._fallback is None:
             raise CapabilityError(
                 f"{call.op} of group {self.name!r} needs torch.distributed, and there is no process group "
@@ -367,7 +369,9 @@ class FallbackVerbs(GroupHandle):
                 f"all_to_all_single of group {self.name!r}: " + "; ".join(unequal),
                 group=self.name,
                 op="all_to_all_single",
+                seq=self._agreement.seq,
                 rank=self.rank,
+                peers=sorted({rank for pair in find_unequal_splits(calls) for rank in pair}),
             )
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "await_peers",
     "begin_call",
     "finish_call",
+    "is_aborted",
     "launched_rank",
     "page_of",
     "pointer_to",
@@ -64,8 +65,11 @@ else:
 
 @triton.jit
 def launched_rank(rank):
-    """The rank that this program works for. The one place to change when ranks become a grid axis."""
-    return rank
+    """The rank that this program works for. The one place to change when ranks become a grid axis.
+
+    64 bits wide: offsets that are multiples of it pass 2**31 in large staging.
+    """
+    return rank.to(tl.int64)
 
 
 @triton.jit
@@ -127,7 +131,6 @@ def await_peers(
     mask = peers < WORLD
     inbox = page + _arrivals(phase, word) + peers
     epoch = (word >> 32) & _EPOCH_MASK
-    abort = epoch | (1 << 32)
     waiting = _count_absent(inbox, mask, epoch, ATOMIC_POLL)
     polls = tl.full((), 0, tl.int64)
     given_up = tl.full((), 0, tl.int32)
@@ -135,8 +138,7 @@ def await_peers(
         given_up = pause(phase, tl.program_id(0), word)
         polls += 1
         given_up = tl.where(polls >= budget, 1, given_up)
-        aborted = tl.load(page + _ABORT, volatile=True) == abort
-        given_up = tl.where(aborted, 1, given_up)
+        given_up = tl.where(is_aborted(page, word), 1, given_up)
         waiting = _count_absent(inbox, mask, epoch, ATOMIC_POLL)
     # The polls above order nothing; this reads the words again, with acquire.
     seen = tl.atomic_add(inbox, 0, mask=mask, sem="acquire", scope="sys")
@@ -147,8 +149,19 @@ def await_peers(
     kind = tl.where((kind == 0) & (tl.sum(late.to(tl.int32), axis=0) > 0), _TIMEOUT, kind)
     if kind != 0:
         _record(page, phase, word, seen, kind, tl.where(kind == _MISMATCH, differs, late), LANES)
-        tl.atomic_xchg(page + _ABORT, abort, sem="release", scope="gpu")
     return kind
+
+
+@triton.jit
+def is_aborted(page, word):
+    """Whether another block of this launch has given the call up."""
+    return tl.load(page + _ABORT, volatile=True) == _abort_of(word)
+
+
+@triton.jit
+def _abort_of(word):
+    """What the abort word holds when the call of `word` was given up: its epoch, so that nothing resets it."""
+    return ((word >> 32) & _EPOCH_MASK) | (1 << 32)
 
 
 @triton.jit
@@ -204,6 +217,7 @@ def _claim_record(page, phase, word, theirs, kind, peer):
         tl.store(page + _ERROR_SEEN, theirs)
         tl.store(page + _ERROR_PHASE, tl.full((), 0, tl.int64) + phase)
         tl.store(page + _ERROR_BLOCK, tl.program_id(0).to(tl.int64))
+    tl.atomic_xchg(page + _ABORT, _abort_of(word), sem="release", scope="gpu")
 
 
 @triton.jit

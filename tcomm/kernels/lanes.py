@@ -7,7 +7,7 @@ them in time, so a lane that carries the epoch of a call was written in that cal
 import triton
 import triton.language as tl
 
-from tcomm.kernels.device import accumulate, pause, pointer_to, record_late, rounded
+from tcomm.kernels.device import accumulate, is_aborted, pause, pointer_to, record_late, rounded
 from tcomm.memory import control
 
 __all__ = ["push_lanes", "reduce_lanes"]
@@ -105,6 +105,7 @@ def _await_lanes(ptrs, mask, page, source, word, budget, ATOMIC_POLL: tl.constex
         given_up = pause(_LANES_OF + source, tl.program_id(0), word)
         polls += 1
         given_up = tl.where(polls >= budget, 1, given_up)
+        given_up = tl.where(is_aborted(page, word), 1, given_up)
         waiting = _count_stale(_poll_lanes(ptrs, mask, ATOMIC_POLL), mask, word)
     if waiting > 0:
         record_late(page, source, word)

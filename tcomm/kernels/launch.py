@@ -16,13 +16,23 @@ from tcomm.memory.arena import Arena, Staging
 from tcomm.memory.control import MAX_BLOCKS
 from tcomm.signature import CallDescription
 
-__all__ = ["COMPILED_THREADS", "common_constants", "grid_of", "launch", "launches", "tile_numel"]
+__all__ = [
+    "COMPILED_MAX_REGISTERS",
+    "COMPILED_THREADS",
+    "common_constants",
+    "grid_of",
+    "launch",
+    "launches",
+    "tile_numel",
+]
 
 launches: collections.Counter[str] = collections.Counter()
 """How often each kernel was launched in this process, by name."""
 
 COMPILED_THREADS = 256
 """Threads of a compiled program: 8 warps of 32, 4 waves of 64."""
+COMPILED_MAX_REGISTERS = 128
+"""`maxnreg` of a compiled kernel: without it ptxas spills of its own accord, to fit a third block on an SM."""
 # One 16-byte access per thread and source: with 16 sources in flight nothing spills.
 _COMPILED_TILE_BYTES = 16 * COMPILED_THREADS
 _COMPILED_BLOCKS = 16

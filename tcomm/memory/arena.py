@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import secrets
+import weakref
+from collections.abc import Sequence
 
 import msgspec
 
@@ -50,7 +52,11 @@ class Arena:
         self.channel = channel
         self.staging: Staging | None = None
         self._transport = transport
-        self._lock_fd = lock_fd
+        # Who drops a group instead of closing it gives its descriptors back, too.
+        self._release = weakref.finalize(
+            channel, _release, channel.pages[channel.rank], channel.processes, lock_fd
+        )
+        self._release.atexit = False
 
     @property
     def rank(self) -> int:
@@ -97,16 +103,20 @@ class Arena:
 
     def close(self, reason: str) -> None:
         """Tell the peers that this rank leaves, and give everything back. May be called twice."""
-        page = self.channel.pages[self.rank]
-        page.leave(reason)
-        cancel_leaving(page)
-        for process in self.channel.processes:
-            if process is not None:
-                process.close()
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-        self._lock_fd = -1
+        self.channel.pages[self.rank].leave(reason)
+        self._release()
         self.staging = None
+
+
+def _release(page: ControlPage, processes: Sequence[PeerProcess | None], lock_fd: int) -> None:
+    # A forked child drops what it inherits, and its parent has not left.
+    if page.words[Word.PID] == os.getpid():
+        page.leave("its communicator was dropped without close()")
+    cancel_leaving(page)
+    for process in processes:
+        if process is not None:
+            process.close()
+    os.close(lock_fd)
 
 
 class _Hello(msgspec.Struct, frozen=True):
@@ -142,11 +152,8 @@ def open_arena(
     me = my_identity()
     nonce = secrets.randbits(63)
     pages[rank].initialise(rank, world_size, nonce, me.pid, me.start_time)
-    payloads = exchange.all_gather(msgspec.msgpack.encode(_Hello(me, nonce)), timeout)
-    hellos = [msgspec.msgpack.decode(payload, type=_Hello) for payload in payloads]
-    wrong = [r for r in range(world_size) if not pages[r].matches(r, hellos[r].nonce)]
-    processes = [None if r == rank else PeerProcess(hellos[r].identity, fds[r]) for r in range(world_size)]
-    verdicts = exchange.all_gather(str(wrong or "").encode(), timeout)
+    payload = msgspec.msgpack.encode(_Hello(me, nonce))
+    processes, verdicts = _introduce(exchange, payload, pages, fds, timeout)
     channel = Channel(group, rank, pages, processes, spins)
     arena = Arena(exchange, transport, control, channel, fds[rank])
     refusals = [f"rank {r} reads other memory of {v.decode()}" for r, v in enumerate(verdicts) if v]
@@ -155,3 +162,25 @@ def open_arena(
         return NotShared("the ranks share no memory (" + "; ".join(refusals) + ")")
     announce_leaving(pages[rank])
     return arena
+
+
+def _introduce(
+    exchange: Exchange, hello: bytes, pages: Sequence[ControlPage], fds: Sequence[int], timeout: float
+) -> tuple[list[PeerProcess | None], list[bytes]]:
+    """Watch the peers, and say whose page is not theirs; closes `fds` when somebody does not come."""
+    rank, world_size = exchange.rank, exchange.world_size
+    processes: list[PeerProcess | None] = []
+    try:
+        hellos = [msgspec.msgpack.decode(p, type=_Hello) for p in exchange.all_gather(hello, timeout)]
+        wrong = [r for r in range(world_size) if not pages[r].matches(r, hellos[r].nonce)]
+        processes.extend(
+            None if r == rank else PeerProcess(hellos[r].identity, fds[r]) for r in range(world_size)
+        )
+        return processes, exchange.all_gather(str(wrong or "").encode(), timeout)
+    except BaseException:
+        for process in processes:
+            if process is not None:
+                process.close()
+        for r in {rank, *range(len(processes), world_size)}:
+            os.close(fds[r])
+        raise

@@ -92,7 +92,7 @@ class SymmetricBuffer:
         if offset < 0 or numel > flat.numel():
             wanted = numel * dtype.itemsize
             raise IndexError(f"{wanted} bytes at offset {offset} pass the end of a buffer of {self.nbytes}")
-        return flat[:numel].view(*shape)
+        return flat[:numel].view(tuple(shape))
 
 
 class Transport(Protocol):

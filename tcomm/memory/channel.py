@@ -146,6 +146,8 @@ class Channel:
         self.publish(0, word)
         self.await_peers(0, word)
         self.finish(epoch)
+        if self.words[Word.POISON_CODE]:
+            self._raise_poison()
         return epoch
 
     def _renew(self, epoch: int) -> None:
@@ -292,6 +294,13 @@ class Channel:
     def find_gone(self) -> list[int]:
         """The peers that have left or died."""
         return [peer for peer in self.peers if self.is_gone(peer)]
+
+    def refuse_the_lost(self) -> None:
+        """Raise when the group was given up, or a peer is gone."""
+        if self.words[Word.POISON_CODE]:
+            self._raise_poison()
+        if gone := self.find_gone():
+            self.lose(gone, self.words[Word.EPOCH])
 
     def lose(self, peers: Sequence[int], epoch: int) -> NoReturn:
         """Give the group up because peers are dead or gone, and raise."""

@@ -19,6 +19,15 @@ _lock = threading.Lock()
 _installed = False
 
 
+def _after_fork() -> None:
+    """Multiprocessing forgets the finalizers of the parent, and a thread of it may have held the lock."""
+    global _installed, _lock
+    _installed, _lock = False, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def announce_leaving(page: ControlPage) -> None:
     """Have `page` say why when this process ends by an exception, an exit or its last line."""
     global _installed  # noqa: PLW0603 - one hook per process

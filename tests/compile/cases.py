@@ -15,11 +15,11 @@ from triton.compiler import ASTSource
 
 from tcomm import kernels
 from tcomm.algorithms import acc_dtype
-from tcomm.kernels.launch import COMPILED_THREADS, tile_numel
+from tcomm.kernels.launch import COMPILED_MAX_REGISTERS, COMPILED_THREADS, tile_numel
 from tcomm.memory.layout import StagingLayout, slice_numel
 
 STAGING_BYTES = 8 * 1024 * 1024
-MAX_REGISTERS = 128
+MAX_REGISTERS = COMPILED_MAX_REGISTERS
 """Two blocks of 256 threads on an SM or CU, whose register files hold 512 x 128 of them or more.
 
 As `maxnreg` it also keeps ptxas from spilling a few registers of its own accord, to fit a third block.

@@ -24,7 +24,7 @@ PTX_FLAWS = (
     ({"ACQUIRE_SEM": "relaxed", "ACQUIRE_BARRIER": False}, "acquire barriers", "no barrier between"),
     ({"LOAD_LATE": False}, "loads follow acquires", "has no acquire before it"),
     ({"DONE_SCOPE": "sys"}, "atomics", "atomics are"),
-    ({"POLL": "plain"}, "spins", "0 loops wait for words"),
+    ({"POLL": "plain"}, "spins", "loops wait for words"),
     ({"ALIGNED": False}, "vectors", "narrower than 128 bits"),
 )
 """Relaxed where a barrier is missing: Triton 3.9 puts one before a release and after an acquire by itself."""
@@ -39,7 +39,7 @@ GCN_FLAWS = (
     ({"PUBLISH_SEM": "relaxed"}, "publishes", "before global_atomic_swap"),
     ({"PUBLISH_SCOPE": "gpu"}, "publishes", "not at system scope"),
     ({"PUBLISH_SEM": "relaxed", "PUBLISH_BARRIER": False}, "publish barriers", "no barrier between"),
-    ({"POLL": "volatile"}, "spins", "0 loops wait for words"),
+    ({"POLL": "volatile"}, "spins", "loops wait for words"),
     ({"POLL": "atomic gpu"}, "spins", "through a cache"),
     ({"ACQUIRE_SEM": "relaxed"}, "acquires", "after global_"),
     ({"ALIGNED": False}, "vectors", "narrower than 128 bits"),

@@ -15,6 +15,10 @@ def ptx_of(case):
     return inspect_asm.Ptx(compiled(case).asm["ptx"])
 
 
+def lane_spins_of(case):
+    return case.world_size if case.protocol.lanes else 0
+
+
 def test_every_kernel_has_a_case():
     assert discovered_kernels().keys() == PROTOCOLS.keys()
 
@@ -46,13 +50,12 @@ def test_staging_is_read_only_after_an_acquire(case):
 
 @every_case
 def test_gpu_scope_is_for_own_words_only(case):
-    inspect_asm.check_atomics(ptx_of(case), case.protocol.phases)
+    inspect_asm.check_atomics(ptx_of(case), case.protocol.phases, lane_spins_of(case))
 
 
 @every_case
 def test_no_spin_loop_is_deleted(case):
-    lane_spins = case.world_size if case.protocol.lanes else 0
-    inspect_asm.check_spins(ptx_of(case), case.protocol.phases, lane_spins)
+    inspect_asm.check_spins(ptx_of(case), case.protocol.phases, lane_spins_of(case))
 
 
 @span_case

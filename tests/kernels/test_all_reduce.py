@@ -58,7 +58,7 @@ def _bits(member, names, numel):
     assert not any(found), "\n".join(filter(None, found))
 
 
-@pytest.mark.parametrize(("world_size", "numel"), [(2, 1001), (3, 515), (4, 129)])
+@pytest.mark.parametrize(("world_size", "numel"), [(2, 1001), (3, 515)])
 def test_every_operation_and_dtype_has_the_bits_of_the_reference(on_ranks, world_size, numel):
     on_ranks(world_size, _bits, TRITON, numel)
 
@@ -74,7 +74,7 @@ def _few_bits(member):
     assert not any(found), "\n".join(filter(None, found))
 
 
-@pytest.mark.parametrize("world_size", [1, 6, 8])
+@pytest.mark.parametrize("world_size", [1, 4, 6, 8])
 def test_worlds_of_other_sizes_have_the_bits_of_the_reference(on_ranks, world_size):
     on_ranks(world_size, _few_bits)
 
@@ -90,15 +90,14 @@ def _odd_sizes(member):
     assert not any(found), "\n".join(filter(None, found))
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_odd_and_empty_and_0d_sizes(on_ranks, world_size):
-    on_ranks(world_size, _odd_sizes)
+def test_odd_and_empty_and_0d_sizes(on_ranks):
+    on_ranks(3, _odd_sizes)
 
 
 def _in_place(member):
     use_tiles(8192)
     arena = member.arena()
-    cases = itertools.product(TRITON, [(5,), (1000,), (1003,)], [torch.float32, torch.bfloat16])
+    cases = itertools.product(TRITON, [(5,), (1003,)], [torch.float32, torch.bfloat16])
     found = [
         mistake(member, arena, seed, name, "avg", dtype, shape, in_place=True)
         for seed, (name, shape, dtype) in enumerate(cases)
@@ -131,9 +130,8 @@ def _guard(member):
     assert bytes_written_past(member, TRITON) == []
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_nothing_is_written_around_the_output(on_ranks, world_size):
-    on_ranks(world_size, _guard)
+def test_nothing_is_written_around_the_output(on_ranks):
+    on_ranks(3, _guard)
 
 
 def _poisoned(member):
@@ -161,9 +159,8 @@ def _larger_than_the_staging(member, names):
     assert not any(found), "\n".join(filter(None, found))
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_messages_larger_than_the_staging(on_ranks, world_size):
-    on_ranks(world_size, _larger_than_the_staging, TRITON)
+def test_messages_larger_than_the_staging(on_ranks):
+    on_ranks(3, _larger_than_the_staging, TRITON)
 
 
 def _again_and_again(member, name):
@@ -214,7 +211,7 @@ def _mixed(member, names, num_calls):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_shapes_dtypes_and_algorithms_alternate_with_random_delays(on_ranks, world_size):
-    on_ranks(world_size, _mixed, TRITON, 40)
+    on_ranks(world_size, _mixed, TRITON, 30)
 
 
 def _ranks_are_late_in_turn(member, name):

@@ -38,9 +38,9 @@ def test_results_are_right_across_the_wrap_of_the_epoch(on_ranks, names):
     on_ranks(2, _across, names, LAST_CALLS_OF_A_WRAP, 8)
 
 
-@pytest.mark.parametrize("quarter", [1, 2, 3])
+@pytest.mark.parametrize("quarter", [1, 3])
 def test_results_are_right_where_words_are_renewed(on_ranks, quarter):
-    on_ranks(3, _across, (*TRITON, *CPU), quarter * 2**30 - 2, 4)
+    on_ranks(2, _across, (*TRITON, *CPU), quarter * 2**30 - 2, 4)
 
 
 def _counts_on_past_zero(member):

@@ -24,7 +24,9 @@ def test_a_grid_never_passes_the_arrival_words(monkeypatch):
 def test_tiles_are_powers_of_two(itemsize, monkeypatch):
     assert tile_numel(itemsize).bit_count() == 1
     monkeypatch.setattr(launch_module, "is_interpreted", lambda: False)
-    assert tile_numel.__wrapped__(itemsize) * itemsize == 4 * 1024
+    compiled = tile_numel.__wrapped__(itemsize)
+    assert compiled.bit_count() == 1
+    assert compiled * itemsize == launch_module._COMPILED_TILE_BYTES
 
 
 def _constants(member):

@@ -37,7 +37,7 @@ def _alternating_grids(member, num_calls):
     assert not any(found), "\n".join(filter(None, found))
 
 
-@pytest.mark.parametrize(("world_size", "num_calls"), [(2, 24), (3, 12)])
+@pytest.mark.parametrize(("world_size", "num_calls"), [(2, 16), (3, 10)])
 def test_one_to_eight_programs_alternate(on_ranks, world_size, num_calls):
     on_ranks(world_size, _alternating_grids, num_calls)
 
