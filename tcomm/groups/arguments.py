@@ -20,6 +20,7 @@ __all__ = [
     "check_tensor",
     "dtype_name",
     "find_unequal_splits",
+    "refuse_integer_average",
     "refuse_unequal_splits",
 ]
 
@@ -90,6 +91,16 @@ def overlaps(x: torch.Tensor, out: torch.Tensor) -> bool:
 def _extent(x: torch.Tensor) -> tuple[int, int]:
     span = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     return x.data_ptr(), x.data_ptr() + span * x.itemsize + x.itemsize - 1
+
+
+def refuse_integer_average(reduce: str, dtype: torch.dtype) -> None:
+    """Check that an average can be what it is asked to be.
+
+    Raises:
+        ConfigError: when it cannot.
+    """
+    if reduce == "avg" and not (dtype.is_floating_point or dtype.is_complex):
+        raise ConfigError(f"the average of {dtype} is not a {dtype}")
 
 
 def check_rank(verb: str, what: str, rank: int, world_size: int, myself: int | None = None) -> None:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tcomm.algorithms import reduce_op_name
 from tcomm.errors import ConfigError
-from tcomm.groups.arguments import UNSET, Timeout, Unset, check_out, check_tensor
+from tcomm.groups.arguments import UNSET, Timeout, Unset, check_out, check_tensor, refuse_integer_average
 from tcomm.groups.handle import SETUP_SECONDS
 from tcomm.groups.plans import Plan
 from tcomm.groups.setup import from_process_group, from_store
@@ -152,7 +152,7 @@ class Communicator(FallbackVerbs):
                 self._refuse_foreign()
             seconds = self.timeout if timeout is UNSET else self._seconds(timeout)
             try:
-                plan, nbytes = self._plans[op, algorithm, x.dtype, x.shape, x.is_cpu]
+                plan, nbytes = self._plans[op, algorithm, x.dtype, x.shape, x.is_cpu, x.layout]
             except (KeyError, AttributeError, TypeError):
                 plan, nbytes = self._plan(x, out, op, algorithm, seconds)
             if out is None:
@@ -187,9 +187,13 @@ class Communicator(FallbackVerbs):
         check_tensor("all_reduce", x, self.world_size > 1)
         if out is not None:
             check_out("all_reduce", x, out, x.shape)
-        decision = self._decide(x, reduce_op_name(op), algorithm)
-        made = self._planner.plan_all_reduce(decision, x.shape, seconds), x.numel() * x.itemsize
-        self._plans[op, algorithm, x.dtype, x.shape, x.is_cpu] = made
+        reduce = reduce_op_name(op)
+        refuse_integer_average(reduce, x.dtype)
+        decision = self._decide(x, reduce, algorithm)
+        # Tensors made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            made = self._planner.plan_all_reduce(decision, x.shape, seconds), x.numel() * x.itemsize
+        self._plans[op, algorithm, x.dtype, x.shape, x.is_cpu, x.layout] = made
         return made
 
     def _new_like(self, x: torch.Tensor) -> torch.Tensor:
@@ -257,7 +261,8 @@ class Communicator(FallbackVerbs):
             if self._arena is None:
                 return
             nbytes = max(StagingLayout.for_message(max_nbytes, self.world_size), self.config.staging_bytes)
-            self._arena.grow(nbytes, SETUP_SECONDS)
+            with torch.inference_mode(False):
+                self._arena.grow(nbytes, SETUP_SECONDS)
             self._plans.clear()
 
 
@@ -268,6 +273,7 @@ def _is_apart(x: torch.Tensor, out: torch.Tensor, nbytes: int) -> bool:
         and out.shape == x.shape
         and out.dtype is x.dtype
         and out.is_cpu
+        and not out.requires_grad
         and abs(out.data_ptr() - x.data_ptr()) >= nbytes
     )
 

@@ -144,7 +144,7 @@ class TorchFallback:
                     pass
         except CommError:
             raise
-        except (RuntimeError, dist.DistError) as error:
+        except (RuntimeError, ValueError, dist.DistError) as error:
             self._translate(op, timeout, error)
 
     def _wait_a_little(self, work: dist.Work, deadline: float) -> bool:

@@ -127,10 +127,20 @@ class GroupHandle:
             if self._last_work is not None and self._last_work.done():
                 self._last_work = None
             behind = async_op or self._last_work is not None
-            work = self._submit(lambda: self._call(run)) if behind else None
+            work = self._submit(self._with_modes(run)) if behind else None
         if work is None:
             return self._call(run)
         return work if async_op else work.wait()
+
+    def _with_modes(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """`run` in the autograd modes of this moment, which another thread does not have."""
+        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+        def in_modes() -> torch.Tensor:
+            with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+                return self._call(run)
+
+        return in_modes
 
     def _call(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
         with self._lock, self._whole():

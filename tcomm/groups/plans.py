@@ -22,8 +22,8 @@ logger = logging.getLogger("tcomm")
 
 Plan = Callable[[torch.Tensor, torch.Tensor, "float | None"], object]
 """Takes contiguous x and out (which may be x) and the timeout in seconds. **Collective.**"""
-PlanKey = tuple[object, str, torch.dtype, torch.Size, bool]
-"""What a plan is made for: op as given, algorithm as given, dtype, shape, whether on the CPU."""
+PlanKey = tuple[object, str, torch.dtype, torch.Size, bool, torch.layout]
+"""What a plan is made for: op as given, algorithm as given, dtype, shape, whether on the CPU, layout."""
 
 
 class Planner:

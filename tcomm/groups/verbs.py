@@ -22,6 +22,7 @@ from tcomm.groups.arguments import (
     check_tensor,
     dtype_name,
     find_unequal_splits,
+    refuse_integer_average,
     refuse_unequal_splits,
 )
 from tcomm.groups.fallback import TorchFallback
@@ -201,6 +202,7 @@ class FallbackVerbs(GroupHandle):
         """
         check_tensor("reduce_scatter_single", x, self.world_size > 1)
         reduce = reduce_op_name(op)
+        refuse_integer_average(reduce, x.dtype)
         if x.dim() == 0 or x.shape[0] % self.world_size:
             raise ConfigError(
                 f"reduce_scatter_single of {list(x.shape)}: dim 0 does not divide by {self.world_size} ranks"

@@ -160,7 +160,7 @@ def is_aborted(page, word):
 
 @triton.jit
 def _abort_of(word):
-    """What the abort word holds when the call of `word` was given up: its epoch, so that nothing resets it."""
+    """What the abort word holds when the call of `word` was given up. Its epoch, so nothing resets it."""
     return ((word >> 32) & _EPOCH_MASK) | (1 << 32)
 
 

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from tcomm.memory.channel import Channel
 
 __all__ = ["interpreting", "pause"]
@@ -27,7 +29,9 @@ def interpreting(channel: Channel) -> Iterator[None]:
     with _one_launch:
         _channel = channel
         try:
-            yield
+            # Overflow and NaN are values on a GPU, and no warnings.
+            with np.errstate(all="ignore"):
+                yield
         finally:
             _channel = None
 

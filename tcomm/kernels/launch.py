@@ -32,7 +32,7 @@ launches: collections.Counter[str] = collections.Counter()
 COMPILED_THREADS = 256
 """Threads of a compiled program: 8 warps of 32, 4 waves of 64."""
 COMPILED_MAX_REGISTERS = 128
-"""`maxnreg` of a compiled kernel: without it ptxas spills of its own accord, to fit a third block on an SM."""
+"""`maxnreg` of a compiled kernel: without it ptxas spills of its own accord, to fit more blocks on an SM."""
 # One 16-byte access per thread and source: with 16 sources in flight nothing spills.
 _COMPILED_TILE_BYTES = 16 * COMPILED_THREADS
 _COMPILED_BLOCKS = 16

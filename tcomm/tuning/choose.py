@@ -159,8 +159,8 @@ def _nothing(request: Request, forced: str, wanted: list[str], refusals: dict[st
         known = ", ".join([*ENGINES, *refusals])
         return f"algorithm {forced!r} is not known for {request.op}; give one of {known}"
     reasons = "; ".join(f"{name}: {refusals[name]}" for name in wanted)
-    asked = f"{forced!r}, which was asked for," if forced else "nothing here"
-    return f"{asked} can do {what} ({reasons})"
+    asked = f"{forced!r}, which was asked for, cannot do" if forced else "nothing here can do"
+    return f"{asked} {what} ({reasons})"
 
 
 def _why_not(name: str, refusal: str, forced: str, device: str, row: Row | None) -> str:

@@ -40,7 +40,7 @@ def test_kernels_are_told_the_world_and_the_lanes(on_ranks):
 
 
 def _counts(member):
-    use_tiles(8192)
+    use_tiles(512, 4)
     arena = member.arena(staging_bytes=64 * 1024)
     counted = []
     for name in TRITON:

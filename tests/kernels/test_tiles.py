@@ -4,7 +4,9 @@ import random
 
 import pytest
 import torch
+import triton.language as tl
 
+from tcomm.kernels import tiles
 from tcomm.memory.arena import Staging
 from tcomm.memory.base import SymmetricBuffer
 from tcomm.memory.layout import StagingLayout
@@ -24,6 +26,21 @@ def _around_tile_bounds(member):
 
 def test_messages_that_end_at_and_next_to_a_tile(on_ranks):
     on_ranks(2, _around_tile_bounds)
+
+
+def _tails_as_compiled(member):
+    """Compiled kernels take what follows the last full tile in steps of an eighth of one."""
+    use_tiles(64, 3)
+    tiles.INTERPRETED = tl.constexpr(False)
+    arena, found = member.arena(), []
+    names = [name for name in TRITON if "_ll" not in name]
+    for seed, (name, numel) in enumerate(itertools.product(names, [0, 7, 8, 9, 63, 64 + 20, 5 * 64 + 33])):
+        found.append(mistake(member, arena, seed, name, "sum", torch.bfloat16, (numel,)))
+    assert not any(found), "\n".join(filter(None, found))
+
+
+def test_tails_in_small_steps_as_in_compiled_kernels(on_ranks):
+    on_ranks(2, _tails_as_compiled)
 
 
 def _alternating_grids(member, num_calls):
