@@ -125,7 +125,7 @@ class _Hello(msgspec.Struct, frozen=True):
 
 
 def open_arena(
-    group: str, exchange: Exchange, directory: str, spins: int, timeout: float
+    group: str, exchange: Exchange, directory: str, spins: int, timeout: float, has_own_core: bool = False
 ) -> Arena | NotShared:
     """Make a group's control pages. **Collective.**
 
@@ -135,6 +135,7 @@ def open_arena(
         directory: memory file system that the ranks share.
         spins: polls before a wait yields.
         timeout: seconds for each step.
+        has_own_core: whether there are as many cores as ranks.
 
     Raises:
         CapabilityError: on every rank, when one lacks the room.
@@ -154,7 +155,7 @@ def open_arena(
     pages[rank].initialise(rank, world_size, nonce, me.pid, me.start_time)
     payload = msgspec.msgpack.encode(_Hello(me, nonce))
     processes, verdicts = _introduce(exchange, payload, pages, fds, timeout)
-    channel = Channel(group, rank, pages, processes, spins)
+    channel = Channel(group, rank, pages, processes, spins, has_own_core)
     arena = Arena(exchange, transport, control, channel, fds[rank])
     refusals = [f"rank {r} reads other memory of {v.decode()}" for r, v in enumerate(verdicts) if v]
     if refusals:

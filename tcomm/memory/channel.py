@@ -32,6 +32,7 @@ __all__ = ["Channel", "Wait"]
 _MISMATCH_GRACE_SECONDS = 0.4
 _BUSY_SECONDS = 0.02
 _YIELDS = 64
+_WAITS_PER_MOVE = 64
 _LOOKS_PER_LIVENESS_CHECK = 16
 
 
@@ -44,6 +45,7 @@ class Channel:
         pages: control page of every rank.
         processes: watcher of every rank; None for this one.
         spins: polls before a wait begins to yield, and to look at the dead and the clock.
+        has_own_core: whether there are as many cores as ranks.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Channel:
         pages: Sequence[ControlPage],
         processes: Sequence[PeerProcess | None],
         spins: int,
+        has_own_core: bool = False,
     ) -> None:
         self.group = group
         self.rank = rank
@@ -63,6 +66,8 @@ class Channel:
         self.words = pages[rank].words
         self._call = CallDescription("")
         self._spins = spins
+        self._has_own_core = has_own_core
+        self._waits_with_yields = 0
         self._peer_words = tuple(pages[peer].words for peer in self.peers)
         # [phase * 2 + parity]: where this rank writes in a peer's page, and the words it waits for.
         self._outbox = tuple(arrival_index(p, parity, 0, rank) for p in range(2) for parity in range(2))
@@ -122,14 +127,33 @@ class Channel:
         """
         words = self.words
         for index in self._inbox[phase * 2 + (word >> 32 & 1)]:
-            polls = self._spins
-            while words[index] != word:
-                polls -= 1
-                if polls < -_YIELDS:
-                    self._wait(phase, word)
-                    return
+            if words[index] != word:
+                polls = self._spins
+                while words[index] != word:
+                    polls -= 1
+                    if polls < -_YIELDS:
+                        self._wait(phase, word)
+                        return
+                    if polls < 0:
+                        os.sched_yield()
                 if polls < 0:
-                    os.sched_yield()
+                    self._make_room()
+                else:
+                    self._waits_with_yields = 0
+
+    def _make_room(self) -> None:
+        """Get off a core that this rank seems to share with its peer, though there is one for each.
+
+        A process that yields stays where it is until the scheduler balances its cores, milliseconds later;
+        meanwhile every wait costs a switch. So after a few waits that ended in a yield, and then seldom, the
+        thread moves to the core of its rank. It may run on all its cores again at once, and stays there only
+        if it has reason to.
+        """
+        self._waits_with_yields += 1
+        if self._has_own_core and self._waits_with_yields % _WAITS_PER_MOVE == 4:
+            cores = os.sched_getaffinity(0)
+            os.sched_setaffinity(0, {sorted(cores)[self.rank % len(cores)]})
+            os.sched_setaffinity(0, cores)
 
     def finish(self, epoch: int) -> None:
         """End the call: its staging may be written again at the second epoch from here."""

@@ -99,7 +99,7 @@ def _all_to_all(member):
     x = _rows(rank, 2 * world, 3)
     expected = torch.cat([_rows(r, 2 * world, 3)[2 * rank : 2 * rank + 2] for r in range(world)])
     assert comm.all_to_all_single(x).equal(expected)
-    sends = [[src + dst for dst in range(world)] for src in range(world)]
+    sends = [[src + 2 * dst for dst in range(world)] for src in range(world)]
     inputs = [_rows(src, sum(sends[src]), 2) for src in range(world)]
     received = [inputs[src].split(sends[src])[rank] for src in range(world)]
     recvs = [sends[src][rank] for src in range(world)]
