@@ -152,12 +152,20 @@ class Communicator(FallbackVerbs):
                 self._refuse_foreign()
             seconds = self.timeout if timeout is UNSET else self._seconds(timeout)
             try:
-                plan, nbytes = self._plans[op, algorithm, x.dtype, x.shape, x.is_cpu, x.layout]
+                plan, nbytes, shape, dtype = self._plans[op, algorithm, x.dtype, x.shape, x.is_cpu, x.layout]
             except (KeyError, AttributeError, TypeError):
-                plan, nbytes = self._plan(x, out, op, algorithm, seconds)
+                plan, nbytes, shape, dtype = self._plan(x, out, op, algorithm, seconds)
             if out is None:
                 out = self._new_like(x)
-            elif out is not x and not _is_apart(x, out, nbytes):
+            elif out is not x and not (
+                # Like x and, being contiguous and this far away, apart from it.
+                type(out) is torch.Tensor
+                and out.shape == shape
+                and out.dtype is dtype
+                and out.is_cpu
+                and not out.requires_grad
+                and abs(out.data_ptr() - x.data_ptr()) >= nbytes
+            ):
                 check_out("all_reduce", x, out, x.shape)
             if x.requires_grad:
                 check_tensor("all_reduce", x, self.world_size > 1)
@@ -182,7 +190,7 @@ class Communicator(FallbackVerbs):
         op: object,
         algorithm: str,
         seconds: float | None,
-    ) -> tuple[Plan, int]:
+    ) -> tuple[Plan, int, torch.Size, torch.dtype]:
         """Check a call of a new kind, make the plan for its kind, and keep it."""
         check_tensor("all_reduce", x, self.world_size > 1)
         if out is not None:
@@ -192,7 +200,8 @@ class Communicator(FallbackVerbs):
         decision = self._decide(x, reduce, algorithm)
         # Tensors made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            made = self._planner.plan_all_reduce(decision, x.shape, seconds), x.numel() * x.itemsize
+            plan = self._planner.plan_all_reduce(decision, x.shape, seconds)
+        made = plan, x.numel() * x.itemsize, x.shape, x.dtype
         self._plans[op, algorithm, x.dtype, x.shape, x.is_cpu, x.layout] = made
         return made
 
@@ -264,18 +273,6 @@ class Communicator(FallbackVerbs):
             with torch.inference_mode(False):
                 self._arena.grow(nbytes, SETUP_SECONDS)
             self._plans.clear()
-
-
-def _is_apart(x: torch.Tensor, out: torch.Tensor, nbytes: int) -> bool:
-    """Whether out is like x and elsewhere, without a doubt; for contiguous tensors on the CPU."""
-    return (
-        type(out) is torch.Tensor
-        and out.shape == x.shape
-        and out.dtype is x.dtype
-        and out.is_cpu
-        and not out.requires_grad
-        and abs(out.data_ptr() - x.data_ptr()) >= nbytes
-    )
 
 
 _CHOSEN_VERBS = ("all_reduce",)

@@ -87,7 +87,7 @@ class GroupHandle:
         self._planner = Planner(
             self.name, self.config, self._arena, self._fallback, self._agreement, SETUP_SECONDS
         )
-        self._plans: dict[PlanKey, tuple[Plan, int]] = {}
+        self._plans: dict[PlanKey, tuple[Plan, int, torch.Size, torch.dtype]] = {}
         _open.add(self)
 
     def _open_arena(self, exchange: Exchange, num_cores: int) -> tuple[Arena | None, str]:

@@ -32,7 +32,7 @@ __all__ = ["Channel", "Wait"]
 _MISMATCH_GRACE_SECONDS = 0.4
 _BUSY_SECONDS = 0.02
 _YIELDS = 64
-_WAITS_PER_MOVE = 64
+_WAITS_PER_MOVE = 8
 _LOOKS_PER_LIVENESS_CHECK = 16
 
 
@@ -150,7 +150,7 @@ class Channel:
         if it has reason to.
         """
         self._waits_with_yields += 1
-        if self._has_own_core and self._waits_with_yields % _WAITS_PER_MOVE == 4:
+        if self._waits_with_yields % _WAITS_PER_MOVE == 2:
             cores = os.sched_getaffinity(0)
             os.sched_setaffinity(0, {sorted(cores)[self.rank % len(cores)]})
             os.sched_setaffinity(0, cores)
