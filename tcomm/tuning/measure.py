@@ -54,7 +54,10 @@ class Summary:
 
 
 def time_alternating(
-    candidates: Mapping[str, Candidate], schedule: Schedule, barrier: Callable[[], object]
+    candidates: Mapping[str, Candidate],
+    schedule: Schedule,
+    barrier: Callable[[], object],
+    settle: Callable[[], object] | None = None,
 ) -> tuple[dict[str, npt.NDArray[np.float64]], dict[str, int]]:
     """Time each candidate in turn, block by block. **Collective**, through `barrier` and the candidates.
 
@@ -62,6 +65,8 @@ def time_alternating(
         candidates: by name, in the same order on every rank.
         schedule: how often.
         barrier: before each call.
+        settle: after each call; a barrier where ranks share cores, or one's checks would run in the time
+            of another.
 
     Returns:
         Seconds of every timed call on this rank, and wrong elements over all calls, by name.
@@ -76,6 +81,8 @@ def time_alternating(
                 start = time.perf_counter()
                 candidate.run()
                 elapsed = time.perf_counter() - start
+                if settle is not None:
+                    settle()
                 wrong[name] += candidate.count_wrong()
                 if index >= schedule.warmups:
                     seconds[name].append(elapsed)

@@ -84,6 +84,20 @@ def test_inputs_and_outputs_of_any_stride(on_ranks, world_size):
     on_ranks(world_size, _any_stride)
 
 
+def _lazily_negated(member):
+    comm, results = member.communicator(), []
+    for algorithm in ("", "cpu:one_shot_push", "cpu:two_shot", "triton:one_shot_pull"):
+        x, out = torch._neg_view(torch.tensor([1.0, 2.0])), torch._neg_view(torch.zeros(2))
+        results.append(comm.all_reduce(x, algorithm=algorithm).tolist())
+        results.append(comm.all_reduce(x, algorithm=algorithm, out=out).tolist())
+    comm.close()
+    return results
+
+
+def test_lazily_negated_tensors_count_with_their_sign(on_ranks):
+    assert on_ranks(2, _lazily_negated) == [[[-2.0, -4.0]] * 8] * 2
+
+
 def _ops(member):
     comm = member.communicator()
     x = torch.tensor([1.0, 5.0]) * (member.rank + 1)

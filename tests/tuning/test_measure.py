@@ -32,6 +32,17 @@ def test_candidates_take_turns_in_blocks_and_every_call_is_prepared_and_checked(
     assert wrong == {"a": 0, "b": 0}
 
 
+def test_all_settle_after_a_call_before_anyone_checks():
+    log = []
+    time_alternating(
+        {"a": _recorded("a", log)},
+        Schedule(1, 1, 0),
+        lambda: log.append("barrier"),
+        lambda: log.append("settle"),
+    )
+    assert log == ["prepare a", "barrier", "run a", "settle", "check a"]
+
+
 def test_only_the_call_itself_is_timed_and_warm_ups_are_not():
     slow = itertools.chain([0.2], itertools.repeat(0.0))
     candidate = Candidate(lambda: time.sleep(next(slow)), lambda: time.sleep(0.01), lambda: 0)
