@@ -59,6 +59,8 @@ class Config(msgspec.Struct, frozen=True):
         except msgspec.ValidationError as error:
             raise ConfigError(f"a TCOMM_ variable is wrong: {error}") from error
         resolve_timeout(config.timeout)
+        if config.spins < 0:
+            raise ConfigError(f"TCOMM_SPINS={config.spins} is negative; give 0 for the default")
         if config.staging_bytes % 4096 or config.staging_bytes <= 0:
             raise ConfigError(
                 f"TCOMM_STAGING_BYTES={config.staging_bytes} is no positive multiple of the page size, 4096"

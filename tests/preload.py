@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import pytest  # noqa: F401
+
 import tcomm.kernels.all_reduce
 import tests.ranks  # noqa: F401
 

@@ -169,19 +169,24 @@ class Communicator(FallbackVerbs):
                 check_out("all_reduce", x, out, x.shape)
             if x.requires_grad:
                 check_tensor("all_reduce", x, self.world_size > 1)
-            if x.is_contiguous() and out.is_contiguous():
+            # A negated view is a flag on a tensor of the opposite sign.
+            if x.is_contiguous() and out.is_contiguous() and not (x.is_neg() or out.is_neg()):
                 try:
                     plan(x, out, seconds)
                 except BaseException:
                     with self._whole():
                         raise
                 return out
-            if out is not x:
-                check_out("all_reduce", x, out, x.shape)
-            dense = self._new_like(x).copy_(x)
-            with self._whole():
-                plan(dense, dense, seconds)
-            return out.copy_(dense)
+            return self._strided(plan, x, out, seconds)
+
+    def _strided(self, plan: Plan, x: torch.Tensor, out: torch.Tensor, seconds: float | None) -> torch.Tensor:
+        """Reduce by way of a dense copy."""
+        if out is not x:
+            check_out("all_reduce", x, out, x.shape)
+        dense = self._new_like(x).copy_(x)
+        with self._whole():
+            plan(dense, dense, seconds)
+        return out.copy_(dense)
 
     def _plan(
         self,
@@ -201,6 +206,8 @@ class Communicator(FallbackVerbs):
         # Tensors made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             plan = self._planner.plan_all_reduce(decision, x.shape, seconds)
+        if len(self._plans) >= _MAX_PLANS:
+            self._plans.clear()
         made = plan, x.numel() * x.itemsize, x.shape, x.dtype
         self._plans[op, algorithm, x.dtype, x.shape, x.is_cpu, x.layout] = made
         return made
@@ -275,4 +282,5 @@ class Communicator(FallbackVerbs):
             self._plans.clear()
 
 
+_MAX_PLANS = 1024
 _CHOSEN_VERBS = ("all_reduce",)

@@ -52,7 +52,8 @@ class StoreExchange:
     """An exchange over a `torch.distributed.Store`.
 
     Each round uses keys of its own below `prefix`; a rank removes its own key of the round before the
-    last, which all have read by then, so a long-lived group leaves two keys a rank in the store.
+    last, which all have read by then, so a long-lived group leaves a few keys a rank in the store. Those of
+    the first rounds stay: a second process that claims a rank has to find them.
 
     Args:
         store: shared by the ranks; used by one thread at a time.
@@ -83,7 +84,7 @@ class StoreExchange:
             self._store.set(keys[self.rank], payload)
             self._wait(keys, time.monotonic() + timeout, timeout, check)
             gathered = [bytes(self._store.get(key)) for key in keys]
-            if round_ >= 2:
+            if round_ > 2:
                 self._store.delete_key(self._key(round_ - 2, self.rank))
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             raise RendezvousError(f"the store of group {self._prefix!r} failed: {error}") from error
@@ -100,6 +101,8 @@ class StoreExchange:
         while not self._store.check(keys):
             if time.monotonic() >= deadline:
                 missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+                if not missing:
+                    return
                 raise RendezvousError(
                     f"ranks {missing} of {self.world_size} did not come to {self._prefix!r} within "
                     f"{timeout:g} s; check that they are running and call the same things in the same "

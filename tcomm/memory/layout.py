@@ -71,7 +71,7 @@ class StagingLayout:
 
     @staticmethod
     def for_message(nbytes: int, world_size: int) -> int:
-        """Staging bytes a rank so that every algorithm takes a message of `nbytes` in one piece."""
+        """Staging bytes a rank so that a message of `nbytes` goes in one piece, except by lanes."""
         slots = (nbytes + ALIGNMENT) * world_size
         return _round_up(max(_MINIMUM_BYTES, 2 * slots * 8 // 7 + 16 * ALIGNMENT * world_size), 4096)
 

@@ -6,7 +6,8 @@ import torch
 
 from tcomm.errors import PeerLostError, PeerTimeoutError
 from tcomm.memory import channel as channel_module
-from tcomm.memory.channel import Channel, Wait
+from tcomm.memory import wait as wait_module
+from tcomm.memory.channel import Channel
 from tcomm.memory.control import (
     CONTROL_BYTES,
     EPOCH_MASK,
@@ -16,6 +17,7 @@ from tcomm.memory.control import (
     Word,
     arrival_index,
 )
+from tcomm.memory.wait import Wait
 from tcomm.signature import CallDescription
 
 CALL = CallDescription("barrier")
@@ -171,7 +173,7 @@ def test_a_wait_tells_onlookers_whom_it_waits_for():
 
 
 def test_a_short_disagreement_waits_for_the_others_before_it_is_told(monkeypatch):
-    monkeypatch.setattr(channel_module, "_MISMATCH_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(wait_module, "_MISMATCH_GRACE_SECONDS", 0.1)
     a, b, _ = pair(world_size=3)
     epoch = a.begin(CALL, 10.0)
     _arrive(b, epoch, CallDescription("broadcast"))
