@@ -80,7 +80,7 @@ def resolve_timeout(timeout: float | str | None) -> float | None:
         return TIMEOUT_PROFILES[timeout]
     try:
         seconds = float(timeout)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(
             f"timeout {timeout!r} is neither seconds nor one of {', '.join(TIMEOUT_PROFILES)}"
         ) from None

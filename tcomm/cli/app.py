@@ -51,8 +51,8 @@ def bench(
     redop: Annotated[str, typer.Option(help="reduce operation")] = "sum",
     algorithm: Annotated[str, typer.Option(help="engine, algorithm or both; empty: the table's")] = "",
     out: Annotated[str, typer.Option(help="reused, allocated or both")] = "both",
-    blocks: Annotated[int, typer.Option(help="blocks of each candidate")] = 8,
-    calls: Annotated[int, typer.Option(help="timed calls of a block")] = 30,
+    blocks: Annotated[int, typer.Option(min=1, help="blocks of each candidate")] = 8,
+    calls: Annotated[int, typer.Option(min=1, help="timed calls of a block")] = 30,
     pin: Annotated[bool, typer.Option(help="give each rank one core")] = False,
     timeout: Annotated[float, typer.Option(help="seconds for all of it")] = 900.0,
     json_file: Annotated[pathlib.Path | None, typer.Option("--json", help="write rows here")] = None,
@@ -66,6 +66,8 @@ def bench(
         op, ranks, parse_sizes(sizes), dtype, reduce_op_name(redop), algorithm,
         ("reused", "allocated") if out == "both" else (out,), Schedule(blocks, calls), pin,
     )  # fmt: skip
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ConfigError(f"--json {json_file}: {json_file.parent} is no folder")
     rows = run_bench(request, timeout)
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=1) + "\n")
@@ -98,7 +100,7 @@ def demo(
 def explain(
     op: Annotated[str, typer.Argument(help="collective: all_reduce")],
     nbytes: Annotated[str, typer.Option(help="bytes of a rank's input")],
-    ranks: Annotated[int, typer.Option(help="number of ranks")] = 2,
+    ranks: Annotated[int, typer.Option(min=1, help="number of ranks")] = 2,
     dtype: Annotated[str, typer.Option(help="element type")] = "float32",
     redop: Annotated[str, typer.Option(help="reduce operation")] = "sum",
     algorithm: Annotated[str, typer.Option(help="engine, algorithm or both")] = "",
@@ -108,6 +110,8 @@ def explain(
     capabilities = Capabilities(torch_backends=(("cpu", "gloo"),))
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"{dtype!r} is no dtype of torch")
+    if op != "all_reduce":
+        raise ConfigError(f"{op!r} is not chosen by table; give all_reduce")
     for size in parse_sizes(nbytes):
         request = Request(op, reduce_op_name(redop), getattr(torch, dtype), size, ranks)
         typer.echo(choose(request, capabilities, load_table(config.table), algorithm or config.algorithm))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tcomm.algorithms import REDUCE_OPS
 from tcomm.cli.workers import run_ranks
 from tcomm.errors import ConfigError
 from tcomm.groups.communicator import Communicator
@@ -81,6 +82,8 @@ def run_bench(request: BenchRequest, timeout: float) -> list[dict[str, Any]]:
     """
     if request.op != "all_reduce":
         raise ConfigError(f"{request.op!r} cannot be measured yet; give all_reduce")
+    if request.reduce not in REDUCE_OPS:
+        raise ConfigError(f"{request.reduce!r} cannot be measured; give one of {', '.join(REDUCE_OPS)}")
     if not isinstance(getattr(torch, request.dtype, None), torch.dtype):
         raise ConfigError(f"{request.dtype!r} is no dtype of torch")
     itemsize = getattr(torch, request.dtype).itemsize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Final
 
@@ -51,6 +52,10 @@ def check_tensor(verb: str, x: object, loses_gradient: bool = True) -> torch.Ten
         raise ConfigError(
             f"{verb} takes a dense tensor, not one of layout {x.layout}; call .to_dense() first"
         )
+    if type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise ConfigError(f"{verb} takes a plain tensor, not a {type(x).__name__}; give its local tensor")
+    if x.is_quantized:
+        raise ConfigError(f"{verb} takes no quantised tensor; call .dequantize() or .int_repr() first")
     if loses_gradient and x.requires_grad and torch.is_grad_enabled():
         raise ConfigError(
             f"{verb} would lose the gradient of its input; call it under torch.no_grad() or on x.detach()"
@@ -70,6 +75,8 @@ def check_out(verb: str, x: torch.Tensor, out: torch.Tensor, shape: Sequence[int
             f"out= of {verb} is {dtype_name(out.dtype)} {list(out.shape)} on {out.device}; "
             f"needed {dtype_name(x.dtype)} {list(shape)} on {x.device}"
         )
+    if out.is_inference() and not torch.is_inference_mode_enabled():
+        raise ConfigError(f"out= of {verb} was made in inference mode and cannot be written outside of it")
     if overlaps(x, out):
         raise ConfigError(f"out= of {verb} overlaps the input without being the input; give other memory")
     if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
@@ -79,8 +86,6 @@ def check_out(verb: str, x: torch.Tensor, out: torch.Tensor, shape: Sequence[int
 def overlaps(x: torch.Tensor, out: torch.Tensor) -> bool:
     """Whether two tensors share some bytes and are not the same view."""
     if x.numel() == 0 or out.numel() == 0:
-        return False
-    if x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
         return False
     if x.data_ptr() == out.data_ptr() and x.stride() == out.stride() and x.shape == out.shape:
         return False
@@ -127,6 +132,10 @@ def check_splits(what: str, splits: Sequence[int] | None, rows: int, world_size:
         if rows % world_size:
             raise ConfigError(f"{rows} rows do not divide among {world_size} ranks; give {what}=")
         return (rows // world_size,) * world_size
+    try:
+        splits = [operator.index(split) for split in splits]
+    except TypeError:
+        raise ConfigError(f"{what}={splits!r} has entries that are no integers") from None
     if len(splits) != world_size:
         raise ConfigError(f"{what} has {len(splits)} entries; needed one for each of {world_size} ranks")
     if any(split < 0 for split in splits):

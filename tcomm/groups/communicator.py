@@ -163,11 +163,11 @@ class Communicator(FallbackVerbs):
                 and out.shape == shape
                 and out.dtype is dtype
                 and out.is_cpu
-                and not out.requires_grad
+                and not (out.requires_grad or out.is_inference())
                 and abs(out.data_ptr() - x.data_ptr()) >= nbytes
             ):
                 check_out("all_reduce", x, out, x.shape)
-            if x.requires_grad:
+            if x.requires_grad or type(x) is not torch.Tensor:
                 check_tensor("all_reduce", x, self.world_size > 1)
             # A negated view is a flag on a tensor of the opposite sign.
             if x.is_contiguous() and out.is_contiguous() and not (x.is_neg() or out.is_neg()):
@@ -261,26 +261,31 @@ class Communicator(FallbackVerbs):
     def prepare(self, max_nbytes: int, timeout: Timeout | Unset = UNSET) -> None:
         """Make staging in which a message of `max_nbytes` goes in one piece. **Collective.**
 
+        It is never made smaller than TCOMM_STAGING_BYTES.
+
         Memory that somebody still holds stays as it is; addresses never change under anybody's hands.
 
         Raises:
             ConfigError: when max_nbytes is not positive.
             CapabilityError: on every rank, when there is too little shared memory; the old staging stays.
         """
-        if max_nbytes <= 0:
-            raise ConfigError(f"max_nbytes={max_nbytes} is not positive")
-        with self._lock:
-            self._refuse_foreign()
-            call = CallDescription("prepare", shape=(max_nbytes,))
-            seconds = self._seconds(timeout)
+        if not isinstance(max_nbytes, int) or not 0 < max_nbytes < _MAX_PREPARED_BYTES:
+            raise ConfigError(f"max_nbytes={max_nbytes!r} is not a positive number of bytes")
+        call = CallDescription("prepare", shape=(max_nbytes,))
+        seconds = self._seconds(timeout)
+        nbytes = max(StagingLayout.for_message(max_nbytes, self.world_size), self.config.staging_bytes)
+
+        def run() -> torch.Tensor:
             self._agreement.agree(call, seconds)
-            if self._arena is None:
-                return
-            nbytes = max(StagingLayout.for_message(max_nbytes, self.world_size), self.config.staging_bytes)
-            with torch.inference_mode(False):
-                self._arena.grow(nbytes, SETUP_SECONDS)
-            self._plans.clear()
+            if self._arena is not None:
+                with torch.inference_mode(False):
+                    self._arena.grow(nbytes, SETUP_SECONDS)
+                self._plans.clear()
+            return torch.empty(0)
+
+        self._in_order(run, False)
 
 
 _MAX_PLANS = 1024
+_MAX_PREPARED_BYTES = 1 << 40
 _CHOSEN_VERBS = ("all_reduce",)

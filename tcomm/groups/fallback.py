@@ -164,7 +164,7 @@ class TorchFallback:
     def _translate(self, op: str, timeout: float | None, error: Exception) -> NoReturn:
         """Raise tcomm's error for one of torch's."""
         told = str(error).splitlines()[0] if str(error) else repr(error)
-        if "nvalid scalar type" in told or "nsupported" in told or "not supported" in told:
+        if "nvalid scalar type" in told or "nsupported" in told or "not support" in told:
             raise CapabilityError(f"torch.distributed cannot do this {op}: {told}") from error
         if "onnection" in told and self._channel is not None:
             self._lose_the_dead(self._channel, error)

@@ -57,7 +57,8 @@ class ResultPool:
         buffer = _find_unused(buffers)
         if buffer is not None:
             return torch.frombuffer(buffer, dtype=dtype).view(shape)
-        buffer = mmap.mmap(-1, nbytes)
+        # The default is MAP_SHARED: a forked child would see this memory change under its hands.
+        buffer = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if len(buffers) < _KEPT_PER_KIND:
             buffers.append(buffer)
         if len(self._buffers) > _KEPT_KINDS:

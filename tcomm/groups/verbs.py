@@ -5,6 +5,7 @@ They move to tcomm's own algorithms one by one; signatures and guarantees stay.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Literal, overload
 
@@ -269,7 +270,7 @@ class FallbackVerbs(GroupHandle):
         sends = check_splits("send_splits", send_splits, x.shape[0], self.world_size)
         if recv_splits is None and send_splits is not None:
             raise ConfigError("send_splits without recv_splits; give both, or neither for equal parts")
-        rows = x.shape[0] if recv_splits is None else sum(recv_splits)
+        rows = x.shape[0] if recv_splits is None else _total(recv_splits)
         recvs = check_splits("recv_splits", recv_splits, rows, self.world_size)
         call = CallDescription(
             "all_to_all_single",
@@ -375,6 +376,13 @@ class FallbackVerbs(GroupHandle):
                 rank=self.rank,
                 peers=sorted({rank for pair in find_unequal_splits(calls) for rank in pair}),
             )
+
+
+def _total(splits: Sequence[int]) -> int:
+    try:
+        return sum(operator.index(split) for split in splits)
+    except TypeError:
+        raise ConfigError(f"recv_splits={splits!r} has entries that are no integers") from None
 
 
 _BARRIER = CallDescription("barrier")

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import msgspec
 
-from tcomm.errors import RendezvousError
+from tcomm.errors import PeerLostError, RendezvousError
 from tcomm.memory.base import Exchange, NotShared, SymmetricBuffer
 from tcomm.memory.channel import Channel
-from tcomm.memory.control import CONTROL_BYTES, EPOCH_MASK, MAX_WORLD_SIZE, ControlPage, Word
+from tcomm.memory.control import CONTROL_BYTES, EPOCH_MASK, MAX_WORLD_SIZE, ControlPage, PoisonCode, Word
 from tcomm.memory.farewell import announce_leaving, cancel_leaving
 from tcomm.memory.layout import StagingLayout
 from tcomm.memory.liveness import Identity, PeerProcess, my_identity
@@ -75,12 +75,19 @@ class Arena:
             CapabilityError: on every rank, when one lacks the room. The old staging stays.
             PeerLostError: when a peer died meanwhile.
         """
+        try:
+            return self._grow(nbytes, timeout)
+        except PeerLostError as lost:
+            self.channel.give_up(PoisonCode.PEER_LOST, lost.peers[0], lost.seq)
+            raise
+
+    def _grow(self, nbytes: int, timeout: float) -> Staging:
         channel = self.channel
         layout = StagingLayout(nbytes, self.world_size)
 
         def check() -> None:
             if gone := channel.find_gone():
-                channel.lose(gone, channel.words[Word.EPOCH])
+                raise channel.lost(gone, channel.words[Word.EPOCH])
 
         made = self._transport.allocate(nbytes, timeout, check)
         if isinstance(made, NotShared):

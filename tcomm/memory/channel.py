@@ -327,8 +327,12 @@ class Channel:
     def lose(self, peers: Sequence[int], epoch: int) -> NoReturn:
         """Give the group up because peers are dead or gone, and raise."""
         self.give_up(PoisonCode.PEER_LOST, peers[0], epoch)
+        raise self.lost(peers, epoch)
+
+    def lost(self, peers: Sequence[int], epoch: int) -> CommError:
+        """The error for peers that are dead or gone."""
         told = "; ".join(self.blame(peer) for peer in peers)
-        raise self.error(
+        return self.error(
             PeerLostError, f"{self.op} #{epoch} of group {self.group!r} cannot complete: {told}", epoch, peers
         )
 

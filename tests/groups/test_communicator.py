@@ -254,8 +254,8 @@ def _explain_refuses(member):
     for call, message in [
         (lambda: comm.explain("all_reduce", nbytes=-4), "nbytes=-4 is negative"),
         (lambda: comm.explain("gossip", nbytes=4), "'gossip' is not among all_reduce"),
-        (lambda: comm.prepare(0), "max_nbytes=0 is not positive"),
-        (lambda: comm.prepare(-1), "max_nbytes=-1 is not positive"),
+        (lambda: comm.prepare(0), "max_nbytes=0 is not a positive number of bytes"),
+        (lambda: comm.prepare(-1), "max_nbytes=-1 is not a positive number of bytes"),
     ]:
         with pytest.raises(ConfigError) as caught:
             call()
