@@ -93,11 +93,8 @@ class GroupHandle:
     def _open_arena(self, exchange: Exchange, num_cores: int) -> tuple[Arena | None, str]:
         if self.world_size == 1:
             return None, "a world of one needs no shared memory"
-        has_own_core = self.world_size <= num_cores
-        spins = _SPINS_WITH_A_CORE_EACH if has_own_core else _SPINS_OTHERWISE
-        made = open_arena(
-            self.name, exchange, self.config.shm_dir, self.config.spins or spins, SETUP_SECONDS, has_own_core
-        )
+        spins = _SPINS_WITH_A_CORE_EACH if self.world_size <= num_cores else _SPINS_OTHERWISE
+        made = open_arena(self.name, exchange, self.config.shm_dir, self.config.spins or spins, SETUP_SECONDS)
         if isinstance(made, NotShared):
             logger.info("group %r uses torch.distributed: %s", self.name, made.reason)
             return None, made.reason

@@ -132,7 +132,7 @@ class _Hello(msgspec.Struct, frozen=True):
 
 
 def open_arena(
-    group: str, exchange: Exchange, directory: str, spins: int, timeout: float, has_own_core: bool = False
+    group: str, exchange: Exchange, directory: str, spins: int, timeout: float
 ) -> Arena | NotShared:
     """Make a group's control pages. **Collective.**
 
@@ -142,7 +142,6 @@ def open_arena(
         directory: memory file system that the ranks share.
         spins: polls before a wait yields.
         timeout: seconds for each step.
-        has_own_core: whether there are as many cores as ranks.
 
     Raises:
         CapabilityError: on every rank, when one lacks the room.
@@ -162,7 +161,7 @@ def open_arena(
     pages[rank].initialise(rank, world_size, nonce, me.pid, me.start_time)
     payload = msgspec.msgpack.encode(_Hello(me, nonce))
     processes, verdicts = _introduce(exchange, payload, pages, fds, timeout)
-    channel = Channel(group, rank, pages, processes, spins, has_own_core)
+    channel = Channel(group, rank, pages, processes, spins)
     arena = Arena(exchange, transport, control, channel, fds[rank])
     refusals = [f"rank {r} reads other memory of {v.decode()}" for r, v in enumerate(verdicts) if v]
     if refusals:

@@ -42,7 +42,6 @@ class Channel:
         pages: control page of every rank.
         processes: watcher of every rank; None for this one.
         spins: polls before a wait begins to yield, and to look at the dead and the clock.
-        has_own_core: whether there are as many cores as ranks.
     """
 
     def __init__(
@@ -52,7 +51,6 @@ class Channel:
         pages: Sequence[ControlPage],
         processes: Sequence[PeerProcess | None],
         spins: int,
-        has_own_core: bool = False,
     ) -> None:
         self.group = group
         self.rank = rank
@@ -63,7 +61,6 @@ class Channel:
         self.words = pages[rank].words
         self._call = CallDescription("")
         self._spins = spins
-        self._has_own_core = has_own_core
         self._waits_with_yields = 0
         self._peer_words = tuple(pages[peer].words for peer in self.peers)
         # [phase * 2 + parity]: where this rank writes in a peer's page, and the words it waits for.
@@ -139,7 +136,7 @@ class Channel:
                     self._waits_with_yields = 0
 
     def _make_room(self) -> None:
-        """Get off a core that this rank seems to share with its peer, though there is one for each.
+        """Get off a core that this rank seems to share with a peer while another is free.
 
         A process that yields stays where it is until the scheduler balances its cores, milliseconds later;
         meanwhile every wait costs a switch. So after a few waits that ended in a yield, and then seldom, the
