@@ -11,7 +11,16 @@ import torch.distributed as dist
 
 from tcomm.errors import ConfigError
 
-__all__ = ["ALL_REDUCE", "REDUCE_OPS", "Algorithm", "acc_dtype", "combine_of", "reduce_op_name"]
+__all__ = [
+    "ALGORITHMS",
+    "FAMILIES",
+    "REDUCE_OPS",
+    "REDUCING",
+    "Algorithm",
+    "acc_dtype",
+    "combine_of",
+    "reduce_op_name",
+]
 
 REDUCE_OPS = ("sum", "avg", "max", "min")
 """Reduce operations that kernels and the CPU path know."""
@@ -30,11 +39,7 @@ class Algorithm:
     name: str
     """`engine:algorithm`, as it is forced, explained and signed."""
     dtypes: tuple[torch.dtype, ...]
-    """Element types it reduces."""
-    messages_by_slot: bool = False
-    """Whether a message must fit a slot (one of W in a half) to go in one piece."""
-    lanes: bool = False
-    """Whether a message travels in flag-in-data lanes."""
+    """Element types it reduces; none where data only moves and any type will do."""
 
     @property
     def engine(self) -> str:
@@ -43,6 +48,8 @@ class Algorithm:
 
     def refusal(self, op: str, dtype: torch.dtype) -> str:
         """Why it cannot reduce `dtype` by `op`; empty when it can."""
+        if not self.dtypes:
+            return ""
         if op not in REDUCE_OPS:
             return f"{op} is not among {', '.join(REDUCE_OPS)}"
         if op == "avg" and not dtype.is_floating_point:
@@ -52,16 +59,48 @@ class Algorithm:
         return ""
 
 
-ALL_REDUCE = (
-    Algorithm("cpu:one_shot_push", _REDUCIBLE, messages_by_slot=True),
-    Algorithm("cpu:one_shot_pull", _REDUCIBLE),
-    Algorithm("cpu:two_shot", _REDUCIBLE),
-    Algorithm("triton:one_shot_ll", _BARE_WORDS, lanes=True),
-    Algorithm("triton:one_shot_push", _REDUCIBLE, messages_by_slot=True),
-    Algorithm("triton:one_shot_pull", _REDUCIBLE),
-    Algorithm("triton:two_shot", _REDUCIBLE),
-)
-"""All that can do an all-reduce besides torch.distributed."""
+_PULL_OR_PUSH = ("cpu:pull", "cpu:push", "triton:pull", "triton:push")
+_MOVING = tuple(Algorithm(name, ()) for name in _PULL_OR_PUSH)
+_REDUCING = tuple(Algorithm(name, _REDUCIBLE) for name in _PULL_OR_PUSH)
+
+ALGORITHMS = {
+    "all_reduce": (
+        Algorithm("cpu:one_shot_push", _REDUCIBLE),
+        Algorithm("cpu:one_shot_pull", _REDUCIBLE),
+        Algorithm("cpu:two_shot", _REDUCIBLE),
+        Algorithm("triton:one_shot_ll", _BARE_WORDS),
+        Algorithm("triton:one_shot_push", _REDUCIBLE),
+        Algorithm("triton:one_shot_pull", _REDUCIBLE),
+        Algorithm("triton:two_shot", _REDUCIBLE),
+    ),
+    "reduce": _REDUCING,
+    "reduce_scatter": _REDUCING,
+    "all_gather": _MOVING,
+    "gather": _MOVING,
+    "broadcast": _MOVING,
+    "scatter": _MOVING,
+    "all_to_all": _MOVING,
+    "barrier": (Algorithm("cpu:arrival", ()), Algorithm("triton:arrival", ())),
+}
+"""All that can be done besides by torch.distributed, by family: equal and unequal parts are one."""
+
+FAMILIES = {
+    "all_reduce": "all_reduce",
+    "reduce": "reduce",
+    "reduce_scatter_single": "reduce_scatter",
+    "reduce_scatterv": "reduce_scatter",
+    "all_gather_single": "all_gather",
+    "all_gatherv": "all_gather",
+    "gather": "gather",
+    "broadcast": "broadcast",
+    "scatter": "scatter",
+    "all_to_all_single": "all_to_all",
+    "barrier": "barrier",
+}
+"""Family of every verb of the communicator."""
+
+REDUCING = ("all_reduce", "reduce", "reduce_scatter")
+"""Families that reduce; the others only move data."""
 
 
 def combine_of(op: str) -> Callable[..., torch.Tensor]:

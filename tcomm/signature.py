@@ -28,6 +28,10 @@ class CallDescription(msgspec.Struct, frozen=True):
     """Reduce operation; empty where nothing is reduced."""
     root: int = -1
     """Rank that sends or receives alone; -1 where there is none."""
+    dim: int = 0
+    """Dimension along which parts are put together or taken apart, not negative."""
+    sizes: tuple[int, ...] = ()
+    """Rows of every rank, where they may differ and every rank gives all of them."""
     algorithm: str = ""
     """Engine and algorithm, forced or chosen, such as `cpu:one_shot_pull`."""
     send_splits: tuple[int, ...] = ()
@@ -42,7 +46,9 @@ class CallDescription(msgspec.Struct, frozen=True):
     @property
     def signature(self) -> int:
         """32 bits over all that the ranks must share."""
-        shared = (self.op, self.dtype, self.shape, self.reduce, self.root, self.algorithm)
+        shared = (
+            self.op, self.dtype, self.shape, self.reduce, self.root, self.dim, self.sizes, self.algorithm,
+        )  # fmt: skip
         return zlib.crc32(_encoder.encode(shared))
 
     def __str__(self) -> str:
@@ -54,6 +60,10 @@ class CallDescription(msgspec.Struct, frozen=True):
             words.append(self.reduce)
         if self.root >= 0:
             words.append(f"root={self.root}")
+        if self.dim:
+            words.append(f"dim={self.dim}")
+        if self.sizes:
+            words.append(f"sizes={list(self.sizes)}")
         if self.send_splits or self.recv_splits:
             words.append(f"send={list(self.send_splits)} recv={list(self.recv_splits)}")
         if self.algorithm:

@@ -5,15 +5,15 @@ import torch
 import torch.distributed as dist
 
 from tcomm import reference
-from tcomm.algorithms import ALL_REDUCE, REDUCE_OPS, acc_dtype, reduce_op_name
+from tcomm.algorithms import ALGORITHMS, REDUCE_OPS, acc_dtype, reduce_op_name
 from tcomm.cpu.all_reduce import make_plan
 from tcomm.errors import ConfigError
 from tcomm.kernels.all_reduce import LAUNCHERS
 from tcomm.signature import CallDescription
 from tests.test_reference import DTYPES, difference, every_ranks_input
 
-CPU = tuple(a.name for a in ALL_REDUCE if a.engine == "cpu")
-TRITON = tuple(a.name for a in ALL_REDUCE if a.engine == "triton")
+CPU = tuple(a.name for a in ALGORITHMS["all_reduce"] if a.engine == "cpu")
+TRITON = tuple(a.name for a in ALGORITHMS["all_reduce"] if a.engine == "triton")
 
 
 def description(name, x, op):
@@ -46,7 +46,7 @@ def mistake(member, arena, seed, name, op="sum", dtype=torch.float32, shape=(7,)
 
 def supported(name):
     """Every (op, dtype) that the algorithm says it can do."""
-    algorithm = next(a for a in ALL_REDUCE if a.name == name)
+    algorithm = next(a for a in ALGORITHMS["all_reduce"] if a.name == name)
     return [(op, dtype) for op in REDUCE_OPS for dtype in DTYPES if not algorithm.refusal(op, dtype)]
 
 
@@ -71,7 +71,7 @@ def test_only_halves_are_accumulated_in_a_wider_type(dtype, acc):
 
 
 def test_refusals_say_why():
-    by_name = {a.name: a for a in ALL_REDUCE}
+    by_name = {a.name: a for a in ALGORITHMS["all_reduce"]}
     pull, lanes = by_name["cpu:one_shot_pull"], by_name["triton:one_shot_ll"]
     assert pull.refusal("sum", torch.float64) == ""
     assert pull.refusal("product", torch.float32) == "product is not among sum, avg, max, min"
@@ -79,7 +79,7 @@ def test_refusals_say_why():
     assert lanes.refusal("sum", torch.float64) == (
         "torch.float64 is not among float32, float16, bfloat16, int32"
     )
-    assert all(a.refusal("sum", torch.uint8) for a in ALL_REDUCE)
+    assert all(a.refusal("sum", torch.uint8) for a in ALGORITHMS["all_reduce"])
 
 
 @pytest.mark.parametrize(

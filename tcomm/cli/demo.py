@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import tcomm.reference
-from tcomm.algorithms import ALL_REDUCE
+from tcomm.algorithms import ALGORITHMS
 from tcomm.cli.workers import run_ranks
 from tcomm.groups.communicator import Communicator
 from tcomm.tuning.measure import Candidate, Schedule, summarise, time_alternating
@@ -32,7 +32,7 @@ def _demonstrate() -> dict[str, Any]:
     with Communicator(timeout=60.0) as comm:
         rows = [
             _row(comm, algorithm.name, dtype)
-            for algorithm in ALL_REDUCE
+            for algorithm in ALGORITHMS["all_reduce"]
             for dtype in (torch.float32, torch.bfloat16)
         ]
         decision = comm.explain("all_reduce", nbytes=_NUMEL * 4)

@@ -9,26 +9,18 @@ and a rank that runs a plan disagree rather than mix.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
 
+from tcomm.cpu.copies import SHORT_BYTES, memcpy
 from tcomm.cpu.reduction import make_reduction
 from tcomm.memory.arena import Arena, Staging
 from tcomm.memory.layout import cut, slice_numel
 from tcomm.signature import CallDescription
 
 __all__ = ["AllReducePlan", "make_plan"]
-
-
-# For a short message, torch's dispatch costs three times the copy itself. PYFUNCTYPE keeps the GIL: giving it
-# up and taking it back would cost as much again.
-_SHORT_BYTES = 32 * 1024
-_memcpy = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
-    ("memcpy", ctypes.PyDLL(None))
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +108,13 @@ def _pull(piece: _Piece) -> AllReducePlan:
     )
     call, nbytes = piece.call, piece.numel * piece.dtype.itemsize
     addresses = tuple(staged[parity][rank].data_ptr() for parity in (0, 1))
-    is_short = nbytes <= _SHORT_BYTES
+    is_short = nbytes <= SHORT_BYTES
 
     def run(x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
         epoch = begin(call, timeout)
         sources = staged[epoch & 1]
         if is_short:
-            _memcpy(addresses[epoch & 1], x.data_ptr(), nbytes)
+            memcpy(addresses[epoch & 1], x.data_ptr(), nbytes)
         else:
             sources[rank].copy_(x)
         word = epoch << 32 | signature

@@ -15,8 +15,10 @@ __all__ = [
     "UNSET",
     "Timeout",
     "Unset",
+    "check_dim",
     "check_out",
     "check_rank",
+    "check_sizes",
     "check_splits",
     "check_tensor",
     "dtype_name",
@@ -63,8 +65,10 @@ def check_tensor(verb: str, x: object, loses_gradient: bool = True) -> torch.Ten
     return x
 
 
-def check_out(verb: str, x: torch.Tensor, out: torch.Tensor, shape: Sequence[int]) -> None:
-    """Check that `out` can take a result of `shape`, and is x itself or apart from it.
+def check_out(
+    verb: str, x: torch.Tensor, out: torch.Tensor, shape: Sequence[int], may_alias: bool = True
+) -> None:
+    """Check that `out` can take a result of `shape`, and is apart from x, or x itself where it `may_alias`.
 
     Raises:
         ConfigError: when it cannot; says given and needed.
@@ -77,6 +81,10 @@ def check_out(verb: str, x: torch.Tensor, out: torch.Tensor, shape: Sequence[int
         )
     if out.is_inference() and not torch.is_inference_mode_enabled():
         raise ConfigError(f"out= of {verb} was made in inference mode and cannot be written outside of it")
+    if not may_alias and out.numel() and out.data_ptr() == x.data_ptr():
+        raise ConfigError(
+            f"out= of {verb} is the input, and its parts do not stay where they are; give other memory"
+        )
     if overlaps(x, out):
         raise ConfigError(f"out= of {verb} overlaps the input without being the input; give other memory")
     if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
@@ -122,6 +130,43 @@ def check_rank(verb: str, what: str, rank: int, world_size: int, myself: int | N
         raise ConfigError(f"{what}={rank} of {verb} is this rank itself; name another")
 
 
+def check_dim(verb: str, shape: Sequence[int], dim: int) -> int:
+    """`dim` counted from the front.
+
+    Raises:
+        ConfigError: when a tensor of `shape` has no such dimension.
+    """
+    if not len(shape):
+        raise ConfigError(f"{verb} of a 0-d tensor has no dimension to go along; reshape(1)")
+    try:
+        index = operator.index(dim)
+    except TypeError:
+        raise ConfigError(f"dim={dim!r} of {verb} is no integer") from None
+    if not -len(shape) <= index < len(shape):
+        raise ConfigError(
+            f"dim={dim} of {verb}: a tensor of shape {list(shape)} has dimensions {-len(shape)} to "
+            f"{len(shape) - 1}"
+        )
+    return index % len(shape)
+
+
+def check_sizes(what: str, sizes: Sequence[int], world_size: int) -> tuple[int, ...]:
+    """One length for each rank, none of them negative.
+
+    Raises:
+        ConfigError: when they are not that.
+    """
+    try:
+        lengths = tuple(operator.index(size) for size in sizes)
+    except TypeError:
+        raise ConfigError(f"{what}={sizes!r} has entries that are no integers") from None
+    if len(lengths) != world_size:
+        raise ConfigError(f"{what} has {len(lengths)} entries; needed one for each of {world_size} ranks")
+    if any(length < 0 for length in lengths):
+        raise ConfigError(f"{what}={list(lengths)} has a negative entry")
+    return lengths
+
+
 def check_splits(what: str, splits: Sequence[int] | None, rows: int, world_size: int) -> tuple[int, ...]:
     """Rows for each rank: as given, or equal.
 
@@ -132,23 +177,22 @@ def check_splits(what: str, splits: Sequence[int] | None, rows: int, world_size:
         if rows % world_size:
             raise ConfigError(f"{rows} rows do not divide among {world_size} ranks; give {what}=")
         return (rows // world_size,) * world_size
-    try:
-        splits = [operator.index(split) for split in splits]
-    except TypeError:
-        raise ConfigError(f"{what}={splits!r} has entries that are no integers") from None
-    if len(splits) != world_size:
-        raise ConfigError(f"{what} has {len(splits)} entries; needed one for each of {world_size} ranks")
-    if any(split < 0 for split in splits):
-        raise ConfigError(f"{what}={list(splits)} has a negative entry")
-    if sum(splits) != rows:
-        raise ConfigError(f"{what}={list(splits)} adds up to {sum(splits)}; the tensor has {rows} rows")
-    return tuple(splits)
+    lengths = check_sizes(what, splits, world_size)
+    if sum(lengths) != rows:
+        raise ConfigError(f"{what}={list(lengths)} adds up to {sum(lengths)}; the tensor has {rows} rows")
+    return lengths
 
 
 def find_unequal_splits(calls: Sequence[CallDescription]) -> list[tuple[int, int]]:
     """Every (source, destination) of which one sends what the other does not expect."""
     ranks = range(len(calls))
-    return [(s, d) for s in ranks for d in ranks if calls[s].send_splits[d] != calls[d].recv_splits[s]]
+    return [
+        (s, d)
+        for s in ranks
+        for d in ranks
+        # Who gave no recv_splits takes what comes.
+        if calls[d].recv_splits and calls[s].send_splits[d] != calls[d].recv_splits[s]
+    ]
 
 
 def refuse_unequal_splits(calls: Sequence[CallDescription]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The verbs on torch.distributed: NCCL or gloo, for what tcomm's own algorithms do not do.
+"""Running torch.distributed: NCCL or gloo, for what tcomm's own algorithms do not do.
 
 Every call has a deadline, and what torch raises becomes one of tcomm's errors. The arguments have been
 checked and the ranks have agreed before anything here is called.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -23,16 +23,6 @@ __all__ = ["TorchFallback"]
 _DYING_SECONDS = 1.0
 _SLICE_SECONDS = 0.1
 _FOR_EVER = 7 * 24 * 3600.0
-_TORCH_OPS = {
-    "sum": dist.ReduceOp.SUM,
-    "avg": dist.ReduceOp.SUM,
-    "product": dist.ReduceOp.PRODUCT,
-    "max": dist.ReduceOp.MAX,
-    "min": dist.ReduceOp.MIN,
-    "band": dist.ReduceOp.BAND,
-    "bor": dist.ReduceOp.BOR,
-    "bxor": dist.ReduceOp.BXOR,
-}
 
 
 class TorchFallback:
@@ -53,15 +43,16 @@ class TorchFallback:
         self.rank = group.rank()
         self.world_size = group.size()
         self._name = name
-        self._group = group
+        self.group = group
+        """The process group that carries it out."""
         self._channel = channel
         # Waiting in slices would abort a communicator of NCCL.
-        self._is_gloo = all(backend == "gloo" for _, backend in self.backends)
+        self.is_gloo = all(backend == "gloo" for _, backend in self.backends)
 
     @property
     def backends(self) -> tuple[tuple[str, str], ...]:
         """(device, backend) pairs of the process group."""
-        config = dist.get_backend_config(self._group)
+        config = dist.get_backend_config(self.group)
         pairs = [pair.split(":") for pair in config.split(",") if ":" in pair]
         return tuple((device, backend) for device, backend in pairs)
 
@@ -71,71 +62,25 @@ class TorchFallback:
         mine = torch.zeros(nbytes, dtype=torch.uint8)
         mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         rows = [torch.empty_like(mine) for _ in range(self.world_size)]
-        self._run("agree", timeout, lambda: dist.all_gather(rows, mine, group=self._group, async_op=True))
+        self.run("agree", timeout, lambda: dist.all_gather(rows, mine, group=self.group, async_op=True))
         gathered = [bytes(row.numpy()) for row in rows]
         return [row[2 : 2 + int.from_bytes(row[:2], "little")] for row in gathered]
 
-    def all_reduce(self, x: torch.Tensor, out: torch.Tensor, op: str, timeout: float | None) -> None:
-        """Out = reduction of x over the ranks. **Collective.**"""
-        if out is not x:
-            out.copy_(x)
-        self._run(
-            "all_reduce",
-            timeout,
-            lambda: dist.all_reduce(out, _TORCH_OPS[op], group=self._group, async_op=True),
-        )
-        if op == "avg":
-            out.mul_(1.0 / self.world_size)
-
-    def broadcast(self, x: torch.Tensor, root: int, timeout: float | None) -> None:
-        """Write root's x into every rank's. **Collective.**"""
-        self._run(
-            "broadcast",
-            timeout,
-            lambda: dist.broadcast(x, group_src=root, group=self._group, async_op=True),
-        )
-
-    def all_gather(self, x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
-        """Out = every rank's x, one after another. **Collective.**"""
-        parts = list(out.view(self.world_size, -1).unbind(0))
-        self._run(
-            "all_gather_single",
-            timeout,
-            lambda: dist.all_gather(parts, x.view(-1), group=self._group, async_op=True),
-        )
-
-    def reduce_scatter(self, x: torch.Tensor, out: torch.Tensor, op: str, timeout: float | None) -> None:
-        """Out = this rank's part of the reduction of x. **Collective.**"""
-        whole = torch.empty_like(x)
-        self.all_reduce(x, whole, op, timeout)
-        out.view(-1).copy_(whole.view(self.world_size, -1)[self.rank])
-
-    def all_to_all(
-        self,
-        x: torch.Tensor,
-        out: torch.Tensor,
-        send_splits: Sequence[int],
-        recv_splits: Sequence[int],
-        timeout: float | None,
-    ) -> None:
-        """Rows of x to their ranks, rows from the ranks into out. **Collective.**"""
-        self._run(
-            "all_to_all_single",
-            timeout,
-            lambda: dist.all_to_all_single(
-                out, x, list(recv_splits), list(send_splits), group=self._group, async_op=True
-            ),
-        )
-
     def send(self, x: torch.Tensor, dst: int, timeout: float | None) -> None:
         """Send x to one rank."""
-        self._run("send", timeout, lambda: dist.isend(x, group_dst=dst, group=self._group))
+        self.run("send", timeout, lambda: dist.isend(x, group_dst=dst, group=self.group))
 
     def recv(self, out: torch.Tensor, src: int, timeout: float | None) -> None:
         """Receive into out from one rank."""
-        self._run("recv", timeout, lambda: dist.irecv(out, group_src=src, group=self._group))
+        self.run("recv", timeout, lambda: dist.irecv(out, group_src=src, group=self.group))
 
-    def _run(self, op: str, timeout: float | None, start: Callable[[], dist.Work | None]) -> None:
+    def run(self, op: str, timeout: float | None, start: Callable[[], dist.Work | None]) -> None:
+        """Start an operation of torch and wait for it, as long as `timeout` allows and the peers live.
+
+        Raises:
+            CapabilityError: when torch cannot do it.
+            PeerLostError, PeerTimeoutError, CommError: when it failed.
+        """
         deadline = time.monotonic() + (_FOR_EVER if timeout is None else timeout)
         try:
             work = start()
@@ -150,7 +95,7 @@ class TorchFallback:
     def _wait_a_little(self, work: dist.Work, deadline: float) -> bool:
         """Whether `work` is done; looks at the dead in between, whom torch sees only where it reads from."""
         left = deadline - time.monotonic()
-        sliced = self._channel is not None and left > _SLICE_SECONDS and self._is_gloo
+        sliced = self._channel is not None and left > _SLICE_SECONDS and self.is_gloo
         try:
             work.wait(datetime.timedelta(seconds=_SLICE_SECONDS if sliced else max(left, 0.001)))
         except RuntimeError:

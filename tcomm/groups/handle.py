@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -20,7 +20,7 @@ from tcomm.errors import CapabilityError, GroupClosedError, PeerTimeoutError, Tc
 from tcomm.groups.agreement import Agreement, LocalAgreement, RemoteAgreement, SharedAgreement
 from tcomm.groups.arguments import Timeout, Unset
 from tcomm.groups.fallback import TorchFallback
-from tcomm.groups.plans import Plan, PlanKey, Planner
+from tcomm.groups.plans import PlanKey, Planner
 from tcomm.groups.pool import ResultPool
 from tcomm.groups.setup import Membership, agree_on_settings
 from tcomm.groups.work import Work
@@ -71,7 +71,7 @@ class GroupHandle:
         self._queue_lock = threading.Lock()
         self._foreign = ""
         self._executor: concurrent.futures.ThreadPoolExecutor | None = None
-        self._last_work: concurrent.futures.Future[torch.Tensor] | None = None
+        self._last_work: concurrent.futures.Future[Any] | None = None
         self._pool = ResultPool()
         settled = agree_on_settings(members, self.config, SETUP_SECONDS)
         self.table = settled.table
@@ -87,7 +87,7 @@ class GroupHandle:
         self._planner = Planner(
             self.name, self.config, self._arena, self._fallback, self._agreement, SETUP_SECONDS
         )
-        self._plans: dict[PlanKey, tuple[Plan, int, torch.Size, torch.dtype]] = {}
+        self._plans: dict[PlanKey, Any] = {}
         _open.add(self)
 
     def _open_arena(self, exchange: Exchange, num_cores: int) -> tuple[Arena | None, str]:
@@ -112,14 +112,14 @@ class GroupHandle:
             )
         return RemoteAgreement(self.name, self._fallback)
 
-    def _submit(self, run: Callable[[], torch.Tensor]) -> Work:
+    def _submit(self, run: Callable[[], Any]) -> Work:
         """Run behind the caller's back, after everything that was submitted before."""
         if self._executor is None:
             self._executor = concurrent.futures.ThreadPoolExecutor(1, f"tcomm-{self.name}")
         self._last_work = self._executor.submit(run)
         return Work(self._last_work, self._explain_delay)
 
-    def _in_order(self, run: Callable[[], torch.Tensor], async_op: bool) -> torch.Tensor | Work:
+    def _in_order(self, run: Callable[[], Any], async_op: bool) -> Any:
         """Run now, or where asynchronous calls are under way, behind them."""
         # Not the lock that a call holds while it waits for its peers: a handle is given at once.
         with self._queue_lock:
@@ -132,17 +132,17 @@ class GroupHandle:
             return self._call(run)
         return work if async_op else work.wait()
 
-    def _with_modes(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def _with_modes(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """`run` in the autograd modes of this moment, which another thread does not have."""
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
-        def in_modes() -> torch.Tensor:
+        def in_modes() -> Any:
             with torch.inference_mode(inference), torch.set_grad_enabled(grad):
                 return self._call(run)
 
         return in_modes
 
-    def _call(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _call(self, run: Callable[[], Any]) -> Any:
         with self._lock, self._whole():
             self._refuse_foreign()
             return run()

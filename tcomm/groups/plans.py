@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import msgspec
 import torch
 
 from tcomm.config import Config
 from tcomm.cpu.all_reduce import make_plan
+from tcomm.cpu.exchange import make_exchange_plan
+from tcomm.cpu.reduce_scatter import make_reduce_scatter_plan
 from tcomm.groups.agreement import Agreement
-from tcomm.groups.arguments import dtype_name
 from tcomm.groups.fallback import TorchFallback
+from tcomm.groups.jobs import Job
+from tcomm.groups.pool import ResultPool
+from tcomm.groups.torch_verbs import make_torch_plan
 from tcomm.memory.arena import Arena
 from tcomm.signature import CallDescription
 from tcomm.tuning.choose import Decision
@@ -21,9 +26,10 @@ __all__ = ["Plan", "PlanKey", "Planner"]
 logger = logging.getLogger("tcomm")
 
 Plan = Callable[[torch.Tensor, torch.Tensor, "float | None"], object]
-"""Takes contiguous x and out (which may be x) and the timeout in seconds. **Collective.**"""
-PlanKey = tuple[object, str, torch.dtype, torch.Size, bool, torch.layout]
-"""What a plan is made for: op as given, algorithm as given, dtype, shape, whether on the CPU, layout."""
+"""Takes contiguous x and out (which may be x where the job says so) and the timeout in seconds.
+**Collective.** Writes nothing to the out of a rank that gets no result."""
+PlanKey = tuple[str, tuple[object, ...], str, torch.dtype, torch.Size, bool, torch.layout]
+"""What a plan is made for: verb, its arguments and the algorithm as given, and the kind of input."""
 
 
 class Planner:
@@ -46,37 +52,31 @@ class Planner:
         self._setup_seconds = setup_seconds
         self._logged: set[str] = set()
 
-    def plan_all_reduce(self, decision: Decision, shape: torch.Size, seconds: float | None) -> Plan:
-        """The plan for all-reduces of `shape` by `decision`. **Collective** when staging has to be made.
+    def plan(self, job: Job, decision: Decision, seconds: float | None, pool: ResultPool) -> Plan:
+        """The plan for `job` by `decision`. **Collective** when staging has to be made.
+
+        Args:
+            job: what to do.
+            decision: by which algorithm.
+            seconds: timeout of the call that it is first made for.
+            pool: where memory for parts that lie apart comes from.
 
         Raises:
             CollectiveMismatchError: when the first collectives of the ranks differ.
             CapabilityError: when there is too little memory for staging.
         """
-        asked = decision.request
-        call = CallDescription(
-            asked.op, dtype_name(asked.dtype), tuple(shape), asked.reduce, algorithm=decision.algorithm
-        )
-        if decision.engine == "torch":
-            return self._plan_fallback(decision, call)
+        call = msgspec.structs.replace(job.call, algorithm=decision.algorithm)
         if decision.engine == "local":
-            return lambda x, out, _: out if out is x else out.copy_(x)
+            return _copy
+        if decision.engine == "torch":
+            return _with_chunks(job, self._plan_fallback(job, decision, call), pool)
         arena = self._arena_with_staging(call, seconds)
         algorithm = decision.algorithm.partition(":")[2]
-        if decision.engine == "triton":
-            # Triton costs most of a second to import, and must not be imported before it is asked for.
-            from tcomm.kernels.all_reduce import LAUNCHERS
+        make = _plan_kernel if decision.engine == "triton" else _plan_cpu
+        return _with_chunks(job, make(job, algorithm, arena, call, decision.piece_nbytes), pool)
 
-            launcher, reduce = LAUNCHERS[algorithm], asked.reduce
-
-            def run_kernel(x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
-                launcher(x, arena, reduce, out=out, timeout=timeout, call=call)
-
-            return run_kernel
-        return make_plan(algorithm, arena, call, asked.reduce, asked.dtype, shape, decision.piece_nbytes)
-
-    def _plan_fallback(self, decision: Decision, call: CallDescription) -> Plan:
-        fallback, agreement, reduce = self._fallback, self._agreement, decision.request.reduce
+    def _plan_fallback(self, job: Job, decision: Decision, call: CallDescription) -> Plan:
+        fallback, agreement = self._fallback, self._agreement
         if fallback is None:
             raise AssertionError("torch was chosen without a process group")
         if decision.reason not in self._logged:
@@ -84,10 +84,11 @@ class Planner:
             logger.info(
                 "group %r: %s goes to %s: %s", self._group, call.op, decision.algorithm, decision.reason
             )
+        run = make_torch_plan(fallback, call, job.parts)
 
         def run_fallback(x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
             agreement.agree(call, timeout)
-            fallback.all_reduce(x, out, reduce, timeout)
+            run(x, out, timeout)
 
         return run_fallback
 
@@ -100,3 +101,59 @@ class Planner:
             self._agreement.agree(call, seconds)
             arena.grow(self._config.staging_bytes, self._setup_seconds)
         return arena
+
+
+def _copy(x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:  # noqa: ARG001
+    """A world of one gives everything to itself."""
+    if out is not x:
+        out.view(-1).copy_(x.view(-1))
+
+
+def _plan_cpu(job: Job, algorithm: str, arena: Arena, call: CallDescription, piece_nbytes: int) -> Plan:
+    if call.op == "barrier":
+        return lambda _x, _out, timeout: arena.channel.agree(call, timeout)
+    if job.parts is None:
+        return make_plan(algorithm, arena, call, call.reduce, job.dtype, call.shape, piece_nbytes)
+    if call.reduce:
+        return make_reduce_scatter_plan(
+            algorithm, arena, call, job.parts, call.reduce, job.dtype, piece_nbytes
+        )
+    return make_exchange_plan(algorithm, arena, call, job.parts, job.dtype.itemsize, piece_nbytes)
+
+
+def _plan_kernel(job: Job, algorithm: str, arena: Arena, call: CallDescription, piece_nbytes: int) -> Plan:
+    # Triton costs most of a second to import, and must not be imported before it is asked for.
+    from tcomm.kernels import all_reduce, barrier, exchange, reduce_scatter
+
+    parts, op = job.parts, call.reduce
+    if call.op == "barrier":
+        return lambda _x, _out, timeout: barrier.arrival_barrier(arena, timeout=timeout, call=call)
+    if parts is None:
+        launch = all_reduce.LAUNCHERS[algorithm]
+        return lambda x, out, timeout: launch(x, arena, op, out=out, timeout=timeout, call=call)
+    options = {"call": call, "piece_nbytes": piece_nbytes}
+    if op:
+        launch = reduce_scatter.LAUNCHERS[algorithm]
+        return lambda x, out, timeout: launch(x, out, arena, parts, op, timeout=timeout, **options)
+    launch = exchange.LAUNCHERS[algorithm]
+    return lambda x, out, timeout: launch(x, out, arena, parts, timeout=timeout, **options)
+
+
+def _with_chunks(job: Job, plan: Plan, pool: ResultPool) -> Plan:
+    """`plan`, for tensors whose parts do not lie one after another in memory."""
+    packs, unpacks = job.packs, job.unpacks
+    if packs is None and unpacks is None:
+        return plan
+
+    def run(x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
+        source, target = x, out
+        if packs is not None:
+            source = pool.take(x.shape, x.dtype) if x.is_cpu else torch.empty_like(x)
+            packs.pack(x, source)
+        if unpacks is not None:
+            target = pool.take(out.shape, out.dtype) if out.is_cpu else torch.empty_like(out)
+        plan(source, target, timeout)
+        if unpacks is not None:
+            unpacks.unpack(target, out)
+
+    return run

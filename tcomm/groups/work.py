@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Callable
-
-import torch
+from typing import Any
 
 from tcomm.errors import PeerTimeoutError
 
@@ -17,7 +16,7 @@ class Work:
 
     def __init__(
         self,
-        future: concurrent.futures.Future[torch.Tensor],
+        future: concurrent.futures.Future[Any],
         explain_delay: Callable[[str], PeerTimeoutError],
     ) -> None:
         self._future = future
@@ -27,14 +26,14 @@ class Work:
         """Whether it has ended, well or badly."""
         return self._future.done()
 
-    def wait(self, timeout: float | None = None) -> torch.Tensor:
+    def wait(self, timeout: float | None = None) -> Any:
         """Wait for the result, as long as the collective's own deadline allows.
 
         Args:
             timeout: seconds to wait here; the collective goes on when they are over.
 
         Returns:
-            The output tensor.
+            What the collective gives: its output tensor, or None on a rank that gets none.
 
         Raises:
             PeerTimeoutError: when `timeout` is over; names who is waited for.

@@ -29,7 +29,6 @@ import torch
 import triton
 import triton.language as tl
 
-from tcomm.algorithms import REDUCE_OPS, acc_dtype
 from tcomm.errors import CapabilityError, ConfigError
 from tcomm.kernels.device import (
     await_peers,
@@ -41,9 +40,10 @@ from tcomm.kernels.device import (
     publish,
 )
 from tcomm.kernels.lanes import push_lanes, reduce_lanes
-from tcomm.kernels.launch import grid_of, launch, tile_numel
+from tcomm.kernels.launch import grid_of, launch, staging_of, tile_numel
+from tcomm.kernels.numerics import accumulator_of, check_reduction
 from tcomm.kernels.tiles import copy_span, reduce_span, spread_span
-from tcomm.memory.arena import Arena, Staging
+from tcomm.memory.arena import Arena
 from tcomm.memory.layout import cut, slice_numel
 from tcomm.signature import CallDescription
 
@@ -56,12 +56,6 @@ __all__ = [
 ]
 
 _RUNTIME = ["rank", "signature", "budget", "numel"]
-_TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.int32: tl.int32,
-    torch.int64: tl.int64,
-}
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -116,7 +110,7 @@ def one_shot_push_all_reduce(
         ConfigError: on this rank only, when an argument is wrong; nothing was sent.
         CollectiveMismatchError, PeerLostError, PeerTimeoutError: from the wait.
     """
-    staging = _staging_of(arena)
+    staging = staging_of(arena)
     layout = staging.layout
     constants = {"HALF_BYTES": layout.half_bytes, "SLOT_BYTES": layout.slot_bytes}
     kernel = _one_shot_push_all_reduce_kernel
@@ -165,7 +159,7 @@ def one_shot_pull_all_reduce(
         ConfigError: on this rank only, when an argument is wrong; nothing was sent.
         CollectiveMismatchError, PeerLostError, PeerTimeoutError: from the wait.
     """
-    half_bytes = _staging_of(arena).layout.half_bytes
+    half_bytes = staging_of(arena).layout.half_bytes
     kernel = _one_shot_pull_all_reduce_kernel
     constants = {"HALF_BYTES": half_bytes}
     return _run(kernel, "one_shot_pull", half_bytes, x, arena, op, out, timeout, call, constants)
@@ -237,7 +231,7 @@ def two_shot_all_reduce(
         ConfigError: on this rank only, when an argument is wrong; nothing was sent.
         CollectiveMismatchError, PeerLostError, PeerTimeoutError: from the wait.
     """
-    half_bytes = _staging_of(arena).layout.half_bytes
+    half_bytes = staging_of(arena).layout.half_bytes
     kernel = _two_shot_all_reduce_kernel
     constants = {"HALF_BYTES": half_bytes, "SLICE_UNIT": slice_numel(1, x.itemsize, 1)}
     return _run(kernel, "two_shot", half_bytes, x, arena, op, out, timeout, call, constants)
@@ -292,7 +286,7 @@ def one_shot_ll_all_reduce(
     """
     if x.itemsize > 4:
         raise CapabilityError(f"a lane carries 32 bits; {x.dtype} has {8 * x.itemsize}")
-    capacity = _staging_of(arena).layout.lane_slot_bytes // 2
+    capacity = staging_of(arena).layout.lane_slot_bytes // 2
     kernel = _one_shot_ll_all_reduce_kernel
     return _run(kernel, "one_shot_ll", capacity, x, arena, op, out, timeout, call, {})
 
@@ -304,12 +298,6 @@ LAUNCHERS: dict[str, Callable[..., torch.Tensor]] = {
     "two_shot": two_shot_all_reduce,
 }
 """Launcher of each algorithm, by its name without the engine."""
-
-
-def _staging_of(arena: Arena) -> Staging:
-    if arena.staging is None:
-        raise CapabilityError("the group has no staging memory yet; call prepare() first")
-    return arena.staging
 
 
 def _run(
@@ -335,7 +323,7 @@ def _run(
     by_lanes = kernel is _one_shot_ll_all_reduce_kernel
     tile = tile_numel(8 if by_lanes else x.itemsize)
     per_item = 4 // x.itemsize if by_lanes else 1
-    acc = _TRITON_DTYPES[acc_dtype(x.dtype)]
+    acc = accumulator_of(x.dtype)
     for start, numel in cut(x.numel(), x.itemsize, capacity):
         launch(
             kernel, grid_of(triton.cdiv(numel, tile * per_item)), arena, call, timeout,
@@ -346,12 +334,7 @@ def _run(
 
 
 def _check(x: torch.Tensor, out: torch.Tensor, op: str) -> None:
-    if op not in REDUCE_OPS:
-        raise ConfigError(f"op {op!r} is not among {', '.join(REDUCE_OPS)}")
-    if op == "avg" and not x.is_floating_point():
-        raise ConfigError(f"the average of {x.dtype} is not a {x.dtype}; use sum, or a floating-point tensor")
-    if acc_dtype(x.dtype) not in _TRITON_DTYPES:
-        raise ConfigError(f"no kernel reduces {x.dtype}")
+    check_reduction(x.dtype, op)
     if (out.shape, out.dtype) != (x.shape, x.dtype):
         raise ConfigError(
             f"out is {out.dtype} {list(out.shape)}, x is {x.dtype} {list(x.shape)}; they must be alike"

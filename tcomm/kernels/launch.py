@@ -23,6 +23,7 @@ __all__ = [
     "grid_of",
     "launch",
     "launches",
+    "staging_of",
     "tile_numel",
 ]
 
@@ -51,6 +52,17 @@ def grid_of(num_tiles: int) -> int:
     """Programs to launch: bounded, so that all are resident and each has its arrival words."""
     limit = _INTERPRETED_BLOCKS if is_interpreted() else _COMPILED_BLOCKS
     return max(1, min(num_tiles, limit, MAX_BLOCKS))
+
+
+def staging_of(arena: Arena) -> Staging:
+    """The staging memory of a group.
+
+    Raises:
+        CapabilityError: when it has none yet.
+    """
+    if arena.staging is None:
+        raise CapabilityError("the group has no staging memory yet; call prepare() first")
+    return arena.staging
 
 
 def common_constants(arena: Arena, staging: Staging) -> dict[str, Any]:
@@ -87,9 +99,7 @@ def launch(
         CollectiveMismatchError, PeerLostError, PeerTimeoutError: what it found while it waited.
         CapabilityError: when there is nothing to run it on.
     """
-    staging = arena.staging
-    if staging is None:
-        raise CapabilityError("the group has no staging memory yet; call prepare() first")
+    staging = staging_of(arena)
     if not is_interpreted():
         raise CapabilityError(
             "kernels are compiled in this process and the tensors are in host memory; set TRITON_INTERPRET=1 "

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from tcomm.errors import ConfigError
+from tcomm.parts import Parts
 
-__all__ = ["ALIGNMENT", "StagingLayout", "cut", "slice_numel"]
+__all__ = ["ALIGNMENT", "StagingLayout", "cut", "exchange_pieces", "part_offset", "slice_numel"]
 
 ALIGNMENT = 128
 """Bytes. Every region, slot and slice begins at a multiple of it: vector accesses and whole cache lines."""
@@ -102,3 +103,30 @@ def slice_numel(numel: int, itemsize: int, world_size: int) -> int:
     """Elements that each rank reduces in a two-shot algorithm; the last ranks may have fewer, or none."""
     unit = ALIGNMENT // itemsize
     return _round_up(-(-numel // world_size), unit)
+
+
+def part_offset(algorithm: str, layout: StagingLayout, shared: bool, source: int, destination: int) -> int:
+    """Where in a half the part lies that `source` gives to `destination`, in bytes.
+
+    Pulled parts lie at their source, in the slot of their destination, or at the beginning when all get the
+    same. Pushed parts lie at their destination, in the slot of their source.
+    """
+    if algorithm == "push":
+        return source * layout.slot_bytes
+    return 0 if shared else destination * layout.slot_bytes
+
+
+def exchange_pieces(
+    algorithm: str, layout: StagingLayout, parts: Parts, piece_nbytes: int = 0
+) -> list[Parts]:
+    """Cut an exchange into calls whose parts fit.
+
+    Args:
+        algorithm: `push` or `pull`.
+        layout: of the staging.
+        parts: in bytes.
+        piece_nbytes: of a part, at most; 0: as many as fit.
+    """
+    capacity = layout.half_bytes if algorithm == "pull" and parts.shared else layout.slot_bytes
+    pieces = cut(parts.longest, 1, min(capacity, piece_nbytes or capacity))
+    return [parts.piece(start, length) for start, length in pieces]

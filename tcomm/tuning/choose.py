@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from tcomm.algorithms import ALL_REDUCE, Algorithm
+from tcomm.algorithms import ALGORITHMS, FAMILIES, Algorithm
 from tcomm.errors import CapabilityError
 from tcomm.tuning.table import Row, Table
 
@@ -42,7 +42,7 @@ class Request:
     dtype: torch.dtype
     """Element type."""
     nbytes: int
-    """Bytes of one rank's input."""
+    """Bytes as nccl-tests counts them: of a rank's message, or of the whole where ranks hold parts of it."""
     world_size: int
     """Number of ranks."""
     device: str = "cpu"
@@ -109,7 +109,7 @@ def choose(request: Request, capabilities: Capabilities, table: Table, forced: s
     if not possible:
         raise CapabilityError(_nothing(request, forced, wanted, refusals))
     engine = possible[0].partition(":")[0]
-    row = table.pick(request.op, engine, request.world_size, request.nbytes)
+    row = table.pick(FAMILIES[request.op], engine, request.world_size, request.nbytes)
     if row is not None and row.algorithm in possible:
         chosen, reason = row.algorithm, f"the table says so up to {_bound(row)} bytes ({row.measured_at})"
     else:
@@ -129,7 +129,7 @@ def choose(request: Request, capabilities: Capabilities, table: Table, forced: s
 
 
 def _candidates(request: Request) -> tuple[Algorithm, ...]:
-    return ALL_REDUCE if request.op == "all_reduce" else ()
+    return ALGORITHMS[FAMILIES[request.op]]
 
 
 def _refusal(algorithm: Algorithm, request: Request, capabilities: Capabilities) -> str:

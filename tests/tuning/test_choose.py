@@ -5,12 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcomm.algorithms import ALL_REDUCE, REDUCE_OPS
+from tcomm.algorithms import ALGORITHMS, REDUCE_OPS
 from tcomm.errors import CapabilityError
 from tcomm.tuning.choose import ENGINES, Capabilities, Decision, Request, choose
 from tcomm.tuning.table import Row, Table
 
-NAMES = [a.name for a in ALL_REDUCE]
+NAMES = [a.name for a in ALGORITHMS["all_reduce"]]
 NO_ROWS = Table(1, "", "", "", "", ())
 GLOO = Capabilities(torch_backends=(("cpu", "gloo"), ("cuda", "nccl")))
 
@@ -90,7 +90,7 @@ def test_what_is_chosen_can_do_it_and_is_what_was_forced(request, capabilities, 
     assert request.device == "cpu"
     assert not capabilities.no_shared_memory
     assert not (engine == "triton" and capabilities.no_kernels)
-    known = next(a for a in ALL_REDUCE if a.name == decision.algorithm)
+    known = next(a for a in ALGORITHMS["all_reduce"] if a.name == decision.algorithm)
     assert known.refusal(request.reduce, request.dtype) == ""
     assert engine != "triton" or forced in ("triton", decision.algorithm)
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcomm.algorithms import ALL_REDUCE
+from tcomm.algorithms import ALGORITHMS
 from tcomm.errors import ConfigError
 from tcomm.tuning.table import Row, Table, decode_table, load_table
 
@@ -14,7 +14,7 @@ ROW = {"op": "all_reduce", "algorithm": "cpu:two_shot", "max_nbytes": 4096}
 ROWS = st.builds(
     Row,
     op=st.sampled_from(["all_reduce", "broadcast"]),
-    algorithm=st.sampled_from([a.name for a in ALL_REDUCE]),
+    algorithm=st.sampled_from([a.name for a in ALGORITHMS["all_reduce"]]),
     max_nbytes=st.none() | st.integers(0, 1 << 20),
     min_ranks=st.integers(2, 8),
     max_ranks=st.integers(2, 16),
@@ -106,7 +106,7 @@ def test_a_table_comes_back_from_its_bytes_with_its_digest(rows):
 
 def test_the_table_that_comes_along_covers_every_world_and_size_by_known_algorithms():
     table = load_table()
-    known = {a.name for a in ALL_REDUCE}
+    known = {a.name for a in ALGORITHMS["all_reduce"]}
     assert {row.algorithm for row in table.rows if row.op == "all_reduce"} <= known
     for engine in ("cpu", "triton"):
         for world_size in range(2, 17):

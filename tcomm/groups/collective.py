@@ -1,0 +1,208 @@
+"""How every verb runs: look its plan up, check the tensors, call the plan."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+
+from tcomm.algorithms import FAMILIES, REDUCING, reduce_op_name
+from tcomm.errors import ConfigError
+from tcomm.groups.arguments import UNSET, Timeout, Unset, check_out, check_tensor
+from tcomm.groups.handle import GroupHandle
+from tcomm.groups.jobs import JOBS, Caller, Job
+from tcomm.groups.plans import Plan
+from tcomm.tuning.choose import Decision, Request, choose
+
+__all__ = ["CallOptions", "Collective", "Ready"]
+
+_MAX_PLANS = 1024
+
+
+class CallOptions(TypedDict, total=False):
+    """What every verb takes besides its own arguments; the verbs' docstrings say what they mean."""
+
+    out: torch.Tensor | None
+    timeout: Timeout | Unset
+    algorithm: str
+
+
+class Ready(NamedTuple):
+    """A plan, and what a call must be like to use it without another look."""
+
+    plan: Plan
+    shape: torch.Size | None
+    """Of the result; None where this rank gets none."""
+    reach: int
+    """Bytes of the longer of input and result: so far apart, they do not overlap."""
+    may_alias: bool
+    """Whether the result may go to the input itself."""
+
+
+class Collective(GroupHandle):
+    """Runs verbs by name. What is collective here is so because its verb is."""
+
+    def _collect(
+        self,
+        verb: str,
+        args: tuple[object, ...],
+        x: torch.Tensor,
+        out: torch.Tensor | None,
+        timeout: Timeout | Unset,
+        async_op: bool,
+        algorithm: str,
+    ) -> Any:
+        """Run `verb`, now or behind what is under way. **Collective.**
+
+        Args:
+            verb: a key of `JOBS`.
+            args: its own arguments, hashable where the plan is to be kept.
+            x: input.
+            out: where the result goes; a new tensor where None.
+            timeout: seconds, a profile, or None: as long as the peers live.
+            async_op: return a `Work`.
+            algorithm: engine, algorithm or both that must be used.
+
+        Returns:
+            The result, None on a rank that gets none; with `async_op` a `Work`.
+        """
+        if async_op or self._last_work is not None:
+            run = functools.partial(self._run, verb, args, x, out, timeout, algorithm)
+            return self._in_order(run, async_op)
+        return self._run(verb, args, x, out, timeout, algorithm)
+
+    def _run(
+        self,
+        verb: str,
+        args: tuple[object, ...],
+        x: torch.Tensor,
+        out: torch.Tensor | None,
+        timeout: Timeout | Unset,
+        algorithm: str,
+    ) -> Any:
+        # The hot path of small messages: every line here is a tenth of a microsecond.
+        with self._lock:
+            if self._foreign:
+                self._refuse_foreign()
+            seconds = self.timeout if timeout is UNSET else self._seconds(timeout)
+            try:
+                ready = self._plans[verb, args, algorithm, x.dtype, x.shape, x.is_cpu, x.layout]
+            except (KeyError, AttributeError, TypeError):
+                ready = self._prepare(verb, args, x, out, algorithm, seconds)
+            plan, shape, reach, may_alias = ready
+            if shape is None:
+                out = x
+            elif out is None:
+                out = self._new(shape, x)
+            elif (out is not x or not may_alias) and not (
+                # As the result and, being contiguous and this far from x, apart from it.
+                type(out) is torch.Tensor
+                and out.shape == shape
+                and out.dtype is x.dtype
+                and out.is_cpu
+                and not (out.requires_grad or out.is_inference())
+                and abs(out.data_ptr() - x.data_ptr()) >= reach
+            ):
+                check_out(verb, x, out, shape, may_alias)
+            if x.requires_grad or type(x) is not torch.Tensor:
+                check_tensor(verb, x, self.world_size > 1)
+            if _is_plain(x) and _is_plain(out):
+                try:
+                    plan(x, out, seconds)
+                except BaseException:
+                    with self._whole():
+                        raise
+                return None if shape is None else out
+            return self._run_densely(verb, ready, x, out, seconds)
+
+    def _run_densely(
+        self, verb: str, ready: Ready, x: torch.Tensor, out: torch.Tensor, seconds: float | None
+    ) -> torch.Tensor | None:
+        """Run by way of contiguous copies of what is not."""
+        if ready.shape is not None and out is not x:
+            check_out(verb, x, out, ready.shape, ready.may_alias)
+        dense = x if _is_plain(x) else self._new(x.shape, x).copy_(x)
+        if ready.shape is None or out is x:
+            result = dense
+        else:
+            result = out if _is_plain(out) else self._new(ready.shape, x)
+        with self._whole():
+            ready.plan(dense, result, seconds)
+        if ready.shape is None:
+            return None
+        return out if result is out else out.copy_(result)
+
+    def _prepare(
+        self,
+        verb: str,
+        args: tuple[object, ...],
+        x: torch.Tensor,
+        out: torch.Tensor | None,
+        algorithm: str,
+        seconds: float | None,
+    ) -> Ready:
+        """Check a call of a new kind, make the plan for its kind, and keep it."""
+        check_tensor(verb, x, self.world_size > 1)
+        job = JOBS[verb](Caller(self.rank, self.world_size, x.shape, x.dtype), *args)
+        if out is not None and job.shape is not None:
+            check_out(verb, x, out, job.shape, job.may_alias)
+        decision = self._decide(job, x.device.type, algorithm)
+        # Tensors made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            plan = self._planner.plan(job, decision, seconds, self._pool)
+        if len(self._plans) >= _MAX_PLANS:
+            self._plans.clear()
+        reach = max(x.numel(), job.shape.numel() if job.shape is not None else 0) * x.itemsize
+        ready = Ready(plan, job.shape, reach, job.may_alias)
+        self._plans[verb, args, algorithm, x.dtype, x.shape, x.is_cpu, x.layout] = ready
+        return ready
+
+    def _new(self, shape: torch.Size, x: torch.Tensor) -> torch.Tensor:
+        """A contiguous tensor of `shape`, otherwise like x."""
+        if x.is_cpu:
+            return self._pool.take(shape, x.dtype)
+        return torch.empty(shape, dtype=x.dtype, device=x.device)
+
+    def explain(
+        self,
+        verb: str,
+        *,
+        nbytes: int = 0,
+        dtype: torch.dtype = torch.float32,
+        op: object = "sum",
+        device: str = "cpu",
+        algorithm: str = "",
+    ) -> Decision:
+        """The decision for such a call, and why every other algorithm was rejected. Not collective.
+
+        Args:
+            verb: name of a collective method, such as `all_gather_single`.
+            nbytes: bytes as nccl-tests counts them: the message where all ranks have the whole of it
+                (all_reduce, broadcast, reduce), one rank's input of an all-to-all, and the whole where each
+                rank holds a part of it: all_gather's output, reduce_scatter's input.
+            dtype: element type.
+            op: reduce operation, for verbs that reduce.
+            device: device type of the tensors.
+            algorithm: as given to the collective.
+
+        Raises:
+            CapabilityError: when the collective would raise it.
+            ConfigError: when the verb is unknown or nbytes negative.
+        """
+        if verb not in FAMILIES:
+            raise ConfigError(f"{verb!r} is not among {', '.join(FAMILIES)}")
+        if nbytes < 0:
+            raise ConfigError(f"nbytes={nbytes} is negative")
+        reduce = reduce_op_name(op) if FAMILIES[verb] in REDUCING else ""
+        request = Request(verb, reduce, dtype, nbytes, self.world_size, device)
+        return choose(request, self.capabilities, self.table, algorithm or self.config.algorithm)
+
+    def _decide(self, job: Job, device: str, algorithm: str) -> Decision:
+        request = Request(job.call.op, job.call.reduce, job.dtype, job.nbytes, self.world_size, device)
+        return choose(request, self.capabilities, self.table, algorithm or self.config.algorithm)
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    """Whether the values of x are its memory: negated and conjugated views are flags on other values."""
+    return x.is_contiguous() and not (x.is_neg() or x.is_conj())
