@@ -44,14 +44,16 @@ class Parts:
     def piece(self, start: int, length: int) -> Parts:
         """The part of every part from `start` on, `length` elements at most."""
 
-        def clip(part: Range) -> Range:
-            skipped = min(start, part[1])
-            return part[0] + skipped, min(part[1] - skipped, length)
+        def clip(part: Range, reach: int) -> Range:
+            left = max(0, part[1] - start)
+            return part[0] + min(start, reach), min(left, length)
 
+        # What all get begins in one place, also for those who get none of it.
+        given = self.given[1]
         return dataclasses.replace(
             self,
-            sends=tuple(clip(part) for part in self.sends),
-            receives=tuple(clip(part) for part in self.receives),
+            sends=tuple(clip(part, given if self.shared else part[1]) for part in self.sends),
+            receives=tuple(clip(part, part[1]) for part in self.receives),
             longest=max(0, min(self.longest - start, length)),
         )
 

@@ -34,6 +34,7 @@ TARGETS = {
 PARAMETERS = {
     "x_ptr": "*{dtype}",
     "out_ptr": "*{dtype}",
+    "parts_ptr": "*i64",
     "numel": "i32",
     "staging_ptrs": "*i64",
     "pad_ptrs": "*i64",
@@ -41,7 +42,9 @@ PARAMETERS = {
     "rank": "i32",
     "budget": "i64",
 }
-"""Run-time arguments of every kernel, in order, and their types."""
+"""Run-time arguments of kernels and their types."""
+USUAL_PARAMETERS = tuple(name for name in PARAMETERS if name != "parts_ptr")
+"""Those of a kernel on whole messages, in order."""
 
 DTYPES = {
     "fp32": torch.float32,
@@ -49,6 +52,9 @@ DTYPES = {
     "fp16": torch.float16,
     "fp64": torch.float64,
     "i64": torch.int64,
+    "i32": torch.int32,
+    "i16": torch.int16,
+    "u8": torch.uint8,
 }
 ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64, torch.int64: tl.int64}
 
@@ -65,13 +71,22 @@ class Protocol:
 
     phases: int
     lanes: bool = False
+    spans: int = 0
+    """Loops over tiles: before the first wait and after each; 0 where no data moves."""
+    reduces: bool = True
+    """Whether it computes; otherwise it moves bare words of any size."""
 
 
 PROTOCOLS = {
-    "_one_shot_push_all_reduce_kernel": Protocol(phases=1),
-    "_one_shot_pull_all_reduce_kernel": Protocol(phases=1),
-    "_two_shot_all_reduce_kernel": Protocol(phases=2),
+    "_one_shot_push_all_reduce_kernel": Protocol(phases=1, spans=2),
+    "_one_shot_pull_all_reduce_kernel": Protocol(phases=1, spans=2),
+    "_two_shot_all_reduce_kernel": Protocol(phases=2, spans=3),
     "_one_shot_ll_all_reduce_kernel": Protocol(phases=1, lanes=True),
+    "_push_reduce_scatter_kernel": Protocol(phases=1, spans=2),
+    "_pull_reduce_scatter_kernel": Protocol(phases=1, spans=2),
+    "_push_exchange_kernel": Protocol(phases=1, spans=2, reduces=False),
+    "_pull_exchange_kernel": Protocol(phases=1, spans=2, reduces=False),
+    "_arrival_barrier_kernel": Protocol(phases=1, reduces=False),
 }
 
 
@@ -85,7 +100,7 @@ class Case:
     aligned: bool = True
 
     def __str__(self):
-        name = self.kernel.removeprefix("_").removesuffix("_all_reduce_kernel")
+        name = self.kernel.removeprefix("_").removesuffix("_kernel").removesuffix("_all_reduce")
         tail = "" if self.aligned else "-unaligned"
         return f"{self.target}-{name}-{self.dtype}-{self.world_size}-{self.op}{tail}"
 
@@ -96,26 +111,49 @@ class Case:
 
 def _cases():
     for kernel, protocol in PROTOCOLS.items():
-        for target in TARGETS:
-            yield Case(kernel, target, "bf16", 8, "sum")
-            yield Case(kernel, target, "fp32", 3, "max")
-        for dtype, world_size, op in (("fp32", 2, "sum"), ("fp32", 8, "avg"), ("fp16", 6, "avg")):
-            yield Case(kernel, "sm_90", dtype, world_size, op)
-        if not protocol.lanes:
-            yield Case(kernel, "sm_90", "fp64", 8, "sum")
-            yield Case(kernel, "gfx942", "i64", 3, "min")
-        yield Case(kernel, "sm_90", "bf16", 2, "min", aligned=False)
-        yield Case(kernel, "gfx942", "bf16", 2, "min", aligned=False)
+        make = _reducing_cases if protocol.reduces else _moving_cases
+        yield from make(kernel, protocol)
+
+
+def _reducing_cases(kernel, protocol):
+    for target in TARGETS:
+        yield Case(kernel, target, "bf16", 8, "sum")
+        yield Case(kernel, target, "fp32", 3, "max")
+    for dtype, world_size, op in (("fp32", 2, "sum"), ("fp32", 8, "avg"), ("fp16", 6, "avg")):
+        yield Case(kernel, "sm_90", dtype, world_size, op)
+    if not protocol.lanes:
+        yield Case(kernel, "sm_90", "fp64", 8, "sum")
+        yield Case(kernel, "gfx942", "i64", 3, "min")
+    yield Case(kernel, "sm_90", "bf16", 2, "min", aligned=False)
+    yield Case(kernel, "gfx942", "bf16", 2, "min", aligned=False)
+
+
+def _moving_cases(kernel, protocol):
+    """`op` says whether all get the same range or each its own."""
+    for target in TARGETS:
+        yield Case(kernel, target, "i32", 8, "shared")
+        if protocol.spans:
+            yield Case(kernel, target, "i16", 3, "split")
+    if protocol.spans:
+        for dtype in ("u8", "i64"):
+            yield Case(kernel, "sm_90", dtype, 16, "split")
+        yield Case(kernel, "sm_90", "i32", 2, "split", aligned=False)
+        yield Case(kernel, "gfx942", "i32", 2, "split", aligned=False)
 
 
 CASES = tuple(_cases())
 
 
 def cases_of(backend, **wanted):
-    """The cases of one backend; `aligned` and `lanes` narrow them down."""
-    facts = ((case, {"aligned": case.aligned, "lanes": case.protocol.lanes}) for case in CASES)
+    """The cases of one backend; facts about them narrow them down."""
+    facts = ((case, _facts(case)) for case in CASES)
     chosen = (case for case, fact in facts if all(fact[name] == value for name, value in wanted.items()))
     return [case for case in chosen if TARGETS[case.target].backend == backend]
+
+
+def _facts(case):
+    spans, lanes = case.protocol.spans > 0, case.protocol.lanes
+    return {"aligned": case.aligned, "lanes": lanes, "spans": spans, "payload": spans or lanes}
 
 
 @functools.cache
@@ -139,17 +177,24 @@ def constants_of(case):
         "SLOT_BYTES": layout.slot_bytes,
         "SLICE_UNIT": slice_numel(1, dtype.itemsize, 1),
         "BLOCK": tile_numel(8 if "_ll_" in case.kernel else dtype.itemsize),
+        "SHARED": case.op == "shared",
+        "UNIT": 16 // dtype.itemsize if case.aligned else 1,
         "OP": case.op,
-        "ACC": ACCUMULATORS[acc_dtype(dtype)],
+        "ACC": ACCUMULATORS.get(acc_dtype(dtype)),
     }
+
+
+def parameters_of(case):
+    """Names of the kernel's run-time arguments, in order."""
+    return [name for name in discovered_kernels()[case.kernel].arg_names if name in PARAMETERS]
 
 
 def compile_kernel(fn, target, dtype, constants, aligned=True, max_registers=MAX_REGISTERS):
     """Compile `fn`, whose run-time arguments are those of `PARAMETERS`, without a GPU."""
     names = fn.arg_names
     signature = {name: PARAMETERS.get(name, "constexpr").format(dtype=dtype) for name in names}
-    pointers = ("x_ptr", "out_ptr", "staging_ptrs", "pad_ptrs")[0 if aligned else 2 :]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    pointers = ("x_ptr", "out_ptr", "parts_ptr", "staging_ptrs", "pad_ptrs")[0 if aligned else 2 :]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers if name in names}
     values = {(names.index(name),): value for name, value in constants.items() if name in names}
     options = {"num_warps": COMPILED_THREADS // target.warp_size}
     if target.backend == "cuda":

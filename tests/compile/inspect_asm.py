@@ -14,9 +14,8 @@ import tempfile
 import triton.backends.nvidia
 
 from tcomm.memory.control import Word
-from tests.compile.cases import PARAMETERS
+from tests.compile.cases import USUAL_PARAMETERS
 
-_ROOTS = tuple(name.removesuffix("_ptrs").removesuffix("_ptr") for name in PARAMETERS)
 _REGISTER = re.compile(r"%(?!p\d)[a-z]+\d+")
 _LABEL = re.compile(r"^(\$L__BB\w+|\.LBB\w+):")
 _PTX = re.compile(r"^\s*(?P<guard>@!?%p\d+\s+)?(?P<opcode>[a-z][\w.:]*)(?P<operands>[^;]*);")
@@ -158,11 +157,12 @@ class Flow:
 
 
 class Ptx(Flow):
-    """A kernel in PTX, whose run-time parameters are those of `PARAMETERS`, in order."""
+    """A kernel in PTX, and the names of its run-time parameters, in order."""
 
-    def __init__(self, asm):
+    def __init__(self, asm, parameters=USUAL_PARAMETERS):
         super().__init__(asm)
         self.asm = asm
+        self._roots = [name.removesuffix("_ptrs").removesuffix("_ptr") for name in parameters]
         self._definitions = collections.defaultdict(list)
         for op in self.ops:
             for register in _REGISTER.findall(_destination(op)):
@@ -197,13 +197,17 @@ class Ptx(Flow):
         while queue:
             for op in self._definitions[queue.pop()]:
                 if op.opcode.startswith("ld.param"):
-                    yield _parameter(op)
+                    yield self._parameter(op)
                 elif op.opcode.startswith(("ld.", "atom.")):
                     yield self._loaded(op)
                 else:
                     fresh = set(_REGISTER.findall(op.operands)) - seen
                     seen |= fresh
                     queue += fresh
+
+    def _parameter(self, op):
+        number = int(re.search(r"_param_(\d+)", op.operands)[1])
+        return self._roots[number] if number < len(self._roots) else "scratch"
 
     def _loaded(self, op):
         """What a value is that comes out of memory: a pointer if out of a table, else no address at all."""
@@ -246,11 +250,6 @@ def _destination(op):
 def _address(op):
     found = re.search(r"\[([^\]]*)\]", op.operands)
     return found[1] if found else ""
-
-
-def _parameter(op):
-    number = int(re.search(r"_param_(\d+)", op.operands)[1])
-    return _ROOTS[number] if number < len(_ROOTS) else "scratch"
 
 
 def _is_plain_access(op):

@@ -6,7 +6,7 @@ from tests.compile import inspect_asm
 from tests.compile.cases import MAX_REGISTERS, cases_of, compiled, write_back_not_awaited
 
 every_case = pytest.mark.parametrize("case", cases_of("hip"), ids=str)
-span_case = pytest.mark.parametrize("case", cases_of("hip", aligned=True, lanes=False), ids=str)
+span_case = pytest.mark.parametrize("case", cases_of("hip", aligned=True, spans=True), ids=str)
 lane_case = pytest.mark.parametrize("case", cases_of("hip", lanes=True), ids=str)
 
 
@@ -39,7 +39,7 @@ def test_acquires_invalidate_caches(case):
 
 @span_case
 def test_loops_move_128_bits(case):
-    inspect_asm.check_gcn_vectors(flow_of(case), case.protocol.phases + 1)
+    inspect_asm.check_gcn_vectors(flow_of(case), case.protocol.spans)
 
 
 @lane_case

@@ -3,16 +3,24 @@ import functools
 import pytest
 
 from tests.compile import inspect_asm
-from tests.compile.cases import MAX_REGISTERS, PROTOCOLS, cases_of, compiled, discovered_kernels
+from tests.compile.cases import (
+    MAX_REGISTERS,
+    PROTOCOLS,
+    cases_of,
+    compiled,
+    discovered_kernels,
+    parameters_of,
+)
 
 every_case = pytest.mark.parametrize("case", cases_of("cuda"), ids=str)
-span_case = pytest.mark.parametrize("case", cases_of("cuda", aligned=True, lanes=False), ids=str)
+span_case = pytest.mark.parametrize("case", cases_of("cuda", aligned=True, spans=True), ids=str)
+payload_case = pytest.mark.parametrize("case", cases_of("cuda", payload=True), ids=str)
 lane_case = pytest.mark.parametrize("case", cases_of("cuda", lanes=True), ids=str)
 
 
 @functools.cache
 def ptx_of(case):
-    return inspect_asm.Ptx(compiled(case).asm["ptx"])
+    return inspect_asm.Ptx(compiled(case).asm["ptx"], parameters_of(case))
 
 
 def lane_spins_of(case):
@@ -43,7 +51,7 @@ def test_all_warps_meet_after_an_acquire(case):
     inspect_asm.check_acquire_barriers(ptx_of(case))
 
 
-@every_case
+@payload_case
 def test_staging_is_read_only_after_an_acquire(case):
     inspect_asm.check_loads_follow_acquires(ptx_of(case))
 
@@ -60,7 +68,7 @@ def test_no_spin_loop_is_deleted(case):
 
 @span_case
 def test_loops_move_128_bits(case):
-    inspect_asm.check_vectors(ptx_of(case), case.protocol.phases + 1)
+    inspect_asm.check_vectors(ptx_of(case), case.protocol.spans)
 
 
 @lane_case

@@ -175,8 +175,8 @@ def test_the_same_call_fifty_times_with_changing_data(on_ranks, name):
     on_ranks(2, _again_and_again, name)
 
 
-def delay_at_random(seed, monkeypatch):
-    """Make this rank late now and then: before it publishes, from the host and from a kernel."""
+def delay_at_random(seed, monkeypatch, kernels=all_reduce):
+    """Make this rank late now and then: before it publishes, from the host and from a module's kernels."""
     sleepy = random.Random(seed)
 
     def late(function):
@@ -189,8 +189,8 @@ def delay_at_random(seed, monkeypatch):
 
     monkeypatch.setattr(Channel, "begin", late(Channel.begin))
     monkeypatch.setattr(Channel, "publish", late(Channel.publish))
-    monkeypatch.setattr(all_reduce, "publish", late(all_reduce.publish))
-    monkeypatch.setattr(all_reduce, "finish_call", late(all_reduce.finish_call))
+    monkeypatch.setattr(kernels, "publish", late(kernels.publish))
+    monkeypatch.setattr(kernels, "finish_call", late(kernels.finish_call))
 
 
 def _mixed(member, names, num_calls):
