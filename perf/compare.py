@@ -122,7 +122,7 @@ def load(path: pathlib.Path) -> dict[Key, Case]:
 def share_of(case: Case, baseline: str) -> Share | None:
     """tcomm's median over the baseline's, with a bootstrap interval.
 
-    Whole blocks are drawn, the same of both: calls of a block have more in common than a spread of calls tells.
+    Whole blocks are drawn, the same of both: calls of a block have more in common than their spread tells.
     """
     if not {"tcomm", baseline} <= case.keys() or len(case["tcomm"]) != len(case[baseline]):
         return None

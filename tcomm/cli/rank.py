@@ -9,6 +9,7 @@ import itertools
 import os
 import pathlib
 import runpy
+import shutil
 import signal
 import sys
 import threading
@@ -70,7 +71,7 @@ def main() -> None:
     """Serve until the parent says so, or is gone."""
     start = msgspec.json.decode(sys.argv[1], type=Start)
     directory = pathlib.Path(start.directory)
-    threading.Thread(target=_end_with, args=(start.parent,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(start.parent, directory), daemon=True).start()
     rank = -1
     try:
         rank = _rank_of(sys.argv[2])
@@ -131,8 +132,9 @@ def _find(module: str, name: str) -> Callable[..., Any]:
     return typing.cast("Callable[..., Any]", getattr(importlib.import_module(module), name))
 
 
-def _end_with(parent: int) -> None:
-    """End this process when its parent has: nobody would ever write another job."""
+def _end_with(parent: int, directory: pathlib.Path) -> None:
+    """End this process when its parent has: nobody would ever write another job, or tidy up."""
     while pathlib.Path(f"/proc/{parent}").exists():
         time.sleep(_PARENT_SECONDS)
+    shutil.rmtree(directory, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGTERM)

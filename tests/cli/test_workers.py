@@ -57,16 +57,21 @@ def test_the_deadline_ends_ranks_that_are_busy():
     assert time.monotonic() - started < 30
 
 
-def test_ranks_end_when_their_parent_was_killed():
+def test_ranks_end_and_tidy_up_when_their_parent_was_killed(tmp_path):
     code = (
         "from tcomm.cli.workers import Ranks; from tests.cli import jobs; "
         "r = Ranks(1, timeout=60.0); print(r.run(jobs.add, 1, 1, timeout=60.0)['pid'], flush=True); "
         "import time; time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+    settings = dict(os.environ, TMPDIR=str(tmp_path))
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=settings
+    ) as parent:
         rank = int(parent.stdout.readline())
+        assert list(tmp_path.glob("tcomm-*"))
         os.kill(parent.pid, signal.SIGKILL)
     assert _wait_for_end_of(rank)
+    assert list(tmp_path.glob("tcomm-*")) == []
 
 
 def test_without_mpirun_the_reason_is_said(monkeypatch):
