@@ -166,7 +166,6 @@ class Case:
 
     def _prepare(self) -> None:
         self._calls += 1
-        self._result = None
         turn = self._calls % _TURNS
         if self._is_uniform:
             self.x.fill_(turn + self.rank)

@@ -154,14 +154,9 @@ class Gloo(Calls):
         return self._averaged(out)
 
     def reduce_scatterv(self) -> Result:
-        # gloo's reduce_scatter of a list gives wrong sums for unequal parts: pad them all to the longest.
-        padded = self.x.new_zeros(self.case.world_size, self.longest)
-        for row, part in zip(padded, self.x.split(self.case.parts), strict=True):
-            row[: len(part)].copy_(part)
-        longest = padded.new_empty(self.longest)
-        self.scatter_reduced(longest, padded.view(-1), self.redop)
         out = self._out()
-        return self._averaged(out.copy_(longest[: len(out)]))
+        dist.reduce_scatter(out, list(self.x.split(self.case.parts)), self.redop)
+        return self._averaged(out)
 
     def broadcast(self) -> Result:
         out = self._in_place()

@@ -17,7 +17,7 @@ def ranks(request):
     ("op", "redop"),
     [(op, "sum") for op in VERBS]
     + [(op, "avg") for op in ("all_reduce", "reduce", "reduce_scatter", "reduce_scatterv")]
-    + [("all_reduce", "max"), ("reduce_scatter", "min")],
+    + [("all_reduce", "max"), ("reduce", "max"), ("reduce_scatter", "min"), ("reduce_scatterv", "max")],
 )
 def test_every_contender_gives_what_the_case_expects(ranks, op, redop):
     names = ["gloo"] if why_no_mpi() else ["gloo", "mpi"]

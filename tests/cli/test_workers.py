@@ -44,10 +44,12 @@ def test_a_failure_names_the_rank_and_the_reason():
         run_ranks(2, jobs.fail_on_rank_1, timeout=60.0)
 
 
-@pytest.mark.parametrize("mpi", [False, pytest.param(True, marks=without_mpi)], ids=["ours", "mpirun"])
-def test_a_rank_that_vanishes_ends_the_call(mpi):
+@pytest.mark.parametrize(
+    ("world_size", "mpi"), [(1, False), (2, False), pytest.param(2, True, marks=without_mpi)]
+)
+def test_a_rank_that_vanishes_ends_the_call(world_size, mpi):
     with pytest.raises(CommError, match="a rank failed"):
-        run_ranks(2, jobs.exit_on_rank_1, timeout=60.0, mpi=mpi)
+        run_ranks(world_size, jobs.exit_on_the_last_rank, timeout=30.0, mpi=mpi)
 
 
 def test_the_deadline_ends_ranks_that_are_busy():
