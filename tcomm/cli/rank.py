@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from tcomm.errors import TcommError
+
 __all__ = ["Job", "Start", "main", "write_whole"]
 
 _POLL_SECONDS = 0.005
@@ -85,10 +87,12 @@ def main() -> None:
             if rank == 0:
                 write_whole(directory / f"result-{number}.json", msgspec.json.encode(result))
         dist.destroy_process_group()
-    except BaseException:
+    except BaseException as error:  # noqa: BLE001 - the parent raises it
         # MPI's end waits for all ranks, and the others may wait for this one: the parent ends them.
-        write_whole(directory / f"error-rank {rank}", traceback.format_exc().encode())
-        raise
+        is_said = isinstance(error, TcommError)
+        told = f"{type(error).__name__}: {error}" if is_said else traceback.format_exc()
+        write_whole(directory / f"error-rank {rank}", told.encode())
+        raise SystemExit(1) from None
 
 
 def _rank_of(given: str) -> int:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from tcomm.cli.cases import VERBS, Case
 from tcomm.cli.contenders import BASELINES, Tcomm
+from tcomm.errors import CapabilityError
 from tcomm.groups.communicator import Communicator
 from tcomm.tuning.measure import Schedule, time_alternating
 
@@ -48,6 +49,10 @@ def exit_on_the_last_rank():
     if dist.get_rank() == dist.get_world_size() - 1:
         os._exit(7)
     dist.barrier()
+
+
+def refuse():
+    raise CapabilityError("not that")
 
 
 def sleep():

@@ -39,9 +39,15 @@ def test_the_same_ranks_serve_every_call_and_end_with_the_group(mpi):
     assert _wait_for_end_of(first["pid"])
 
 
-def test_a_failure_names_the_rank_and_the_reason():
-    with pytest.raises(CommError, match=r"(?s)rank 1.*ValueError: rank 1 does not like it"):
+def test_a_failure_names_the_rank_and_the_reason_once(capfd):
+    with pytest.raises(CommError, match=r"(?s)rank 1: Traceback.*ValueError: rank 1 does not like it"):
         run_ranks(2, jobs.fail_on_rank_1, timeout=60.0)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_error_of_tcomm_in_a_rank_is_a_sentence():
+    with pytest.raises(CommError, match=r"a rank failed: rank 0: CapabilityError: not that$"):
+        run_ranks(1, jobs.refuse, timeout=60.0)
 
 
 @pytest.mark.parametrize(

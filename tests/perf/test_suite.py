@@ -1,4 +1,5 @@
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -80,15 +81,27 @@ def test_the_replayed_clock_shows_the_measured_durations_to_the_last_bit():
         assert clock() - start == seconds
 
 
+def _suite(*args, **settings):
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "perf", "--benchmark-quiet", *args]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=100, check=False, cwd=ROOT, **settings
+    )
+
+
+def test_without_mpi_its_tests_are_skipped_with_the_reason_and_the_others_run(tmp_path):
+    settings = dict(os.environ, PATH=str(tmp_path))
+    done = _suite("-k", "barrier", "--worlds", "2", "--blocks", "1", "--calls", "2", env=settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed, 1 skipped" in done.stdout
+    assert "no MPI: there is no mpirun on the PATH" in done.stdout
+    assert "MPI skipped: there is no mpirun on the PATH" in done.stdout
+
+
 def test_one_run_gives_all_contenders_one_table_and_one_file(tmp_path):
     path = tmp_path / "bench.json"
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "perf", "--benchmark-quiet",
-            f"--benchmark-json={path}", "-k", "all_reduce or barrier", "--sizes", "1KiB", "--worlds", "2",
-            "--blocks", "2", "--calls", "3",
-        ],
-        capture_output=True, text=True, timeout=100, check=False, cwd=ROOT,
+    done = _suite(
+        f"--benchmark-json={path}", "-k", "all_reduce or barrier", "--sizes", "1KiB", "--worlds", "2",
+        "--blocks", "2", "--calls", "3",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     impls = ["tcomm", "gloo"] if why_no_mpi() else ["tcomm", "gloo", "mpi"]
