@@ -68,7 +68,7 @@ def _table(bench):
 
 
 def _ratio(summary, ours):
-    return "-" if summary is None else f"{summary.median_us / ours:.2f}"
+    return "-" if summary is None else f"{summary.median_us / ours:.3g}"
 
 
 def _cell(summary):

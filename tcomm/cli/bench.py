@@ -267,7 +267,7 @@ def columns(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
             str(row["wrong"]),
             row["baseline"],
             f"{row['baseline_us']:.1f}",
-            f"{row['ratio']:.1f}",
+            f"{row['ratio']:.3g}",
             row["out"],
             row["algorithm"],
         ]
