@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OLD_TRITONS := 3.6.0 3.7.1
 INTERPRETED := tests/kernels
+BENCH_JSON ?= .benchmarks/collectives.json
+BENCH ?=
 
 .PHONY: install demo short-demo test lint type compile bench
 .DELETE_ON_ERROR:
@@ -53,5 +55,7 @@ compile: install $(OLD_TRITONS:%=.envs/triton-%)
 	$(foreach v,$(OLD_TRITONS),TRITON_INTERPRET=0 PYTHONPATH=.envs/triton-$(v) $(BIN)/python -m pytest tests/compile &&) true
 	$(foreach v,$(OLD_TRITONS),PYTHONPATH=.envs/triton-$(v) $(BIN)/python -m tcomm demo --ranks 2 &&) true
 
+# Every collective on tcomm, gloo and MPI. BENCH narrows it: make bench BENCH="-k all_reduce --worlds 2".
 bench: install
-	$(BIN)/python -m tcomm bench all_reduce --ranks 2 --sizes 1KiB,16KiB,256KiB,1MiB,64MiB --against gloo
+	mkdir -p $(dir $(BENCH_JSON))
+	$(BIN)/python -m pytest perf --benchmark-quiet --benchmark-json=$(BENCH_JSON) $(BENCH)

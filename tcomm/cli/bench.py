@@ -1,4 +1,4 @@
-"""`tcomm bench`: a collective against torch.distributed's, in nccl-tests' columns."""
+"""`tcomm bench`: a collective against torch.distributed's and MPI's, in nccl-tests' columns."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import torch
 import torch.distributed as dist
 
 from tcomm.algorithms import REDUCE_OPS
+from tcomm.cli.cases import REDUCING, ROOT, ROOTED, VERBS, Case, check_size
+from tcomm.cli.contenders import BASELINES, Gloo, Tcomm, refuse_unknown_to_mpi
 from tcomm.cli.workers import run_ranks
 from tcomm.errors import ConfigError
 from tcomm.groups.communicator import Communicator
-from tcomm.tuning.measure import Candidate, Schedule, bus_factor, summarise, time_alternating
+from tcomm.tuning.measure import Candidate, Schedule, bus_factor, percentiles, slowest, time_alternating
 
-__all__ = ["BenchRequest", "parse_sizes", "run_bench"]
+__all__ = ["BenchRequest", "Measurement", "check_request", "measure", "parse_sizes", "rows_of", "run_bench"]
 
 _UNITS = {
     "": 1,
@@ -29,9 +31,6 @@ _UNITS = {
     "GIB": 1 << 30,
     "G": 1 << 30,
 }
-_CHECKED_WHOLE_BYTES = 64 * 1024
-_WHOLE_CHECK_PERIOD = 8
-_SAMPLE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +38,11 @@ class BenchRequest:
     """What to measure."""
 
     op: str
-    """The verb."""
+    """The verb, by nccl-tests' name."""
     ranks: int
     """Processes on this machine."""
     sizes: tuple[int, ...]
-    """Bytes of one rank's input."""
+    """Bytes of the message as nccl-tests counts it; a barrier has none."""
     dtype: str = "float32"
     """Element type as torch spells it."""
     reduce: str = "sum"
@@ -56,6 +55,34 @@ class BenchRequest:
     """How often."""
     pin: bool = False
     """Give each rank one core."""
+    against: tuple[str, ...] = ("gloo",)
+    """Baselines in the same run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One verb at one size, by everybody in the same run."""
+
+    op: str
+    """The verb."""
+    algorithm: str
+    """What tcomm used; `-` where there is nothing to choose."""
+    ranks: int
+    """How many."""
+    dtype: str
+    """Element type."""
+    redop: str
+    """Reduce operation; `none` where nothing is reduced."""
+    nbytes: int
+    """Of the message."""
+    out: str
+    """`reused`, `allocated`, or `none` where nothing comes out."""
+    affinity: str
+    """What the ranks could run on."""
+    microseconds: dict[str, list[float]]
+    """Of each timed call in order, the slowest rank's, by contender."""
+    wrong: dict[str, int]
+    """Wrong elements over all calls and ranks, by contender."""
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:
@@ -73,68 +100,103 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def check_request(request: BenchRequest) -> BenchRequest:
+    """The request as it can be carried out.
+
+    Raises:
+        ConfigError: when it makes no sense.
+    """
+    if request.op not in VERBS:
+        raise ConfigError(f"{request.op!r} cannot be measured; give one of {', '.join(VERBS)}")
+    if request.reduce not in REDUCE_OPS:
+        raise ConfigError(f"{request.reduce!r} cannot be measured; give one of {', '.join(REDUCE_OPS)}")
+    unknown = [name for name in request.against if name not in BASELINES]
+    if unknown or not request.against:
+        raise ConfigError(f"{', '.join(unknown)!r} is not a baseline; give {' or '.join(BASELINES)}")
+    dtype = getattr(torch, request.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"{request.dtype!r} is no dtype of torch")
+    if "mpi" in request.against and request.op in REDUCING:
+        refuse_unknown_to_mpi(dtype)
+    if request.algorithm and request.op in {"barrier", "sendrecv"}:
+        raise ConfigError(f"{request.op} has no algorithms to choose from")
+    if request.op == "barrier":
+        return dataclasses.replace(request, sizes=(0,), outs=("none",))
+    for size in request.sizes:
+        check_size(request.op, size, dtype, request.ranks)
+    return request
+
+
 def run_bench(request: BenchRequest, timeout: float) -> list[dict[str, Any]]:
-    """Measure, in processes of its own, and return a row per size and kind of result.
+    """Measure, in processes of its own, and return a row per size, kind of result and baseline.
 
     Raises:
         ConfigError: when the request makes no sense.
         CommError: when a rank failed or the deadline passed.
     """
-    if request.op != "all_reduce":
-        raise ConfigError(f"{request.op!r} cannot be measured yet; give all_reduce")
-    if request.reduce not in REDUCE_OPS:
-        raise ConfigError(f"{request.reduce!r} cannot be measured; give one of {', '.join(REDUCE_OPS)}")
-    if not isinstance(getattr(torch, request.dtype, None), torch.dtype):
-        raise ConfigError(f"{request.dtype!r} is no dtype of torch")
-    itemsize = getattr(torch, request.dtype).itemsize
-    odd = [size for size in request.sizes if size % itemsize]
-    if odd:
-        raise ConfigError(f"sizes {odd} are not multiples of {itemsize} bytes, the size of a {request.dtype}")
+    request = check_request(request)
     rows: list[dict[str, Any]] = run_ranks(
-        request.ranks, _measure_all, request, timeout=timeout, pin=request.pin
+        request.ranks, _measure_all, request, timeout=timeout, pin=request.pin, mpi="mpi" in request.against
     )
     return rows
 
 
 def _measure_all(request: BenchRequest) -> list[dict[str, Any]]:
     with Communicator(timeout=60.0) as comm:
-        return [_measure(comm, request, size, out) for size in request.sizes for out in request.outs]
+        return [
+            row
+            for size in request.sizes
+            for out in request.outs
+            for row in rows_of(measure(comm, request, size, out))
+        ]
 
 
-def _measure(comm: Communicator, request: BenchRequest, nbytes: int, out: str) -> dict[str, Any]:
-    dtype = getattr(torch, request.dtype)
-    case = _Case(comm, request, nbytes // dtype.itemsize, dtype, out)
+def measure(comm: Communicator, request: BenchRequest, nbytes: int, out: str) -> Measurement:
+    """Time tcomm and the baselines in alternating blocks. **Collective.**"""
+    dtype: torch.dtype = getattr(torch, request.dtype)
+    numel = nbytes // dtype.itemsize
+    case = Case(request.op, comm.rank, comm.world_size, numel, dtype, request.reduce, out != "allocated")
     cores = {core for rank in _gather_cores() for core in rank}
     settle = comm.barrier if len(cores) < comm.world_size else None
     seconds, wrong = time_alternating(
-        {"tcomm": case.tcomm(), "gloo": case.gloo()}, request.schedule, comm.barrier, settle
+        _candidates(case, comm, request), request.schedule, comm.barrier, settle
     )
-    ours, baseline = (summarise(seconds[name], _gather) for name in ("tcomm", "gloo"))
-    decision = comm.explain(
-        "all_reduce", nbytes=nbytes, dtype=dtype, op=request.reduce, algorithm=request.algorithm
+    pinned = "one core a rank" if len(cores) >= comm.world_size else f"pinned, {len(cores)} cores"
+    return Measurement(
+        op=request.op,
+        algorithm=_algorithm(comm, request, nbytes),
+        ranks=comm.world_size,
+        dtype=request.dtype,
+        redop=request.reduce if request.op in REDUCING else "none",
+        nbytes=nbytes,
+        out=out,
+        affinity=pinned if request.pin else f"{len(cores)} cores for {comm.world_size} ranks",
+        microseconds={name: slowest(values, _gather).tolist() for name, values in seconds.items()},
+        wrong={name: int(_gather(torch.tensor([count])).sum()) for name, count in wrong.items()},
     )
-    return {
-        "op": request.op,
-        "algorithm": decision.algorithm,
-        "ranks": comm.world_size,
-        "dtype": request.dtype,
-        "redop": request.reduce,
-        "nbytes": nbytes,
-        "out": out,
-        "median_us": ours.median_us,
-        "p10_us": ours.p10_us,
-        "p90_us": ours.p90_us,
-        "busbw_gbps": _bandwidth(request.op, nbytes, ours.median_us, comm.world_size),
-        "baseline": "gloo",
-        "baseline_us": baseline.median_us,
-        "baseline_p10_us": baseline.p10_us,
-        "baseline_p90_us": baseline.p90_us,
-        "ratio": baseline.median_us / ours.median_us,
-        "wrong": int(_gather(torch.tensor([wrong["tcomm"]])).sum()),
-        "checked": bool(_gather(torch.tensor([sum(wrong.values())])).sum() == 0),
-        "affinity": "one core a rank" if request.pin else f"{len(cores)} cores for {comm.world_size} ranks",
-        "calls": len(seconds["tcomm"]),
-    }
+
+
+def _candidates(case: Case, comm: Communicator, request: BenchRequest) -> dict[str, Candidate]:
+    op = request.op
+    candidates = {"tcomm": case.candidate(Tcomm(case, comm, request.algorithm).call_of(op))}
+    for name in request.against:
+        calls = BASELINES[name](case)
+        # gloo's threads sleep between calls; without this its times would be two or three times worse.
+        before = dist.barrier if isinstance(calls, Gloo) else None
+        candidates[name] = case.candidate(calls.call_of(op), before)
+    return candidates
+
+
+def _algorithm(comm: Communicator, request: BenchRequest, nbytes: int) -> str:
+    dtype, op = getattr(torch, request.dtype), request.reduce if request.op in REDUCING else "sum"
+    try:
+        decision = comm.explain(
+            VERBS[request.op], nbytes=nbytes, dtype=dtype, op=op, algorithm=request.algorithm
+        )
+    except ConfigError:
+        # The calls have all been made: this verb does not choose.
+        return "-"
+    return decision.algorithm
 
 
 def _gather(mine: torch.Tensor) -> torch.Tensor:
@@ -150,90 +212,42 @@ def _gather_cores() -> list[list[int]]:
     return [torch.nonzero(row).view(-1).tolist() for row in _gather(mine).view(-1, len(mine))]
 
 
-def _bandwidth(op: str, nbytes: int, median_us: float, world_size: int) -> float:
-    return nbytes / median_us / 1e3 * bus_factor(op, world_size)
-
-
-class _Case:
-    """One size: fresh input before each call, the result compared after it."""
-
-    def __init__(
-        self, comm: Communicator, request: BenchRequest, numel: int, dtype: torch.dtype, out: str
-    ) -> None:
-        self._comm = comm
-        self._request = request
-        self._reuses = out == "reused"
-        # Small integers: every sum is exact, in any order and any of the types.
-        self._pattern = torch.arange(numel) % 7
-        self._x = torch.empty(numel, dtype=dtype)
-        self._out = torch.zeros(numel, dtype=dtype)
-        self._result = self._out
-        self._calls = 0
-        self._is_long = numel * dtype.itemsize > _CHECKED_WHOLE_BYTES
-
-    def _reduced(self, base: torch.Tensor) -> torch.Tensor:
-        ranks = range(self._comm.world_size)
-        reduce = self._request.reduce
-        if reduce in {"max", "min"}:
-            return base + (max(ranks) if reduce == "max" else 0)
-        total = base * len(ranks) + sum(ranks)
-        return total / len(ranks) if reduce == "avg" else total
-
-    @property
-    def _base(self) -> torch.Tensor:
-        """What rank 0 gives at this call, and others with their rank added: a pattern, or one number.
-
-        Reading a pattern before each call, and an expectation after it, would leave the caches of a long
-        message to the benchmark; a program has just written what it reduces.
-        """
-        turn = self._calls % 5
-        if self._is_long and self._calls % _WHOLE_CHECK_PERIOD:
-            return torch.tensor(turn)
-        return self._pattern + turn
-
-    def _prepare(self) -> None:
-        self._calls += 1
-        self._x.copy_(self._base + self._comm.rank)
-
-    def _count_wrong(self) -> int:
-        expected = self._reduced(self._base).to(self._x.dtype)
-        given = self._result if expected.dim() else _sampled(self._result)
-        return int((given != expected).sum())
-
-    def tcomm(self) -> Candidate:
-        """The communicator's collective."""
-        comm, request = self._comm, self._request
-
-        def run() -> None:
-            out = self._out if self._reuses else None
-            self._result = comm.all_reduce(self._x, request.reduce, out=out, algorithm=request.algorithm)
-
-        return Candidate(run, self._prepare, self._count_wrong)
-
-    def gloo(self) -> Candidate:
-        """torch.distributed's: in place, or in place on a copy."""
-        ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-        op = ops.get(self._request.reduce, dist.ReduceOp.SUM)
-        scale = 1.0 / self._comm.world_size if self._request.reduce == "avg" else None
-
-        def run() -> None:
-            self._result = self._x if self._reuses else self._x.clone()
-            dist.all_reduce(self._result, op)
-            if scale is not None:
-                self._result.mul_(scale)
-
-        def prepare() -> None:
-            self._prepare()
-            # gloo's threads sleep between calls; without this its times would be two or three times worse.
-            dist.barrier()
-
-        return Candidate(run, prepare, self._count_wrong)
-
-
-def _sampled(x: torch.Tensor) -> torch.Tensor:
-    """Both ends and some thousand elements in between."""
-    stride = max(1, x.numel() // _SAMPLE)
-    return torch.cat([x[:_SAMPLE], x[::stride], x[-_SAMPLE:]])
+def rows_of(measured: Measurement) -> list[dict[str, Any]]:
+    """A row for each baseline."""
+    ours = percentiles(measured.microseconds["tcomm"])
+    rows = []
+    for name, wrong in measured.wrong.items():
+        if name == "tcomm":
+            continue
+        baseline = percentiles(measured.microseconds[name])
+        rows.append(
+            {
+                "op": measured.op,
+                "algorithm": measured.algorithm,
+                "ranks": measured.ranks,
+                "dtype": measured.dtype,
+                "redop": measured.redop,
+                "nbytes": measured.nbytes,
+                "out": measured.out,
+                "median_us": ours.median_us,
+                "p10_us": ours.p10_us,
+                "p90_us": ours.p90_us,
+                "busbw_gbps": measured.nbytes
+                / ours.median_us
+                / 1e3
+                * bus_factor(measured.op, measured.ranks),
+                "baseline": name,
+                "baseline_us": baseline.median_us,
+                "baseline_p10_us": baseline.p10_us,
+                "baseline_p90_us": baseline.p90_us,
+                "ratio": baseline.median_us / ours.median_us,
+                "wrong": measured.wrong["tcomm"],
+                "checked": measured.wrong["tcomm"] + wrong == 0,
+                "affinity": measured.affinity,
+                "calls": len(measured.microseconds["tcomm"]),
+            }
+        )
+    return rows
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -244,15 +258,16 @@ def columns(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
             str(row["nbytes"] // getattr(torch, row["dtype"]).itemsize),
             row["dtype"],
             row["redop"],
-            "-1",
+            str(ROOT if row["op"] in ROOTED else -1),
             f"{row['median_us']:.1f}",
             f"{row['p10_us']:.1f}",
             f"{row['p90_us']:.1f}",
             f"{row['nbytes'] / row['median_us'] / 1e3:.2f}",
             f"{row['busbw_gbps']:.2f}",
             str(row["wrong"]),
+            row["baseline"],
             f"{row['baseline_us']:.1f}",
-            f"{row['ratio']:.1f}",
+            f"{row['ratio']:.3g}",
             row["out"],
             row["algorithm"],
         ]
@@ -262,6 +277,6 @@ def columns(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 HEADER = (
     "size (B)", "count", "type", "redop", "root", "time (us)", "p10", "p90",
-    "algbw (GB/s)", "busbw (GB/s)", "#wrong", "gloo (us)", "ratio", "out", "algorithm",
+    "algbw (GB/s)", "busbw (GB/s)", "#wrong", "baseline", "its (us)", "ratio", "out", "algorithm",
 )  # fmt: skip
 """Titles of `columns`."""

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["Candidate", "Schedule", "Summary", "bus_factor", "summarise", "time_alternating"]
+__all__ = [
+    "Candidate",
+    "Schedule",
+    "Summary",
+    "bus_factor",
+    "percentiles",
+    "slowest",
+    "summarise",
+    "time_alternating",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,26 +98,40 @@ def time_alternating(
     return {name: np.array(values) for name, values in seconds.items()}, wrong
 
 
-def summarise(seconds: npt.NDArray[np.float64], gather: Callable[[torch.Tensor], torch.Tensor]) -> Summary:
-    """Percentiles of the slowest rank of each call. **Collective.**
+def slowest(
+    seconds: npt.NDArray[np.float64], gather: Callable[[torch.Tensor], torch.Tensor]
+) -> npt.NDArray[np.float64]:
+    """Microseconds of the slowest rank of each call. **Collective.**
 
     Args:
         seconds: of every call on this rank.
         gather: every rank's tensor, one after another.
     """
     mine = torch.from_numpy(seconds)
-    slowest = gather(mine).view(-1, len(seconds)).amax(0).numpy() * 1e6
-    p10, median, p90 = np.percentile(slowest, [10, 50, 90])
+    worst: npt.NDArray[np.float64] = gather(mine).view(-1, len(seconds)).amax(0).numpy() * 1e6
+    return worst
+
+
+def percentiles(microseconds: Sequence[float] | npt.NDArray[np.float64]) -> Summary:
+    """What is reported of all calls."""
+    p10, median, p90 = np.percentile(microseconds, [10, 50, 90])
     return Summary(float(median), float(p10), float(p90))
 
 
+def summarise(seconds: npt.NDArray[np.float64], gather: Callable[[torch.Tensor], torch.Tensor]) -> Summary:
+    """Percentiles of the slowest rank of each call. **Collective**; arguments as of `slowest`."""
+    return percentiles(slowest(seconds, gather))
+
+
 def bus_factor(op: str, world_size: int) -> float:
-    """nccl-tests' factor from algorithm bandwidth to bus bandwidth."""
+    """nccl-tests' factor from algorithm bandwidth to bus bandwidth; a v form has that of its even one."""
     share = (world_size - 1) / world_size
     factors = {
         "all_reduce": 2 * share,
         "all_gather": share,
         "reduce_scatter": share,
         "all_to_all": share,
+        "gather": share,
+        "scatter": share,
     }
-    return factors.get(op, 1.0)
+    return factors.get(op.removesuffix("v"), 1.0)

@@ -6,8 +6,10 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from tcomm.cli import app as app_module
 from tcomm.cli.app import app
-from tcomm.cli.bench import parse_sizes
+from tcomm.cli.bench import BenchRequest, check_request, parse_sizes
+from tcomm.cli.workers import why_no_mpi
 from tcomm.errors import ConfigError
 
 runner = CliRunner()
@@ -63,7 +65,47 @@ def test_bench_writes_the_rows_that_it_prints(tmp_path):
 def test_an_error_is_a_sentence_and_not_a_traceback():
     done = _tcomm("bench", "all_reduce", "--sizes", "1KiB", "--against", "smoke signals")
     assert done.returncode == 1
-    assert done.stderr == "tcomm: ConfigError: 'smoke signals' is not a baseline; give gloo\n"
+    assert done.stderr == "tcomm: ConfigError: 'smoke signals' is not a baseline; give gloo or mpi\n"
+
+
+@pytest.mark.skipif(bool(why_no_mpi()), reason=why_no_mpi() or "there is MPI")
+def test_bench_has_a_row_for_each_baseline(tmp_path):
+    path = tmp_path / "rows.json"
+    done = _tcomm(
+        "bench", "barrier", "--ranks", "2", "--blocks", "1", "--calls", "3", "--against", "gloo,mpi",
+        "--json", str(path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())
+    assert [(row["baseline"], row["nbytes"], row["out"]) for row in rows] == [
+        ("gloo", 0, "none"), ("mpi", 0, "none"),
+    ]  # fmt: skip
+    assert rows[0]["median_us"] == rows[1]["median_us"]
+
+
+def test_bench_skips_mpi_aloud_where_there_is_none_and_something_else_is_left(monkeypatch, capsys):
+    monkeypatch.setattr(app_module, "why_no_mpi", lambda: "no such thing")
+    assert app_module._baselines("mpi,gloo") == ("gloo",)
+    assert capsys.readouterr().err == "mpi skipped: no such thing\n"
+    assert app_module._baselines("mpi") == ("mpi",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"op": "all_rejoice"}, "'all_rejoice' cannot be measured; give one of all_reduce, all_gather"),
+        ({"reduce": "product"}, "'product' cannot be measured; give one of sum, avg, max, min"),
+        ({"dtype": "tensor"}, "'tensor' is no dtype"),
+        ({"dtype": "nonsense"}, "'nonsense' is no dtype"),
+        ({"against": ("mpi",), "dtype": "bfloat16"}, "MPI has no bfloat16 to reduce"),
+        ({"op": "barrier", "algorithm": "triton"}, "barrier has no algorithms"),
+        ({"op": "gather", "sizes": (4,)}, "gather of 4 bytes: not a multiple of 8 bytes"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused(changes, told):
+    given = {"op": "all_reduce", "ranks": 2, "sizes": (1024,)} | changes
+    with pytest.raises(ConfigError, match=told):
+        check_request(BenchRequest(**given))
 
 
 def test_bench_counts_wrong_results(monkeypatch):

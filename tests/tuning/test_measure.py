@@ -66,7 +66,16 @@ def test_the_slowest_rank_of_each_call_counts():
 
 @pytest.mark.parametrize(
     ("op", "world_size", "factor"),
-    [("all_reduce", 2, 1.0), ("all_reduce", 4, 1.5), ("all_gather", 4, 0.75), ("broadcast", 4, 1.0)],
+    [
+        ("all_reduce", 2, 1.0),
+        ("all_reduce", 4, 1.5),
+        ("all_gather", 4, 0.75),
+        ("broadcast", 4, 1.0),
+        ("all_gatherv", 4, 0.75),
+        ("reduce_scatterv", 2, 0.5),
+        ("scatter", 4, 0.75),
+        ("sendrecv", 2, 1.0),
+    ],
 )
 def test_bus_bandwidth_is_nccl_tests(op, world_size, factor):
     assert bus_factor(op, world_size) == factor
