@@ -70,7 +70,11 @@ class Planner:
             return _copy
         if decision.engine == "torch":
             return _with_chunks(job, self._plan_fallback(job, decision, call), pool)
-        arena = self._arena_with_staging(call, seconds)
+        arena = self._arena
+        if arena is None:
+            raise AssertionError("an algorithm in shared memory was chosen without any")
+        if decision.algorithm != "cpu:arrival":
+            self._make_staging(arena, call, seconds)
         algorithm = decision.algorithm.partition(":")[2]
         make = _plan_kernel if decision.engine == "triton" else _plan_cpu
         return _with_chunks(job, make(job, algorithm, arena, call, decision.piece_nbytes), pool)
@@ -92,15 +96,11 @@ class Planner:
 
         return run_fallback
 
-    def _arena_with_staging(self, call: CallDescription, seconds: float | None) -> Arena:
-        """The arena; its staging is made at the group's first collective, once the ranks agree on that."""
-        arena = self._arena
-        if arena is None:
-            raise AssertionError("an algorithm in shared memory was chosen without any")
+    def _make_staging(self, arena: Arena, call: CallDescription, seconds: float | None) -> None:
+        """Make staging at the group's first collective that needs it, once the ranks agree on that."""
         if arena.staging is None:
             self._agreement.agree(call, seconds)
             arena.grow(self._config.staging_bytes, self._setup_seconds)
-        return arena
 
 
 def _copy(x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:  # noqa: ARG001
