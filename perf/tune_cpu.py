@@ -1,4 +1,4 @@
-"""Measure every all-reduce algorithm on this machine's CPUs and write the tuning table of the winners.
+"""Measure every algorithm of every collective on this machine's CPUs and write the table of the winners.
 
     python perf/tune_cpu.py --out tcomm/tuning/tables/cpu.json
 
@@ -7,68 +7,86 @@ All candidates of a size are timed in one run, in alternating blocks, checked, t
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import datetime
-import functools
 import os
 import pathlib
 import platform
 import sys
+from typing import Annotated
 
 import msgspec
 import torch
+import typer
 
+from tcomm.algorithms import ALGORITHMS
 from tcomm.cli.bench import parse_sizes
+from tcomm.cli.cases import ROOT, VERBS, Case
 from tcomm.cli.workers import run_ranks
-from tcomm.cpu.all_reduce import make_plan
 from tcomm.groups.communicator import Communicator
-from tcomm.signature import CallDescription
-from tcomm.tuning.measure import Candidate, Schedule, summarise, time_alternating
+from tcomm.groups.jobs import JOBS, Caller
+from tcomm.tuning.measure import Schedule, summarise, time_alternating
 from tcomm.tuning.table import Row, Table
 
-CPU_ALGORITHMS = ("one_shot_push", "one_shot_pull", "two_shot")
-TRITON_ALGORITHMS = ("one_shot_ll", "one_shot_push", "one_shot_pull", "two_shot")
-PIECES = (0, 256 * 1024, 512 * 1024, 1024 * 1024, 2 * 1024 * 1024)
+FAMILIES = tuple(family for family in ALGORITHMS if family != "barrier")
+ARGUMENTS = {
+    "all_reduce": ("sum",),
+    "reduce": (ROOT, "sum"),
+    "reduce_scatter": ("sum", 0),
+    "all_gather": (0,),
+    "gather": (ROOT, 0),
+    "broadcast": (ROOT,),
+    "scatter": (ROOT, 0),
+    "all_to_all": (),
+}
+PIECES = (0, 64 * 1024, 256 * 1024, 1024 * 1024)
+LONG = 1 << 20
+"""Bytes from which fewer calls do: nobody waits a minute for a size."""
 
 
-def measure(sizes, engine, schedule):
+def measure(family: str, sizes: list[int], engine: str, schedule: Schedule) -> dict[str, dict[str, float]]:
     """On every rank: {size: {"algorithm@piece": median microseconds}}."""
     with Communicator(timeout=120.0) as comm:
-        comm.all_reduce(torch.zeros(1))
-        return {str(nbytes): measure_size(comm, nbytes, engine, schedule) for nbytes in sizes}
+        return {str(nbytes): measure_size(comm, family, nbytes, engine, schedule) for nbytes in sizes}
 
 
-def measure_size(comm, nbytes, engine, schedule):
-    x = (torch.arange(nbytes // 4) % 7 + comm.rank).float()
-    out = torch.empty_like(x)
-    expected = torch.arange(nbytes // 4) % 7 * comm.world_size + sum(range(comm.world_size))
-
-    def candidate(run):
-        return Candidate(run, out.zero_, lambda: int((out != expected).sum()))
-
-    candidates = {name: candidate(run) for name, run in runs(comm, x, out, engine, nbytes)}
-    seconds, wrong = time_alternating(candidates, Schedule(*schedule), comm.barrier)
+def measure_size(comm, family, nbytes, engine, schedule):
+    case = Case(family, comm.rank, comm.world_size, nbytes // 4, torch.float32, "sum", True)
+    candidates = {name: case.candidate(run) for name, run in runs(comm, family, case, engine, nbytes)}
+    if nbytes > LONG:
+        schedule = dataclasses.replace(schedule, calls=max(2, schedule.calls * LONG // nbytes), warmups=1)
+    seconds, wrong = time_alternating(candidates, schedule, comm.barrier)
     assert not any(wrong.values()), wrong
     return {name: summarise(values, comm.all_gather_single).median_us for name, values in seconds.items()}
 
 
-def runs(comm, x, out, engine, nbytes):
-    if engine == "triton":
-        for algorithm in TRITON_ALGORITHMS:
-            name = f"triton:{algorithm}"
-            yield f"{name}@0", functools.partial(comm.all_reduce, x, out=out, algorithm=name)
-        return
-    for algorithm in CPU_ALGORITHMS:
-        for piece in PIECES:
-            if piece < nbytes:
-                name = f"cpu:{algorithm}"
-                call = CallDescription("tune", "float32", (x.numel(), piece), "sum", algorithm=name)
-                plan = make_plan(algorithm, comm._arena, call, "sum", x.dtype, x.shape, piece)
-                yield f"{name}@{piece}", functools.partial(plan, x, out, 120.0)
-    yield "torch:gloo@0", functools.partial(comm.all_reduce, x, out=out, algorithm="torch")
+def runs(comm, family, case, engine, nbytes):
+    """Every algorithm of an engine, in whole messages and in pieces; for the CPU torch.distributed, too."""
+    for algorithm in ALGORITHMS[family]:
+        if algorithm.engine == engine:
+            for piece in PIECES if engine == "cpu" else (0,):
+                if piece < nbytes:
+                    yield f"{algorithm.name}@{piece}", call(comm, family, case, algorithm.name, piece)
+    if engine == "cpu":
+        yield "torch:gloo@0", call(comm, family, case, "torch", 0)
 
 
-def rows_of(measured, ranks, min_ranks, max_ranks):
+def call(comm, family, case, algorithm, piece):
+    verb = VERBS[family]
+    job = JOBS[verb](Caller(comm.rank, comm.world_size, case.x.shape, case.x.dtype), *ARGUMENTS[family])
+    reason = comm.explain(verb, nbytes=job.nbytes, algorithm=algorithm)
+    decision = dataclasses.replace(reason, piece_nbytes=piece)
+    plan = comm._planner.plan(job, decision, 120.0, comm._pool)
+    out = case.x if family == "broadcast" or not case.has_result else case.out
+
+    def run():
+        plan(case.x, out, 120.0)
+        return out if case.has_result else None
+
+    return run
+
+
+def rows_of(family, measured, ranks, min_ranks, max_ranks):
     """One row per run of sizes with the same winner."""
     rows = []
     for size, times in sorted(measured.items(), key=lambda item: int(item[0])):
@@ -79,7 +97,7 @@ def rows_of(measured, ranks, min_ranks, max_ranks):
             plain = name.split("@")[0]
             best[plain] = min(round(us, 1), best.get(plain, float("inf")))
         row = Row(
-            op="all_reduce", algorithm=algorithm, max_nbytes=int(size), min_ranks=min_ranks,
+            op=family, algorithm=algorithm, max_nbytes=int(size), min_ranks=min_ranks,
             max_ranks=max_ranks, piece_nbytes=int(piece), measured_us=best,
             measured_at=f"{ranks} ranks, {size} bytes",
         )  # fmt: skip
@@ -91,30 +109,35 @@ def rows_of(measured, ranks, min_ranks, max_ranks):
     return rows
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--sizes", default="1KiB,16KiB,64KiB,256KiB,1MiB,4MiB,64MiB")
-    parser.add_argument("--triton-sizes", default="1KiB,64KiB,1MiB")
-    parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--calls", type=int, default=30)
-    given = parser.parse_args()
+def main(
+    out: Annotated[pathlib.Path, typer.Option(help="file to write")],
+    families: Annotated[str, typer.Option(help="collectives to measure")] = ",".join(FAMILIES),
+    sizes: Annotated[str, typer.Option(help="bytes, as nccl-tests counts them")] = (
+        "1KiB,16KiB,64KiB,256KiB,1MiB,4MiB,32MiB"
+    ),
+    triton_sizes: Annotated[str, typer.Option(help="bytes, for interpreted kernels")] = "1KiB,64KiB",
+    blocks: Annotated[int, typer.Option(help="blocks of each candidate")] = 4,
+    calls: Annotated[int, typer.Option(help="timed calls of a block, up to 1 MiB")] = 20,
+) -> None:
+    """Measure and write the tuning table."""
     rows = []
     for ranks, low, high in ((2, 2, 2), (4, 3, 16)):
-        for engine, sizes, schedule in (
-            ("cpu", given.sizes, (given.blocks, given.calls, 5)),
-            ("triton", given.triton_sizes, (2, 3, 1)),
-        ):
-            measured = run_ranks(ranks, measure, parse_sizes(sizes), engine, schedule, timeout=1800.0)
-            rows += rows_of(measured, ranks, low, high)
-            print(ranks, engine, measured, flush=True)
+        for family in families.split(","):
+            for engine, lengths, schedule in (
+                ("cpu", sizes, Schedule(blocks, calls, 3)),
+                ("triton", triton_sizes, Schedule(2, 2, 1)),
+            ):
+                args = (family, parse_sizes(lengths), engine, schedule)
+                measured = run_ranks(ranks, measure, *args, timeout=1800.0)
+                rows += rows_of(family, measured, ranks, low, high)
+                print(ranks, family, engine, measured, flush=True)
     machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, no pinning"
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     command = "python " + " ".join(sys.argv)
     table = Table(format=1, machine=machine, versions=versions, date=date, command=command, rows=tuple(rows))
-    given.out.write_bytes(msgspec.json.format(table.encode(), indent=1) + b"\n")
+    out.write_bytes(msgspec.json.format(table.encode(), indent=1) + b"\n")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
