@@ -15,12 +15,13 @@ from rich.table import Table as RichTable
 from tcomm.algorithms import reduce_op_name
 from tcomm.cli.bench import HEADER, BenchRequest, columns, parse_sizes, run_bench
 from tcomm.cli.cases import VERBS
+from tcomm.cli.cases import VERBS
 from tcomm.cli.demo import run_demo
 from tcomm.cli.inspection import inspect_process
 from tcomm.cli.workers import why_no_mpi
 from tcomm.config import Config
 from tcomm.errors import ConfigError, TcommError
-from tcomm.tuning.choose import Capabilities, Request, choose
+from tcomm.tuning.choose import Capabilities, choose, make_request
 from tcomm.tuning.measure import Schedule
 from tcomm.tuning.table import load_table
 
@@ -110,8 +111,8 @@ def demo(
 
 @app.command()
 def explain(
-    op: Annotated[str, typer.Argument(help="collective: all_reduce")],
-    nbytes: Annotated[str, typer.Option(help="bytes of a rank's input")],
+    op: Annotated[str, typer.Argument(help="collective, such as all_gather")],
+    nbytes: Annotated[str, typer.Option(help="bytes, as nccl-tests counts them")],
     ranks: Annotated[int, typer.Option(min=1, help="number of ranks")] = 2,
     dtype: Annotated[str, typer.Option(help="element type")] = "float32",
     redop: Annotated[str, typer.Option(help="reduce operation")] = "sum",
@@ -122,10 +123,8 @@ def explain(
     capabilities = Capabilities(torch_backends=(("cpu", "gloo"),))
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"{dtype!r} is no dtype of torch")
-    if op != "all_reduce":
-        raise ConfigError(f"{op!r} is not chosen by table; give all_reduce")
     for size in parse_sizes(nbytes):
-        request = Request(op, reduce_op_name(redop), getattr(torch, dtype), size, ranks)
+        request = make_request(VERBS.get(op, op), redop, getattr(torch, dtype), size, ranks)
         typer.echo(choose(request, capabilities, load_table(config.table), algorithm or config.algorithm))
 
 

@@ -7,13 +7,11 @@ from typing import Any, NamedTuple, TypedDict
 
 import torch
 
-from tcomm.algorithms import FAMILIES, REDUCING, reduce_op_name
-from tcomm.errors import ConfigError
 from tcomm.groups.arguments import UNSET, Timeout, Unset, check_out, check_tensor
 from tcomm.groups.handle import GroupHandle
 from tcomm.groups.jobs import JOBS, Caller, Job
 from tcomm.groups.plans import Plan
-from tcomm.tuning.choose import Decision, Request, choose
+from tcomm.tuning.choose import Decision, Request, choose, make_request
 
 __all__ = ["CallOptions", "Collective", "Ready"]
 
@@ -190,12 +188,7 @@ class Collective(GroupHandle):
             CapabilityError: when the collective would raise it.
             ConfigError: when the verb is unknown or nbytes negative.
         """
-        if verb not in FAMILIES:
-            raise ConfigError(f"{verb!r} is not among {', '.join(FAMILIES)}")
-        if nbytes < 0:
-            raise ConfigError(f"nbytes={nbytes} is negative")
-        reduce = reduce_op_name(op) if FAMILIES[verb] in REDUCING else ""
-        request = Request(verb, reduce, dtype, nbytes, self.world_size, device)
+        request = make_request(verb, op, dtype, nbytes, self.world_size, device)
         return choose(request, self.capabilities, self.table, algorithm or self.config.algorithm)
 
     def _decide(self, job: Job, device: str, algorithm: str) -> Decision:

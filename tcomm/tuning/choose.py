@@ -6,11 +6,11 @@ import dataclasses
 
 import torch
 
-from tcomm.algorithms import ALGORITHMS, FAMILIES, Algorithm
-from tcomm.errors import CapabilityError
+from tcomm.algorithms import ALGORITHMS, FAMILIES, REDUCING, Algorithm, reduce_op_name
+from tcomm.errors import CapabilityError, ConfigError
 from tcomm.tuning.table import Row, Table
 
-__all__ = ["Capabilities", "Decision", "Request", "choose"]
+__all__ = ["Capabilities", "Decision", "Request", "choose", "make_request"]
 
 ENGINES = ("cpu", "triton", "torch")
 
@@ -81,6 +81,22 @@ class Decision:
         ]
         lines += [f"  not {name}: {why}" for name, why in self.rejected]
         return "\n".join(lines)
+
+
+def make_request(
+    verb: str, op: object, dtype: torch.dtype, nbytes: int, world_size: int, device: str = "cpu"
+) -> Request:
+    """The request that a call of `verb` comes to; `op` counts only where the verb reduces.
+
+    Raises:
+        ConfigError: when the verb or the operation is unknown, or nbytes negative.
+    """
+    if verb not in FAMILIES:
+        raise ConfigError(f"{verb!r} is not among {', '.join(FAMILIES)}")
+    if nbytes < 0:
+        raise ConfigError(f"nbytes={nbytes} is negative")
+    reduce = reduce_op_name(op) if FAMILIES[verb] in REDUCING else ""
+    return Request(verb, reduce, dtype, nbytes, world_size, device)
 
 
 def choose(request: Request, capabilities: Capabilities, table: Table, forced: str = "") -> Decision:
