@@ -15,7 +15,6 @@ from rich.table import Table as RichTable
 from tcomm.algorithms import reduce_op_name
 from tcomm.cli.bench import HEADER, BenchRequest, columns, parse_sizes, run_bench
 from tcomm.cli.cases import VERBS
-from tcomm.cli.cases import VERBS
 from tcomm.cli.demo import run_demo
 from tcomm.cli.inspection import inspect_process
 from tcomm.cli.workers import why_no_mpi
@@ -94,13 +93,19 @@ def demo(
     ranks: Annotated[int, typer.Option(help="processes on this machine")] = 4,
     timeout: Annotated[float, typer.Option(help="seconds for all of it")] = 240.0,
 ) -> None:
-    """Run every all-reduce on real processes, kernels included, and compare its bits with the reference."""
+    """Run every collective on real processes, kernels included, and compare its bits with the reference."""
     result = run_demo(ranks, timeout)
     rows = [
-        [r["algorithm"], r["dtype"], f"{r['median_us']:.1f}", "equal" if r["equal"] else "DIFFERENT"]
+        [
+            r["verb"],
+            r["algorithm"],
+            r["dtype"],
+            f"{r['median_us']:.1f}",
+            "equal" if r["equal"] else "DIFFERENT",
+        ]
         for r in result["rows"]
     ]
-    _table(f"all_reduce, {ranks} ranks", ("algorithm", "dtype", "median us", "bits"), rows)
+    _table(f"{ranks} ranks", ("verb", "algorithm", "dtype", "median us", "bits"), rows)
     for name, count in sorted(result["launches"].items()):
         typer.echo(f"launched {count:4d} x {name}")
     typer.echo(result["explanation"])

@@ -1,28 +1,44 @@
-"""`tcomm demo`: every all-reduce on real processes, checked, without a model and without a GPU."""
+"""`tcomm demo`: every collective on real processes, checked, without a model and without a GPU."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-import tcomm.reference
-from tcomm.algorithms import ALGORITHMS
+from tcomm import reference
+from tcomm.algorithms import ALGORITHMS, FAMILIES
 from tcomm.cli.workers import run_ranks
 from tcomm.groups.communicator import Communicator
 from tcomm.tuning.measure import Candidate, Schedule, summarise, time_alternating
 
 __all__ = ["run_demo"]
 
-_NUMEL = 5000
+_NUMEL_PER_RANK = 1250
+_ROOT = 0
+_VERBS: dict[
+    str, tuple[tuple[object, ...], Callable[[list[torch.Tensor]], Sequence[torch.Tensor | None]]]
+] = {
+    "all_reduce": ((), reference.all_reduce),
+    "reduce": ((_ROOT,), lambda inputs: reference.reduce(inputs, _ROOT)),
+    "reduce_scatter_single": ((), reference.reduce_scatter),
+    "all_gather_single": ((), reference.all_gather),
+    "gather": ((_ROOT,), lambda inputs: reference.gather(inputs, _ROOT)),
+    "broadcast": ((_ROOT,), lambda inputs: reference.broadcast(inputs, _ROOT)),
+    "scatter": ((_ROOT,), lambda inputs: reference.scatter(inputs, _ROOT)),
+    "all_to_all_single": ((), reference.all_to_all),
+}
+"""Arguments besides the tensor, and meaning."""
 
 
 def run_demo(ranks: int, timeout: float) -> dict[str, Any]:
     """Run every algorithm on `ranks` processes and compare its bits with the reference.
 
     Returns:
-        `explanation`, `rows` of (algorithm, dtype, microseconds, bits equal), `launches` by kernel, `ok`.
+        `explanation`, `rows` of (verb, algorithm, dtype, microseconds, bits equal), `launches` by kernel,
+        `ok`.
     """
     result: dict[str, Any] = run_ranks(ranks, _demonstrate, timeout=timeout)
     return result
@@ -31,11 +47,12 @@ def run_demo(ranks: int, timeout: float) -> dict[str, Any]:
 def _demonstrate() -> dict[str, Any]:
     with Communicator(timeout=60.0) as comm:
         rows = [
-            _row(comm, algorithm.name, dtype)
-            for algorithm in ALGORITHMS["all_reduce"]
+            _row(comm, verb, algorithm.name, dtype)
+            for verb in _VERBS
+            for algorithm in ALGORITHMS[FAMILIES[verb]]
             for dtype in (torch.float32, torch.bfloat16)
         ]
-        decision = comm.explain("all_reduce", nbytes=_NUMEL * 4)
+        decision = comm.explain("all_reduce", nbytes=_NUMEL_PER_RANK * comm.world_size * 4)
     counter = sys.modules.get("tcomm.kernels.launch")
     return {
         "explanation": str(decision),
@@ -45,23 +62,29 @@ def _demonstrate() -> dict[str, Any]:
     }
 
 
-def _row(comm: Communicator, algorithm: str, dtype: torch.dtype) -> dict[str, Any]:
-    inputs = [_input(rank, dtype) for rank in range(comm.world_size)]
-    x, expected = inputs[comm.rank], tcomm.reference.all_reduce(inputs)[comm.rank]
-    out = torch.empty_like(x)
+def _row(comm: Communicator, verb: str, algorithm: str, dtype: torch.dtype) -> dict[str, Any]:
+    args, meaning = _VERBS[verb]
+    inputs = [_input(rank, comm.world_size, dtype) for rank in range(comm.world_size)]
+    x, expected = inputs[comm.rank], meaning(inputs)[comm.rank]
+    out = None if expected is None else torch.empty_like(expected)
+
+    def forget() -> None:
+        if out is not None:
+            out.fill_(float("nan"))
 
     def run() -> None:
-        comm.all_reduce(x, out=out, algorithm=algorithm)
+        getattr(comm, verb)(x, *args, out=out, algorithm=algorithm)
 
     def count_wrong() -> int:
-        return int((out != expected).sum())
+        return 0 if out is None or expected is None else int((out != expected).sum())
 
-    candidate = Candidate(run, lambda: out.fill_(float("nan")), count_wrong)
-    schedule = Schedule(1, 3, 1) if algorithm.startswith("triton") else Schedule(4, 20, 5)
+    candidate = Candidate(run, forget, count_wrong)
+    schedule = Schedule(1, 2, 1) if algorithm.startswith("triton") else Schedule(4, 20, 5)
     seconds, wrong = time_alternating({algorithm: candidate}, schedule, comm.barrier)
-    summary = summarise(seconds[algorithm], lambda mine: _gather(comm, mine))
-    total = _gather(comm, torch.tensor([wrong[algorithm]])).sum()
+    summary = summarise(seconds[algorithm], comm.all_gather_single)
+    total = comm.all_gather_single(torch.tensor([wrong[algorithm]])).sum()
     return {
+        "verb": verb,
         "algorithm": algorithm,
         "dtype": str(dtype).removeprefix("torch."),
         "median_us": summary.median_us,
@@ -69,9 +92,6 @@ def _row(comm: Communicator, algorithm: str, dtype: torch.dtype) -> dict[str, An
     }
 
 
-def _input(rank: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(_NUMEL, generator=torch.Generator().manual_seed(rank)).to(dtype)
-
-
-def _gather(comm: Communicator, mine: torch.Tensor) -> torch.Tensor:
-    return comm.all_gather_single(mine)
+def _input(rank: int, world_size: int, dtype: torch.dtype) -> torch.Tensor:
+    numel = _NUMEL_PER_RANK * world_size
+    return torch.randn(numel, generator=torch.Generator().manual_seed(rank)).to(dtype)
