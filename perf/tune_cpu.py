@@ -39,7 +39,7 @@ ARGUMENTS = {
     "scatter": (ROOT, 0),
     "all_to_all": (),
 }
-PIECES = (0, 64 * 1024, 256 * 1024, 1024 * 1024)
+PIECES = tuple(kib * 1024 for kib in (0, 64, 256, 512, 1024, 2048))
 LONG = 1 << 20
 """Bytes from which fewer calls do: nobody waits a minute for a size."""
 

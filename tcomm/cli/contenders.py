@@ -215,21 +215,19 @@ class Mpi(Calls):
         from mpi4py import MPI
 
         self.comm: Any = MPI.COMM_WORLD
-        self.in_place: Any = MPI.IN_PLACE
         self.redop: Any = {"max": MPI.MAX, "min": MPI.MIN}.get(case.redop, MPI.SUM)
 
     def all_reduce(self) -> Result:
-        out = self._out() if not self.case.reuses else self.x
-        self.comm.Allreduce(self.in_place if out is self.x else _memory(self.x), _memory(out), self.redop)
+        out = self._out()
+        self.comm.Allreduce(_memory(self.x), _memory(out), self.redop)
         return self._averaged(out)
 
     def reduce(self) -> Result:
         if not self.is_root:
             self.comm.Reduce(_memory(self.x), None, self.redop, ROOT)
             return None
-        out = self._out() if not self.case.reuses else self.x
-        given = self.in_place if out is self.x else _memory(self.x)
-        self.comm.Reduce(given, _memory(out), self.redop, ROOT)
+        out = self._out()
+        self.comm.Reduce(_memory(self.x), _memory(out), self.redop, ROOT)
         return self._averaged(out)
 
     def reduce_scatter(self) -> Result:

@@ -84,12 +84,12 @@ def make_plan(
     if len(pieces) == 1:
         return plan_of(tuple(shape))
     plans = {length: plan_of((length,)) for _, length in pieces}
+    steps = [(slice(start, start + length), plans[length]) for start, length in pieces]
 
     def run(x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
-        lengths = [length for _, length in pieces]
-        parts = zip(lengths, x.view(-1).split(lengths), out.view(-1).split(lengths), strict=True)
-        for length, x_part, out_part in parts:
-            plans[length](x_part, out_part, timeout)
+        flat_x, flat_out = x.view(-1), out.view(-1)
+        for where, plan in steps:
+            plan(flat_x[where], flat_out[where], timeout)
 
     return run
 
