@@ -23,6 +23,7 @@ __all__ = [
     "grid_of",
     "launch",
     "launches",
+    "refuse_host_memory",
     "tile_numel",
 ]
 
@@ -63,6 +64,19 @@ def common_constants(arena: Arena, staging: Staging) -> dict[str, Any]:
     }
 
 
+def refuse_host_memory() -> None:
+    """Check that a kernel can run on host memory here.
+
+    Raises:
+        CapabilityError: when it cannot.
+    """
+    if not is_interpreted():
+        raise CapabilityError(
+            "kernels are compiled in this process and the tensors are in host memory; set TRITON_INTERPRET=1 "
+            "before the first import of triton to interpret them"
+        )
+
+
 def launch(
     kernel: Any,
     num_blocks: int,
@@ -90,11 +104,7 @@ def launch(
     staging = arena.staging
     if staging is None:
         raise CapabilityError("the group has no staging memory yet; call prepare() first")
-    if not is_interpreted():
-        raise CapabilityError(
-            "kernels are compiled in this process and the tensors are in host memory; set TRITON_INTERPRET=1 "
-            "before the first import of triton to interpret them"
-        )
+    refuse_host_memory()
     channel = arena.channel
     epoch = channel.begin(call, timeout)
     launches[kernel.__name__] += 1
