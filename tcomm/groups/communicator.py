@@ -15,6 +15,7 @@ from tcomm.errors import ConfigError
 from tcomm.groups.arguments import UNSET, Timeout, Unset, check_out, check_tensor, refuse_integer_average
 from tcomm.groups.handle import SETUP_SECONDS
 from tcomm.groups.plans import Plan
+from tcomm.groups.point_to_point import PointToPoint
 from tcomm.groups.setup import from_process_group, from_store
 from tcomm.groups.verbs import FallbackVerbs
 from tcomm.groups.work import Work
@@ -28,7 +29,7 @@ __all__ = ["Communicator"]
 logger = logging.getLogger("tcomm")
 
 
-class Communicator(FallbackVerbs):
+class Communicator(FallbackVerbs, PointToPoint):
     """Collectives of one group of ranks. **Collective** to create.
 
     One order of calls: every rank makes the same calls in the same order. Calls from several threads of a

@@ -35,7 +35,7 @@ __all__ = ["FallbackVerbs"]
 
 
 class FallbackVerbs(GroupHandle):
-    """Broadcast, gather, scatter, all-to-all, point to point and barrier of a communicator."""
+    """Broadcast, gather, scatter, all-to-all and barrier of a communicator."""
 
     def barrier(self, *, timeout: Timeout | Unset = UNSET) -> None:
         """Return when every rank has called it. **Collective.**
@@ -284,44 +284,6 @@ class FallbackVerbs(GroupHandle):
             self._torch(call).all_to_all(x.contiguous(), result, sends, recvs, seconds)
 
         return self._carry_out(call, x, out, (rows, *x.shape[1:]), move, timeout, async_op)
-
-    def send(self, x: torch.Tensor, dst: int, *, timeout: Timeout | Unset = UNSET) -> None:
-        """Send x to rank `dst`, which receives a tensor of this shape and dtype.
-
-        Raises:
-            ConfigError: when `dst` is not another rank of the group; nothing was sent.
-            CapabilityError: when there is no process group to carry it out.
-            PeerLostError, PeerTimeoutError: when the peer does not receive.
-        """
-        check_tensor("send", x)
-        check_rank("send", "dst", dst, self.world_size, self.rank)
-        fallback, seconds = self._torch(CallDescription("send")), self._seconds(timeout)
-
-        def run() -> torch.Tensor:
-            fallback.send(x.contiguous(), dst, seconds)
-            return x
-
-        self._in_order(run, False)
-
-    def recv(self, out: torch.Tensor, src: int, *, timeout: Timeout | Unset = UNSET) -> torch.Tensor:
-        """Receive into `out` from rank `src`.
-
-        Raises:
-            ConfigError: when `src` is not another rank of the group.
-            CapabilityError: when there is no process group to carry it out.
-            PeerLostError, PeerTimeoutError: when the peer does not send.
-        """
-        check_tensor("recv", out)
-        check_rank("recv", "src", src, self.world_size, self.rank)
-        fallback, seconds = self._torch(CallDescription("recv")), self._seconds(timeout)
-
-        def run() -> torch.Tensor:
-            dense = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-            fallback.recv(dense, src, seconds)
-            return out if dense is out else out.copy_(dense)
-
-        self._in_order(run, False)
-        return out
 
     def _torch(self, call: CallDescription) -> TorchFallback:
         self._refuse_foreign()
