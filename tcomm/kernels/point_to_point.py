@@ -64,7 +64,7 @@ def _send_kernel(
 ):  # fmt: skip
     """Cut x into the slots of this rank's mailbox at `peer`, each filled as soon as there is a credit for it.
 
-    Example: slots of 2 bytes, 3 sent before, x=[7, 8, 9] -> slot 3: header, [7, 8]; slot 0: [9]; head 5.
+    Example: slots of 8 bytes, 3 sent before, x=[7, 8] int64 -> slot 3: header, [7]; slot 0: [8]; head 5.
     """
     rank = launched_rank(rank)
     peer = launched_rank(peer)
@@ -76,9 +76,7 @@ def _send_kernel(
     stopped = tl.full((), 0, tl.int32)
     while (piece < pieces) & (stopped == 0):
         turn = sent + piece
-        stopped = _await_count(
-            page, page + _TAILS + peer * _LINE, _SLOTS, turn + 1, peer, budget, ATOMIC_POLL
-        )
+        stopped = _await_count(page, _TAILS + peer * _LINE, _SLOTS, turn + 1, peer, budget, ATOMIC_POLL)
         if stopped == 0:
             offset = _slot_offset(rank, turn, SLOT_BYTES)
             if (piece == 0) & (tl.program_id(0) == 0):
@@ -126,7 +124,7 @@ def _recv_kernel(
 ):  # fmt: skip
     """Empty the slots that `peer` fills, in order, into out; nothing when its header is of another message.
 
-    Example: slots of 2 bytes, 3 received before; slot 3: header, [7, 8]; slot 0: [9] -> [7, 8, 9]; tail 5.
+    Example: slots of 8 bytes, 3 received before; slot 3: header, [7]; slot 0: [8] -> out=[7, 8]; tail 5.
     """
     rank = launched_rank(rank)
     peer = launched_rank(peer)
@@ -138,7 +136,7 @@ def _recv_kernel(
     stopped = tl.full((), 0, tl.int32)
     while (piece < pieces) & (stopped == 0):
         turn = received + piece
-        stopped = _await_count(page, page + _HEADS + peer * _LINE, 0, turn + 1, peer, budget, ATOMIC_POLL)
+        stopped = _await_count(page, _HEADS + peer * _LINE, 0, turn + 1, peer, budget, ATOMIC_POLL)
         offset = _slot_offset(peer, turn, SLOT_BYTES)
         if (stopped == 0) & (piece == 0):
             header_ptr = pointer_to(mailbox_ptrs, rank, offset, tl.int64)
@@ -191,36 +189,44 @@ def _slot_offset(source, turn, SLOT_BYTES: tl.constexpr):
 
 
 @triton.jit
-def _await_count(page, count_ptr, CREDITS: tl.constexpr, wanted, peer, budget, ATOMIC_POLL: tl.constexpr):
+def _await_count(page, index, CREDITS: tl.constexpr, wanted, peer, budget, ATOMIC_POLL: tl.constexpr):
     """Wait until a peer's count and `CREDITS` come to `wanted`; 0 when so, else 1 and an error record.
 
-    Bounded as `await_peers` is. The record's kind stops the other blocks, too.
+    Bounded as `await_peers` is. The record's kind stops the other blocks, too; it is polled together with the
+    count, so that all warps leave the loop for the same reason.
     """
-    missing = wanted - CREDITS - _peek(count_ptr, ATOMIC_POLL)
+    lanes = tl.arange(0, 2)
+    words = page + tl.where(lanes == 0, index, _ERROR_KIND)
+    least = wanted - CREDITS
+    # Not polled ahead of the loop: LLVM (Triton 3.6, AMD) would merge both polls into a loop with two
+    # entries, where one lane waits for the rest of its wave.
+    state = tl.full((), 1, tl.int32)
     polls = tl.full((), 0, tl.int64)
     given_up = tl.full((), 0, tl.int32)
-    while (missing > 0) & (given_up == 0):
+    while (state == 1) & (given_up == 0):
         given_up = pause(0, tl.program_id(0), wanted)
         polls += 1
         given_up = tl.where(polls >= budget, 1, given_up)
-        given_up = tl.where(_peek(page + _ERROR_KIND, ATOMIC_POLL) != 0, 1, given_up)
-        missing = wanted - CREDITS - _peek(count_ptr, ATOMIC_POLL)
+        state = _poll(words, lanes, least, ATOMIC_POLL)
     # The polls above order nothing; this reads the count again, with acquire.
-    seen = tl.atomic_add(count_ptr, 0, sem="acquire", scope="sys")
+    seen = tl.atomic_add(words, 0, sem="acquire", scope="sys")
     tl.debug_barrier()
-    is_late = seen + CREDITS < wanted
+    count = tl.sum(tl.where(lanes == 0, seen, 0), axis=0)
+    is_late = count < least
     if is_late:
-        _record(page, _TIMEOUT, peer, wanted, seen)
+        _record(page, _TIMEOUT, peer, wanted, count)
     return is_late.to(tl.int32)
 
 
 @triton.jit
-def _peek(word_ptr, ATOMIC_POLL: tl.constexpr):
-    """A word as it is now. An atomic gives all waves the same one, and they have to leave a loop together."""
+def _poll(words, lanes, least, ATOMIC_POLL: tl.constexpr):
+    """1 while the count in lane 0 is below `least`; 2 more when lane 1 has the kind of an error."""
     if ATOMIC_POLL:
-        return tl.atomic_add(word_ptr, 0, sem="acquire", scope="sys")
+        seen = tl.atomic_add(words, 0, sem="acquire", scope="sys")
     else:
-        return tl.load(word_ptr, volatile=True)
+        seen = tl.load(words, volatile=True)
+    state = tl.where(lanes == 0, (seen < least).to(tl.int32), 2 * (seen != 0).to(tl.int32))
+    return tl.sum(state, axis=0)
 
 
 @triton.jit
@@ -247,6 +253,7 @@ def _advance(blocks_ptr, own_ptr, their_ptr, count, is_last):
         tl.store(blocks_ptr, 0)
         if is_last:
             tl.store(own_ptr, count)
+        tl.debug_barrier()
         tl.atomic_xchg(their_ptr, count, sem="release", scope="sys")
 
 

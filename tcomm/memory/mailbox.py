@@ -250,7 +250,8 @@ class PairWait:
 
     def _time_out(self, has_moved: bool) -> NoReturn:
         channel = self._channel
-        after = f"timed out after {self._timeout:g} s on rank {channel.rank}"
+        seconds = "" if self._timeout is None else f" after {self._timeout:g} s"
+        after = f"timed out{seconds} on rank {channel.rank}"
         advice = "find out what it does, or call with a longer timeout="
         blame = channel.blame(self.peer)
         if not has_moved:
