@@ -290,9 +290,7 @@ def check_publish_barriers(ptx):
 
 
 def _acquires(ptx):
-    """Reads of this rank's words in order; an atomic that adds 0 to a single word becomes a load."""
-    reads = ptx.matching(r"(atom|red)\b.*\badd\b|ld\b.*\bacquire\b")
-    words = [op for op in reads if ptx.touches(op, "*pad[rank]")]
+    words = [op for op in ptx.matching(r"(atom|red)\b.*\badd\b") if ptx.touches(op, "*pad[rank]")]
     return [op for op in words if ptx.word(op) != Word.BLOCKS_DONE and "acq_rel" not in op.opcode]
 
 
@@ -341,7 +339,10 @@ def check_atomics(ptx, phases, lane_spins=0):
 
 
 def check_mailbox_atomics(ptx, records):
-    """Gpu scope is for the count of blocks that are done with a slot, and nothing else."""
+    """Gpu scope is for the count of blocks that are done with a slot, and nothing else.
+
+    All warps are done with the slot before their block is counted.
+    """
     ours = set(_publishes(ptx)) | set(_acquires(ptx))
     rest = [op for op in ptx.matching(r"(atom|red)\b") if op not in ours]
     foreign = [op for op in rest if not ptx.touches(op, "*pad[rank]")]
@@ -352,6 +353,9 @@ def check_mailbox_atomics(ptx, records):
     counts = [op for op in rest if op not in claims]
     assert len(counts) == 1, f"{len(counts)} atomics count blocks, not 1: {_show(counts)}"
     assert {"add", "gpu", "acq_rel"} <= set(counts[0].opcode.split(".")), _show(counts)
+    for earlier in ptx.before(counts[0], lambda found: found.is_barrier):
+        assert earlier is not None, "no barrier between the entry and the count"
+        assert not ptx.is_payload(earlier), f"no barrier between {earlier} and {counts[0]}"
 
 
 def check_spins(ptx, phases, lane_spins):
@@ -487,6 +491,18 @@ def check_gcn_mailbox_spins(flow):
     assert len(waits) == 1, f"{len(waits)} loops wait for a count, not 1"
     cached = [op for op in _gcn_polls(waits[0]) if not _bypasses_caches(op)]
     assert not cached, f"polled through a cache: {_show(cached)}"
+
+
+def check_gcn_mailbox_counts(flow):
+    """All waves are done with a slot, and caches written back to the GPU, before their block is counted."""
+    counts = [op for op in flow.ops if re.match(r"\w+_atomic_add_x2", op.opcode) and not _bypasses_caches(op)]
+    assert len(counts) == 1, f"{len(counts)} atomics count blocks, not 1: {_show(counts)}"
+    for earlier in flow.before(counts[0], lambda found: found.is_barrier):
+        assert earlier is not None, "no barrier between the entry and the count"
+        moves = _is_gcn_store(earlier) or _is_gcn_load(earlier)
+        assert not moves, f"no barrier between {earlier} and {counts[0]}"
+    block, place = flow.places[counts[0]]
+    assert any(op.opcode == "buffer_wbl2" for op in flow.blocks[block][:place]), _show(flow.blocks[block])
 
 
 def check_gcn_acquires(flow, phases):

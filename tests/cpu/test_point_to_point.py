@@ -337,3 +337,30 @@ def a_peer_leaves(member, engines):
 
 def test_a_peer_that_left_is_told_and_what_it_sent_before_arrives(on_ranks):
     on_ranks(2, a_peer_leaves, CPU[0])
+
+
+def sent_while_the_receiver_gives_up(member, engines, look):
+    """The message comes right when the receiver finds its sender dead, or its deadline passed."""
+    arena, engine = small_arena(member), engine_of(engines, member.rank)
+    x = content(3, (10,))
+
+    def give_up(*_):
+        member.meet("looking")
+        member.meet("sent")
+        return True
+
+    if member.rank == 0:
+        member.meet("looking")
+        send_by(engine, arena, 1, x)
+        member.meet("sent")
+    else:
+        wait = arena.mailboxes.wait_of("recv", 0)
+        setattr(arena.channel if look == "is_gone" else wait, look, give_up)
+        assert same_bytes(recv_by(engine, arena, 0, torch.zeros_like(x)), x)
+    assert arena.channel.words[Word.POISON_CODE] == 0
+    arena.close("done")
+
+
+@pytest.mark.parametrize("look", ["is_gone", "_is_late"])
+def test_a_message_that_comes_at_the_last_moment_counts(on_ranks, look):
+    on_ranks(2, sent_while_the_receiver_gives_up, CPU[0], look)

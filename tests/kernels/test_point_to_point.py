@@ -146,6 +146,7 @@ def _odd_places(member):
             assert same_bytes(out[first : first + 40], base[first : first + 40])
             assert out[:first].eq(0).all()
             assert out[first + 40 :].eq(0).all()
+    assert [point_to_point._bytes_of(base[first:]).data_ptr() % 16 for first in (0, 1, 8)] == [0, 0, 0]
     with pytest.raises(ConfigError, match="a kernel needs a contiguous tensor"):
         send_by("triton", arena, 1 - member.rank, base[::2])
     with pytest.raises(ConfigError, match="a kernel needs a contiguous tensor"):
