@@ -19,6 +19,7 @@ from tcomm.memory.layout import StagingLayout
 from tcomm.memory.liveness import Identity, PeerProcess, my_identity
 from tcomm.memory.mailbox import Mailboxes, MailboxLayout
 from tcomm.memory.shm import SharedMemoryTransport
+from tcomm.signature import CallDescription
 
 __all__ = ["Arena", "Staging", "open_arena"]
 
@@ -84,8 +85,11 @@ class Arena:
 
         Raises:
             CapabilityError: on every rank, when one lacks the room.
+            PeerLostError: when a peer died meanwhile.
         """
-        made = self._transport.allocate(MailboxLayout(self.world_size).nbytes, timeout)
+        self.channel.name_call(CallDescription("set-up"))
+        nbytes = MailboxLayout(self.world_size).nbytes
+        made = self._transport.allocate(nbytes, timeout, self._refuse_the_gone)
         if isinstance(made, NotShared):
             return made.reason
         self._mailboxes = Mailboxes(self.channel, made, self._spins)
@@ -107,11 +111,7 @@ class Arena:
     def _grow(self, nbytes: int, timeout: float) -> Staging:
         channel = self.channel
         layout = StagingLayout(nbytes, self.world_size)
-
-        def check() -> None:
-            if gone := channel.find_gone():
-                raise channel.lost(gone, channel.words[Word.EPOCH])
-
+        check = self._refuse_the_gone
         made = self._transport.allocate(nbytes, timeout, check)
         if isinstance(made, NotShared):
             raise RendezvousError(f"staging of group {channel.group!r}: {made.reason}")
@@ -123,6 +123,10 @@ class Arena:
         self.exchange.all_gather(b"", timeout, check)
         self.staging = Staging(made, layout)
         return self.staging
+
+    def _refuse_the_gone(self) -> None:
+        if gone := self.channel.find_gone():
+            raise self.channel.lost(gone, self.channel.words[Word.EPOCH])
 
     def set_epoch(self, epoch: int) -> None:
         """Go on from `epoch`, with nothing in flight; the same on every rank. For tests of the wrap."""
@@ -169,6 +173,7 @@ def open_arena(
     Raises:
         CapabilityError: on every rank, when one lacks the room.
         RendezvousError: when a rank did not come in time.
+        PeerLostError: when a rank that had come died.
     """
     rank, world_size = exchange.rank, exchange.world_size
     if world_size > MAX_WORLD_SIZE:
