@@ -38,7 +38,8 @@ def make_send(mailboxes: Mailboxes, dst: int, message: Message) -> TransferPlan:
     header, addresses = message.header, mailboxes.payload_addresses(dst, rank)
     headers = tuple(whole[: len(header)] for whole in mailboxes.headers(dst, rank))
     tail, head, own = TAILS + dst * MAILBOX_LINE, HEADS + rank * MAILBOX_LINE, SENT + dst
-    (_, first_nbytes), *rest = mailboxes.layout.pieces(message.nbytes)
+    slot_bytes, total = mailboxes.layout.slot_bytes, message.nbytes
+    first_nbytes, rest = min(total, slot_bytes), range(slot_bytes, total, slot_bytes)
 
     def run(x: torch.Tensor, timeout: float | None) -> None:
         sent = begin(timeout)
@@ -51,10 +52,10 @@ def make_send(mailboxes: Mailboxes, dst: int, message: Message) -> TransferPlan:
         sent += 1
         theirs[head] = sent
         words[own] = sent
-        for offset, nbytes in rest:
+        for offset in rest:
             if words[tail] + MAILBOX_SLOTS <= sent:
                 until(sent + 1)
-            _memcpy(addresses[sent % MAILBOX_SLOTS], start + offset, nbytes)
+            _memcpy(addresses[sent % MAILBOX_SLOTS], start + offset, min(slot_bytes, total - offset))
             sent += 1
             theirs[head] = sent
             words[own] = sent
@@ -75,7 +76,8 @@ def make_recv(mailboxes: Mailboxes, src: int, message: Message) -> TransferPlan:
     addresses = mailboxes.payload_addresses(rank, src)
     headers = tuple(whole.cast("Q") for whole in mailboxes.headers(rank, src))
     head, tail, own = HEADS + src * MAILBOX_LINE, TAILS + rank * MAILBOX_LINE, RECEIVED + src
-    (_, first_nbytes), *rest = mailboxes.layout.pieces(message.nbytes)
+    slot_bytes = mailboxes.layout.slot_bytes
+    first_nbytes, rest = min(total, slot_bytes), range(slot_bytes, total, slot_bytes)
 
     def run(out: torch.Tensor, timeout: float | None) -> None:
         received = begin(timeout)
@@ -90,10 +92,10 @@ def make_recv(mailboxes: Mailboxes, src: int, message: Message) -> TransferPlan:
         received += 1
         theirs[tail] = received
         words[own] = received
-        for offset, nbytes in rest:
+        for offset in rest:
             if words[head] <= received:
                 until(received + 1)
-            _memcpy(start + offset, addresses[received % MAILBOX_SLOTS], nbytes)
+            _memcpy(start + offset, addresses[received % MAILBOX_SLOTS], min(slot_bytes, total - offset))
             received += 1
             theirs[tail] = received
             words[own] = received

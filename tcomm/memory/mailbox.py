@@ -66,11 +66,6 @@ class MailboxLayout:
         """Where the header of a slot begins; the payload follows it."""
         return (source * MAILBOX_SLOTS + slot) * self.stride
 
-    def pieces(self, nbytes: int) -> list[tuple[int, int]]:
-        """(first byte, length) of what goes into each slot; an empty message takes one, too."""
-        step = self.slot_bytes
-        return [(start, min(step, nbytes - start)) for start in range(0, max(nbytes, 1), step)]
-
 
 class Message:
     """A kind of message: what its header says."""

@@ -48,14 +48,6 @@ def test_larger_worlds_have_smaller_slots():
     ]
 
 
-def test_a_message_is_cut_into_slots_and_an_empty_one_takes_one():
-    layout = MailboxLayout(16)
-    assert layout.pieces(0) == [(0, 0)]
-    assert layout.pieces(1) == [(0, 1)]
-    assert layout.pieces(4096) == [(0, 4096)]
-    assert layout.pieces(8193) == [(0, 4096), (4096, 4096), (8192, 1)]
-
-
 def test_a_header_tells_dtype_and_shape_apart_and_fits():
     headers = {Message(dtype, shape, 24).header for dtype in ("float32", "int32") for shape in ((6,), (2, 3))}
     assert len(headers) == 4
