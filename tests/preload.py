@@ -7,6 +7,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest  # noqa: F401
 
 import tcomm.kernels.all_reduce
+import tcomm.kernels.point_to_point
 import tests.ranks  # noqa: F401
 
 assert tcomm.kernels.all_reduce.LAUNCHERS
+assert tcomm.kernels.point_to_point.send

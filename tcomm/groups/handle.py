@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 
 from tcomm.config import Config, resolve_timeout
+from tcomm.cpu.point_to_point import TransferPlan
 from tcomm.errors import CapabilityError, GroupClosedError, PeerTimeoutError, TcommError
 from tcomm.groups.agreement import Agreement, LocalAgreement, RemoteAgreement, SharedAgreement
 from tcomm.groups.arguments import Timeout, Unset
@@ -88,6 +89,8 @@ class GroupHandle:
             self.name, self.config, self._arena, self._fallback, self._agreement, SETUP_SECONDS
         )
         self._plans: dict[PlanKey, Any] = {}
+        self._transfers: dict[tuple[object, ...], TransferPlan] = {}
+        self._transfer_reasons: set[str] = set()
         _open.add(self)
 
     def _open_arena(self, exchange: Exchange, num_cores: int) -> tuple[Arena | None, str]:
@@ -193,6 +196,7 @@ class GroupHandle:
                 return
             self._foreign = "it was closed"
             self._plans.clear()
+            self._transfers.clear()
             # Whoever else holds the process group decides when it ends, and not a forgotten communicator.
             self._fallback = None
             del self._agreement, self._planner

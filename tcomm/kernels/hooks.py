@@ -9,38 +9,45 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from tcomm.memory.channel import Channel
+__all__ = ["Waiter", "interpreting", "pause"]
 
-__all__ = ["interpreting", "pause"]
+
+class Waiter(Protocol):
+    """Waits on behalf of an interpreted kernel: a `Channel`, or a `PairWait`."""
+
+    def kernel_pause(self, phase: int, block: int, word: int) -> int:
+        """Let peers run between two polls; 0 to poll again, 1 to give the wait up."""
+        ...
+
 
 # The interpreter keeps the grid index in one global object: one launch at a time in a process.
 _one_launch = threading.Lock()
-_channel: Channel | None = None
+_waiter: Waiter | None = None
 
 
 @contextlib.contextmanager
-def interpreting(channel: Channel) -> Iterator[None]:
-    """While a kernel that waits on `channel` is interpreted."""
-    global _channel  # noqa: PLW0603 - guarded by the lock
+def interpreting(waiter: Waiter) -> Iterator[None]:
+    """While a kernel that waits by `waiter` is interpreted."""
+    global _waiter  # noqa: PLW0603 - guarded by the lock
     with _one_launch:
-        _channel = channel
+        _waiter = waiter
         try:
             # Overflow and NaN are values on a GPU, and no warnings.
             with np.errstate(all="ignore"):
                 yield
         finally:
-            _channel = None
+            _waiter = None
 
 
 def pause(phase: Any, block: Any, word: Any) -> int:
     """Let peers run; 0 to poll again, 1 to give the wait up."""
-    if _channel is None:
+    if _waiter is None:
         raise RuntimeError("an interpreted kernel waits outside of `interpreting`")
-    return _channel.kernel_pause(_as_int(phase), _as_int(block), _as_int(word) & 0xFFFFFFFFFFFFFFFF)
+    return _waiter.kernel_pause(_as_int(phase), _as_int(block), _as_int(word) & 0xFFFFFFFFFFFFFFFF)
 
 
 def _as_int(value: Any) -> int:

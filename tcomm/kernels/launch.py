@@ -23,6 +23,7 @@ __all__ = [
     "grid_of",
     "launch",
     "launches",
+    "refuse_host_memory",
     "staging_of",
     "tile_numel",
 ]
@@ -75,6 +76,19 @@ def common_constants(arena: Arena, staging: Staging) -> dict[str, Any]:
     }
 
 
+def refuse_host_memory() -> None:
+    """Check that a kernel can run on host memory here.
+
+    Raises:
+        CapabilityError: when it cannot.
+    """
+    if not is_interpreted():
+        raise CapabilityError(
+            "kernels are compiled in this process and the tensors are in host memory; set TRITON_INTERPRET=1 "
+            "before the first import of triton to interpret them"
+        )
+
+
 def launch(
     kernel: Any,
     num_blocks: int,
@@ -100,11 +114,7 @@ def launch(
         CapabilityError: when there is nothing to run it on.
     """
     staging = staging_of(arena)
-    if not is_interpreted():
-        raise CapabilityError(
-            "kernels are compiled in this process and the tensors are in host memory; set TRITON_INTERPRET=1 "
-            "before the first import of triton to interpret them"
-        )
+    refuse_host_memory()
     channel = arena.channel
     epoch = channel.begin(call, timeout)
     launches[kernel.__name__] += 1

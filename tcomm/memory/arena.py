@@ -1,4 +1,4 @@
-"""A group's symmetric memory: control pages for its life, staging that can be replaced by a larger one."""
+"""A group's symmetric memory: control pages and mailboxes for its life, staging that can be replaced."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from tcomm.memory.control import CONTROL_BYTES, EPOCH_MASK, MAX_WORLD_SIZE, Cont
 from tcomm.memory.farewell import announce_leaving, cancel_leaving
 from tcomm.memory.layout import StagingLayout
 from tcomm.memory.liveness import Identity, PeerProcess, my_identity
+from tcomm.memory.mailbox import Mailboxes, MailboxLayout
 from tcomm.memory.shm import SharedMemoryTransport
+from tcomm.signature import CallDescription
 
 __all__ = ["Arena", "Staging", "open_arena"]
 
@@ -33,10 +35,10 @@ class Staging:
 
 
 class Arena:
-    """Control pages and staging of one group.
+    """Control pages, mailboxes and staging of one group.
 
     Made by `open_arena`. Addresses never change: `grow` makes new staging and leaves the old one to those
-    who hold it; control pages, epochs and arrival words stay.
+    who hold it; control pages, mailboxes, epochs and arrival words stay.
     """
 
     def __init__(
@@ -46,10 +48,13 @@ class Arena:
         control: SymmetricBuffer,
         channel: Channel,
         lock_fd: int,
+        spins: int,
     ) -> None:
         self.exchange = exchange
         self.control = control
         self.channel = channel
+        self._mailboxes: Mailboxes | None = None
+        self._spins = spins
         self.staging: Staging | None = None
         self._transport = transport
         # Who drops a group instead of closing it gives its descriptors back, too.
@@ -68,6 +73,28 @@ class Arena:
         """Number of ranks."""
         return self.channel.world_size
 
+    @property
+    def mailboxes(self) -> Mailboxes:
+        """Of send and recv."""
+        if self._mailboxes is None:
+            raise AssertionError("the arena was not opened to its end")
+        return self._mailboxes
+
+    def make_mailboxes(self, timeout: float) -> str:
+        """Make the memory of send and recv; why the ranks cannot share it, if so. **Collective.**
+
+        Raises:
+            CapabilityError: on every rank, when one lacks the room.
+            PeerLostError: when a peer died meanwhile.
+        """
+        self.channel.name_call(CallDescription("set-up"))
+        nbytes = MailboxLayout(self.world_size).nbytes
+        made = self._transport.allocate(nbytes, timeout, self._refuse_the_gone)
+        if isinstance(made, NotShared):
+            return made.reason
+        self._mailboxes = Mailboxes(self.channel, made, self._spins)
+        return ""
+
     def grow(self, nbytes: int, timeout: float) -> Staging:
         """Replace the staging by one of `nbytes` a rank. **Collective**, with nothing in flight.
 
@@ -84,11 +111,7 @@ class Arena:
     def _grow(self, nbytes: int, timeout: float) -> Staging:
         channel = self.channel
         layout = StagingLayout(nbytes, self.world_size)
-
-        def check() -> None:
-            if gone := channel.find_gone():
-                raise channel.lost(gone, channel.words[Word.EPOCH])
-
+        check = self._refuse_the_gone
         made = self._transport.allocate(nbytes, timeout, check)
         if isinstance(made, NotShared):
             raise RendezvousError(f"staging of group {channel.group!r}: {made.reason}")
@@ -100,6 +123,10 @@ class Arena:
         self.exchange.all_gather(b"", timeout, check)
         self.staging = Staging(made, layout)
         return self.staging
+
+    def _refuse_the_gone(self) -> None:
+        if gone := self.channel.find_gone():
+            raise self.channel.lost(gone, self.channel.words[Word.EPOCH])
 
     def set_epoch(self, epoch: int) -> None:
         """Go on from `epoch`, with nothing in flight; the same on every rank. For tests of the wrap."""
@@ -134,7 +161,7 @@ class _Hello(msgspec.Struct, frozen=True):
 def open_arena(
     group: str, exchange: Exchange, directory: str, spins: int, timeout: float
 ) -> Arena | NotShared:
-    """Make a group's control pages. **Collective.**
+    """Make a group's control pages and mailboxes. **Collective.**
 
     Args:
         group: name, for errors.
@@ -146,6 +173,7 @@ def open_arena(
     Raises:
         CapabilityError: on every rank, when one lacks the room.
         RendezvousError: when a rank did not come in time.
+        PeerLostError: when a rank that had come died.
     """
     rank, world_size = exchange.rank, exchange.world_size
     if world_size > MAX_WORLD_SIZE:
@@ -162,11 +190,17 @@ def open_arena(
     payload = msgspec.msgpack.encode(_Hello(me, nonce))
     processes, verdicts = _introduce(exchange, payload, pages, fds, timeout)
     channel = Channel(group, rank, pages, processes, spins)
-    arena = Arena(exchange, transport, control, channel, fds[rank])
+    arena = Arena(exchange, transport, control, channel, fds[rank], spins)
     refusals = [f"rank {r} reads other memory of {v.decode()}" for r, v in enumerate(verdicts) if v]
-    if refusals:
+    refusal = "the ranks share no memory (" + "; ".join(refusals) + ")" if refusals else ""
+    try:
+        refusal = refusal or arena.make_mailboxes(timeout)
+    except BaseException as error:
+        arena.close(f"{type(error).__name__}: {error}")
+        raise
+    if refusal:
         arena.close("the ranks share no memory")
-        return NotShared("the ranks share no memory (" + "; ".join(refusals) + ")")
+        return NotShared(refusal)
     announce_leaving(pages[rank])
     return arena
 

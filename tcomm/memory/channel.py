@@ -61,7 +61,8 @@ class Channel:
         self.words = pages[rank].words
         self._call = CallDescription("")
         self._spins = spins
-        self._waits_with_yields = 0
+        self.waits_with_yields = 0
+        """Short waits that ended in a yield, since the last one that did not."""
         self._peer_words = tuple(pages[peer].words for peer in self.peers)
         # [phase * 2 + parity]: where this rank writes in a peer's page, and the words it waits for.
         self._outbox = tuple(arrival_index(p, parity, 0, rank) for p in range(2) for parity in range(2))
@@ -131,11 +132,11 @@ class Channel:
                     if polls < 0:
                         os.sched_yield()
                 if polls < 0:
-                    self._make_room()
+                    self.make_room()
                 else:
-                    self._waits_with_yields = 0
+                    self.waits_with_yields = 0
 
-    def _make_room(self) -> None:
+    def make_room(self) -> None:
         """Get off a core that this rank seems to share with a peer while another is free.
 
         A process that yields stays where it is until the scheduler balances its cores, milliseconds later;
@@ -143,8 +144,8 @@ class Channel:
         thread moves to the core of its rank. It may run on all its cores again at once, and stays there only
         if it has reason to.
         """
-        self._waits_with_yields += 1
-        if self._waits_with_yields % _WAITS_PER_MOVE == 2:
+        self.waits_with_yields += 1
+        if self.waits_with_yields % _WAITS_PER_MOVE == 2:
             cores = os.sched_getaffinity(0)
             os.sched_setaffinity(0, {sorted(cores)[self.rank % len(cores)]})
             os.sched_setaffinity(0, cores)
@@ -198,6 +199,10 @@ class Channel:
         if not self._started:
             self._started = time.monotonic()
         return None if self._timeout is None else self._started + self._timeout
+
+    def name_call(self, call: CallDescription) -> None:
+        """Let errors name `call`, which takes no epoch."""
+        self._call = call
 
     @property
     def op(self) -> str:

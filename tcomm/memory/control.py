@@ -17,12 +17,20 @@ __all__ = [
     "CONTROL_BYTES",
     "DEAD_EPOCH",
     "EPOCH_MASK",
+    "HEADS",
     "LAYOUT_VERSION",
     "MAGIC",
+    "MAILBOX_LINE",
+    "MAILBOX_SLOTS",
     "MAX_BLOCKS",
     "MAX_PHASES",
     "MAX_WORLD_SIZE",
+    "RECEIVED",
+    "RECEIVING_BLOCKS",
     "RENEWAL_MASK",
+    "SENDING_BLOCKS",
+    "SENT",
+    "TAILS",
     "ControlPage",
     "ErrorKind",
     "PoisonCode",
@@ -32,7 +40,7 @@ __all__ = [
 ]
 
 MAGIC = 0x74636F6D6D706167  # b"tcommpag"
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 MAX_WORLD_SIZE = 16
 MAX_BLOCKS = 32
 MAX_PHASES = 2
@@ -49,7 +57,7 @@ class Word(enum.IntEnum):
 
     # Written once, by the owner.
     MAGIC = 0
-    LAYOUT_VERSION = 1
+    LAYOUT_VERSION = 2
     GENERATION = 2
     RANK = 3
     WORLD_SIZE = 4
@@ -82,9 +90,25 @@ REASON_WORD, REASON_BYTES = 64, 256
 DESCRIPTIONS, DESCRIPTION_BYTES = 128, 1024
 ARRIVALS = 512
 MAILBOXES = ARRIVALS + MAX_PHASES * 2 * MAX_BLOCKS * MAX_WORLD_SIZE
-"""Heads and tails of send and recv live from here on; collectives never touch them."""
+"""Counts of send and recv live from here on; collectives never touch them."""
+MAILBOX_SLOTS = 4
+"""Slots of the mailbox of a pair of ranks, and so the credits of its sender."""
+MAILBOX_LINE = 8
+"""Words from one head or tail to the next: a cache line for each peer that writes one."""
+HEADS = MAILBOXES
+"""[source]: slots that the source has filled for the owner; written by the source."""
+TAILS = HEADS + MAX_WORLD_SIZE * MAILBOX_LINE
+"""[destination]: slots of the owner's that the destination has emptied; written by the destination."""
+SENT = TAILS + MAX_WORLD_SIZE * MAILBOX_LINE
+"""[destination], without gaps: slots of all messages that the owner has sent."""
+RECEIVED = SENT + MAX_WORLD_SIZE
+"""[source], without gaps: slots of all messages that the owner has received."""
+SENDING_BLOCKS = RECEIVED + MAX_WORLD_SIZE
+"""[destination][slot]: blocks of a kernel that are done with a slot, of those that fill it together."""
+RECEIVING_BLOCKS = SENDING_BLOCKS + MAX_WORLD_SIZE * MAILBOX_SLOTS
+"""[source][slot]: likewise, of those that empty it together."""
 
-if MAILBOXES + 1024 > CONTROL_BYTES // 8:
+if RECEIVING_BLOCKS + MAX_WORLD_SIZE * MAILBOX_SLOTS > CONTROL_BYTES // 8:
     raise AssertionError("the control page does not hold its own layout")
 
 

@@ -12,11 +12,11 @@ from tcomm.memory.control import MAX_PHASES, Word, arrival_index
 if TYPE_CHECKING:
     from tcomm.memory.channel import Channel
 
-__all__ = ["Wait"]
+__all__ = ["LOOKS_PER_LIVENESS_CHECK", "Wait", "pause_since"]
 
 _MISMATCH_GRACE_SECONDS = 0.4
 _BUSY_SECONDS = 0.02
-_LOOKS_PER_LIVENESS_CHECK = 16
+LOOKS_PER_LIVENESS_CHECK = 16
 
 
 class Wait:
@@ -49,7 +49,7 @@ class Wait:
         channel = self._channel
         if channel.words[Word.POISON_CODE]:
             channel.raise_poison()
-        if self._looks % _LOOKS_PER_LIVENESS_CHECK == 0:
+        if self._looks % LOOKS_PER_LIVENESS_CHECK == 0:
             channel.words[Word.SEQ] = self._epoch
             channel.words[Word.WAITING_FOR] = absent[0] + 1
             channel.words[Word.LAST_PROGRESS_NS] = int(self._began * 1e9)
@@ -85,8 +85,13 @@ class Wait:
         return any(words[index] >> 32 == epoch and words[index] != word for _, index in self._inbox)
 
     def pause(self) -> None:
-        """Let others run: at once while the wait is young, in short sleeps when it is not."""
-        if time.monotonic() - self._began < _BUSY_SECONDS:
-            os.sched_yield()
-        else:
-            time.sleep(0.0002)
+        """Let others run between two steps."""
+        pause_since(self._began)
+
+
+def pause_since(began: float) -> None:
+    """Let others run: at once while a wait that began then is young, in short sleeps when it is not."""
+    if time.monotonic() - began < _BUSY_SECONDS:
+        os.sched_yield()
+    else:
+        time.sleep(0.0002)

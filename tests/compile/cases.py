@@ -16,7 +16,9 @@ from triton.compiler import ASTSource
 from tcomm import kernels
 from tcomm.algorithms import acc_dtype
 from tcomm.kernels.launch import COMPILED_MAX_REGISTERS, COMPILED_THREADS, tile_numel
+from tcomm.kernels.point_to_point import mailbox_constants
 from tcomm.memory.layout import StagingLayout, slice_numel
+from tcomm.memory.mailbox import MailboxLayout
 
 STAGING_BYTES = 8 * 1024 * 1024
 MAX_REGISTERS = COMPILED_MAX_REGISTERS
@@ -42,9 +44,16 @@ PARAMETERS = {
     "rank": "i32",
     "budget": "i64",
 }
-"""Run-time arguments of kernels and their types."""
+"""Run-time arguments of kernels of collectives and their types."""
 USUAL_PARAMETERS = tuple(name for name in PARAMETERS if name != "parts_ptr")
 """Those of a kernel on whole messages, in order."""
+MAILBOX_PARAMETERS = {
+    "header_ptr": "*i64",
+    "nbytes": "i64",
+    "mailbox_ptrs": "*i64",
+    "peer": "i32",
+}
+"""Those of send and recv that have other names: in place of out, numel, staging and signature."""
 
 DTYPES = {
     "fp32": torch.float32,
@@ -144,6 +153,33 @@ def _moving_cases(kernel, protocol):
 CASES = tuple(_cases())
 
 
+@dataclasses.dataclass(frozen=True)
+class MailboxCase:
+    """Send or recv in a world, which settles the size of a slot."""
+
+    kernel: str
+    target: str
+    world_size: int
+
+    def __str__(self):
+        return f"{self.target}{self.kernel.removesuffix('_kernel')}-{self.world_size}"
+
+
+MAILBOX_KERNELS = ("_send_kernel", "_recv_kernel")
+MAILBOX_CASES = tuple(
+    MailboxCase(kernel, target, world_size)
+    for kernel in MAILBOX_KERNELS
+    for target in TARGETS
+    for world_size in ((2, 3, 16) if target in ("sm_90", "gfx942") else (8,))
+)
+
+
+def mailbox_cases_of(backend, *kernels):
+    """The cases of one backend, of all kernels or of these."""
+    kernels = kernels or MAILBOX_KERNELS
+    return [c for c in MAILBOX_CASES if TARGETS[c.target].backend == backend and c.kernel in kernels]
+
+
 def cases_of(backend, **wanted):
     """The cases of one backend; facts about them narrow them down."""
     facts = ((case, _facts(case)) for case in CASES)
@@ -192,9 +228,11 @@ def parameters_of(case):
 def compile_kernel(fn, target, dtype, constants, aligned=True, max_registers=MAX_REGISTERS):
     """Compile `fn`, whose run-time arguments are those of `PARAMETERS`, without a GPU."""
     names = fn.arg_names
-    signature = {name: PARAMETERS.get(name, "constexpr").format(dtype=dtype) for name in names}
-    pointers = ("x_ptr", "out_ptr", "parts_ptr", "staging_ptrs", "pad_ptrs")[0 if aligned else 2 :]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers if name in names}
+    types = PARAMETERS | MAILBOX_PARAMETERS
+    signature = {name: types.get(name, "constexpr").format(dtype=dtype) for name in names}
+    pointers = [name for name in names if signature[name].startswith("*")]
+    known = [name for name in pointers if aligned or name.endswith("_ptrs")]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in known}
     values = {(names.index(name),): value for name, value in constants.items() if name in names}
     options = {"num_warps": COMPILED_THREADS // target.warp_size}
     if target.backend == "cuda":
@@ -206,3 +244,10 @@ def compile_kernel(fn, target, dtype, constants, aligned=True, max_registers=MAX
 def compiled(case):
     fn = discovered_kernels()[case.kernel]
     return compile_kernel(fn, TARGETS[case.target], case.dtype, constants_of(case), case.aligned)
+
+
+@functools.cache
+def compiled_mailbox(case):
+    fn, target = discovered_kernels()[case.kernel], TARGETS[case.target]
+    constants = mailbox_constants(MailboxLayout(case.world_size), target.backend == "hip")
+    return compile_kernel(fn, target, "u8", constants)

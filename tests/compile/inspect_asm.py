@@ -290,7 +290,7 @@ def check_publish_barriers(ptx):
 
 def _acquires(ptx):
     words = [op for op in ptx.matching(r"(atom|red)\b.*\badd\b") if ptx.touches(op, "*pad[rank]")]
-    return [op for op in words if ptx.word(op) != Word.BLOCKS_DONE]
+    return [op for op in words if ptx.word(op) != Word.BLOCKS_DONE and "acq_rel" not in op.opcode]
 
 
 def check_acquire_semantics(ptx, phases):
@@ -337,6 +337,26 @@ def check_atomics(ptx, phases, lane_spins=0):
     assert found == expected, f"atomics are {dict(found)}, not {expected}"
 
 
+def check_mailbox_atomics(ptx, records):
+    """Gpu scope is for the count of blocks that are done with a slot, and nothing else.
+
+    All warps are done with the slot before their block is counted.
+    """
+    ours = set(_publishes(ptx)) | set(_acquires(ptx))
+    rest = [op for op in ptx.matching(r"(atom|red)\b") if op not in ours]
+    foreign = [op for op in rest if not ptx.touches(op, "*pad[rank]")]
+    assert not foreign, f"an atomic on memory that is not this rank's: {_show(foreign)}"
+    claims = [op for op in rest if {"cas", "sys"} <= set(op.opcode.split("."))]
+    assert len(claims) >= records, f"{len(claims)} error records are claimed, not {records}"
+    assert all(ptx.word(op) == Word.ERROR_KIND for op in claims), _show(claims)
+    counts = [op for op in rest if op not in claims]
+    assert len(counts) == 1, f"{len(counts)} atomics count blocks, not 1: {_show(counts)}"
+    assert {"add", "gpu", "acq_rel"} <= set(counts[0].opcode.split(".")), _show(counts)
+    for earlier in ptx.before(counts[0], lambda found: found.is_barrier):
+        assert earlier is not None, "no barrier between the entry and the count"
+        assert not ptx.is_payload(earlier), f"no barrier between {earlier} and {counts[0]}"
+
+
 def check_spins(ptx, phases, lane_spins):
     """Every wait is a loop that reads memory: the words of the page and the abort word, or lanes."""
     polls = [[op for op in loop if op.opcode.startswith("ld.volatile.global")] for loop in ptx.loops]
@@ -349,6 +369,14 @@ def check_spins(ptx, phases, lane_spins):
         assert words.count(Word.ABORT) == 1, f"words read while waiting: {words}"
         assert len(loop) > 1, "only the abort word is read while waiting"
     assert len(lanes) == lane_spins, f"{len(lanes)} loops wait for lanes, not {lane_spins}"
+
+
+def check_mailbox_spins(ptx):
+    """The wait is a loop around one read of this rank's page: a count in one lane, an error in another."""
+    polls = [[op for op in loop if op.opcode.startswith("ld.volatile.global")] for loop in ptx.loops]
+    waits = [ops for ops in polls if any(ptx.touches(op, "*pad[rank]") for op in ops)]
+    assert len(waits) == 1, f"{len(waits)} loops wait for a count, not 1"
+    assert [ptx.word(op) for op in waits[0]] == [None], f"words read while waiting: {_show(waits[0])}"
 
 
 def check_vectors(ptx, loops):
@@ -454,6 +482,26 @@ def check_gcn_spins(flow, phases, lane_spins):
     for loop, found in zip(waits, aborts, strict=True):
         invalidated = "buffer_inv sc0 sc1" in map(str, loop)
         assert invalidated or all(map(_bypasses_caches, found)), f"stale forever: {_show(found)}"
+
+
+def check_gcn_mailbox_spins(flow):
+    """The wait is one loop, with one way into it, around an acquiring read at system scope."""
+    waits = [loop for loop in flow.loops if _gcn_polls(loop)]
+    assert len(waits) == 1, f"{len(waits)} loops wait for a count, not 1"
+    cached = [op for op in _gcn_polls(waits[0]) if not _bypasses_caches(op)]
+    assert not cached, f"polled through a cache: {_show(cached)}"
+
+
+def check_gcn_mailbox_counts(flow):
+    """All waves are done with a slot, and caches written back to the GPU, before their block is counted."""
+    counts = [op for op in flow.ops if re.match(r"\w+_atomic_add_x2", op.opcode) and not _bypasses_caches(op)]
+    assert len(counts) == 1, f"{len(counts)} atomics count blocks, not 1: {_show(counts)}"
+    for earlier in flow.before(counts[0], lambda found: found.is_barrier):
+        assert earlier is not None, "no barrier between the entry and the count"
+        moves = _is_gcn_store(earlier) or _is_gcn_load(earlier)
+        assert not moves, f"no barrier between {earlier} and {counts[0]}"
+    block, place = flow.places[counts[0]]
+    assert any(op.opcode == "buffer_wbl2" for op in flow.blocks[block][:place]), _show(flow.blocks[block])
 
 
 def check_gcn_acquires(flow, phases):

@@ -118,7 +118,7 @@ def _in_small(rank, store, needed, sender):
 @pytest.mark.skipif(bool(_why_no_namespace()), reason=_why_no_namespace())
 @pytest.mark.parametrize("share", [0.55, 0.8])
 def test_f25_a_file_system_with_room_for_one_rank_only_is_too_little_for_all(world, memory_directory, share):
-    size = 1 << 20
+    size = 4 << 20
     needed = int(size * share) // 4096 * 4096
     ((told, codes, left, free),) = world(1, _in_a_small_file_system, size, needed, memory_directory)
     assert codes == [0, 0]

@@ -41,6 +41,8 @@ def _die_in_rendezvous(member, where):
     if member.rank == VICTIM:
         if where == "segment":
             _kill_at_creation(1)
+        elif where == "mailboxes":
+            _kill_at_creation(2)
         elif where == "hello":
             arena.my_identity = _kill_myself
         else:
@@ -62,7 +64,7 @@ def _forget(directory, expected):
         os.unlink(f"{directory}/{name}")
 
 
-@pytest.mark.parametrize(("where", "left"), [("segment", 1), ("hello", 0), ("verdict", 0)])
+@pytest.mark.parametrize(("where", "left"), [("segment", 1), ("hello", 0), ("verdict", 0), ("mailboxes", 1)])
 def test_f26_a_rank_killed_in_rendezvous_is_missed_at_the_deadline(world, memory_directory, where, left):
     failure = _survivor(world(2, _die_in_rendezvous, where, check=False, timeout=15.0))
     assert failure.kind in ("RendezvousError", "PeerLostError"), failure
@@ -75,7 +77,7 @@ def test_f26_a_rank_killed_in_rendezvous_is_missed_at_the_deadline(world, memory
 
 def _die_while_staging_is_made(member):
     if member.rank == VICTIM:
-        _kill_at_creation(2)
+        _kill_at_creation(3)
     with group(member) as comm:
         failure = failure_of(comm.all_reduce, torch.ones(4))
         again = failure_of(comm.all_reduce, torch.ones(4))
@@ -149,4 +151,4 @@ def _collect_names(member):
 def test_f26_every_segment_has_a_new_name(world):
     first, second = world(2, _collect_names), world(2, _collect_names)
     names = [name for fresh in (*first, *second) for name in fresh]
-    assert len(names) == len(set(names)) == 8
+    assert len(names) == len(set(names)) == 12

@@ -22,6 +22,8 @@ USES = {
     "another kind": lambda comm: comm.all_reduce(torch.ones(9), "max"),
     "barrier": lambda comm: comm.barrier(),
     "prepare": lambda comm: comm.prepare(1 << 20),
+    "send": lambda comm: comm.send(torch.ones(4), 1 - comm.rank),
+    "recv": lambda comm: comm.recv(torch.ones(4), 1 - comm.rank),
 }
 
 

@@ -15,6 +15,8 @@ USES = {
     "another kind": lambda comm: comm.all_reduce(torch.ones(9), "max"),
     "barrier": lambda comm: comm.barrier(),
     "prepare": lambda comm: comm.prepare(1 << 20),
+    "send": lambda comm: comm.send(torch.ones(4), 1 - comm.rank),
+    "recv": lambda comm: comm.recv(torch.ones(4), 1 - comm.rank),
 }
 USES_OF_TORCH = {
     "broadcast": lambda comm: comm.broadcast(torch.ones(4), 0),
@@ -22,8 +24,6 @@ USES_OF_TORCH = {
     "all_gather_single": lambda comm: comm.all_gather_single(torch.ones(4)),
     "reduce_scatter_single": lambda comm: comm.reduce_scatter_single(torch.ones(4)),
     "all_to_all_single": lambda comm: comm.all_to_all_single(torch.ones(4)),
-    "send": lambda comm: comm.send(torch.ones(4), 1 - comm.rank),
-    "recv": lambda comm: comm.recv(torch.ones(4), 1 - comm.rank),
 }
 
 

@@ -136,26 +136,6 @@ def test_rows_that_are_not_expected_are_named_on_every_rank_and_none_is_sent(on_
     assert told[0][0] == expected.replace("; rank 1 sends 2 rows to rank 0, which expects 2", "")
 
 
-def _send_and_receive(member):
-    comm, world = on_gloo(member), member.world_size
-    following, previous = (member.rank + 1) % world, (member.rank - 1) % world
-    out = torch.zeros(3, 2).t()
-    if member.rank == 0:
-        comm.send(_rows(0, 3, 2).t(), following)
-        assert comm.recv(out, previous) is out
-    else:
-        assert comm.recv(out, previous) is out
-        comm.send(_rows(member.rank, 3, 2).t(), following)
-    assert out.equal(_rows(previous, 3, 2).t())
-    comm.barrier()
-    comm.close()
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_send_and_receive_around_a_ring(on_ranks, world_size):
-    on_ranks(world_size, _send_and_receive)
-
-
 def _barrier(member, with_process_group):
     comm = on_gloo(member) if with_process_group else member.communicator()
     times = []
@@ -183,9 +163,6 @@ def _bad_calls(comm):
     return [
         (lambda: comm.broadcast(x, 2), f"root=2 of broadcast {ranks}"),
         (lambda: comm.broadcast([1], 0), "broadcast takes a torch.Tensor, not list"),
-        (lambda: comm.send(x, comm.rank), f"dst={comm.rank} of send is this rank itself; name another"),
-        (lambda: comm.send(x, -1), f"dst=-1 of send {ranks}"),
-        (lambda: comm.recv(x, 7), f"src=7 of recv {ranks}"),
         (
             lambda: comm.all_gather_single(torch.tensor(1.0)),
             "all_gather_single of a 0-d tensor has no dimension to gather along; reshape(1)",
@@ -238,8 +215,6 @@ def _without_process_group(member):
         lambda: comm.all_gather_single(x),
         lambda: comm.reduce_scatter_single(x),
         lambda: comm.all_to_all_single(x),
-        lambda: comm.send(x, 1 - comm.rank),
-        lambda: comm.recv(x, 1 - comm.rank),
     ]
     for call in calls:
         with pytest.raises(CapabilityError) as caught:
@@ -251,7 +226,7 @@ def _without_process_group(member):
 
 
 def test_without_a_process_group_the_fallback_verbs_say_what_they_need(on_ranks):
-    verbs = ["broadcast", "all_gather_single", "reduce_scatter_single", "all_to_all_single", "send", "recv"]
+    verbs = ["broadcast", "all_gather_single", "reduce_scatter_single", "all_to_all_single"]
     needs = "of group 'tp' needs torch.distributed, and there is no process group behind this communicator"
     for told in on_ranks(2, _without_process_group):
         assert told == [f"{verb} {needs}; make it from one" for verb in verbs]
