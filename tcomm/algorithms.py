@@ -81,6 +81,7 @@ ALGORITHMS = {
     "scatter": _MOVING,
     "all_to_all": _MOVING,
     "barrier": (Algorithm("cpu:arrival", ()), Algorithm("triton:arrival", ())),
+    "point_to_point": (Algorithm("cpu:mailbox", ()), Algorithm("triton:mailbox", ())),
 }
 """All that can be done besides by torch.distributed, by family: equal and unequal parts are one."""
 
@@ -96,6 +97,8 @@ FAMILIES = {
     "scatter": "scatter",
     "all_to_all_single": "all_to_all",
     "barrier": "barrier",
+    "send": "point_to_point",
+    "recv": "point_to_point",
 }
 """Family of every verb of the communicator."""
 

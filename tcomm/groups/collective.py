@@ -11,7 +11,7 @@ from tcomm.groups.arguments import UNSET, Timeout, Unset, check_out, check_tenso
 from tcomm.groups.handle import GroupHandle
 from tcomm.groups.jobs import JOBS, Caller, Job
 from tcomm.groups.plans import Plan
-from tcomm.tuning.choose import Decision, Request, choose, make_request
+from tcomm.tuning.choose import Decision, Request, make_request
 
 __all__ = ["CallOptions", "Collective", "Ready"]
 
@@ -189,11 +189,11 @@ class Collective(GroupHandle):
             ConfigError: when the verb is unknown or nbytes negative.
         """
         request = make_request(verb, op, dtype, nbytes, self.world_size, device)
-        return choose(request, self.capabilities, self.table, algorithm or self.config.algorithm)
+        return self._choose(request, algorithm)
 
     def _decide(self, job: Job, device: str, algorithm: str) -> Decision:
         request = Request(job.call.op, job.call.reduce, job.dtype, job.nbytes, self.world_size, device)
-        return choose(request, self.capabilities, self.table, algorithm or self.config.algorithm)
+        return self._choose(request, algorithm)
 
 
 def _is_plain(x: torch.Tensor) -> bool:

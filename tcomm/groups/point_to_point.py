@@ -9,17 +9,16 @@ from typing import Literal, overload
 import torch
 
 from tcomm.cpu.point_to_point import TransferPlan, make_recv, make_send
-from tcomm.errors import CapabilityError
 from tcomm.groups.arguments import UNSET, Timeout, Unset, check_out, check_rank, check_tensor, dtype_name
 from tcomm.groups.handle import GroupHandle
 from tcomm.groups.work import Work
 from tcomm.memory.mailbox import Message
+from tcomm.tuning.choose import Decision, make_request
 
 __all__ = ["PointToPoint"]
 
 logger = logging.getLogger("tcomm")
 
-_ENGINES = ("cpu", "triton", "torch")
 _MAX_PLANS = 1024
 
 
@@ -69,8 +68,8 @@ class PointToPoint(GroupHandle):
             dst: another rank of the group.
             timeout: seconds, a profile, or None: as long as the peer lives.
             async_op: return a `Work` that gives x; x belongs to it until it is complete.
-            algorithm: engine that must be used: `cpu`, `triton` or `torch`. The receiver may use either of
-                the first two whichever of them this is; torch needs torch at both ends.
+            algorithm: engine, algorithm or both that must be used. `cpu` and `triton` understand each other;
+                `torch` needs `torch` at both ends.
 
         Raises:
             ConfigError: when an argument is wrong; nothing was sent.
@@ -181,27 +180,16 @@ class PointToPoint(GroupHandle):
         return plan
 
     def _make_transfer(self, verb: str, x: torch.Tensor, peer: int, algorithm: str) -> TransferPlan:
-        if algorithm not in ("", *_ENGINES):
-            raise CapabilityError(
-                f"algorithm {algorithm!r} is not known for {verb}; give one of {', '.join(_ENGINES)}"
-            )
-        refusal = self.capabilities.no_shared_memory
-        if not x.is_cpu:
-            refusal = f"there is no symmetric memory for {x.device.type} tensors in this version"
-        if algorithm == "triton":
-            refusal = refusal or self.capabilities.no_kernels
-        if algorithm == "torch" or (refusal and not algorithm):
-            return self._transfer_by_torch(verb, peer, refusal or "'torch' was asked for by name")
-        if refusal:
-            raise CapabilityError(f"{algorithm!r}, which was asked for, cannot do {verb} ({refusal})")
-        return self._transfer_by_mailbox(verb, x, peer, algorithm)
-
-    def _transfer_by_mailbox(self, verb: str, x: torch.Tensor, peer: int, algorithm: str) -> TransferPlan:
+        nbytes = x.numel() * x.itemsize
+        request = make_request(verb, "", x.dtype, nbytes, self.world_size, x.device.type)
+        decision = self._choose(request, algorithm)
+        if decision.engine == "torch":
+            return self._transfer_by_torch(verb, peer, decision)
         arena = self._arena
         if arena is None:
             raise AssertionError("mailboxes were chosen without shared memory")
-        if algorithm != "triton":
-            message = Message(dtype_name(x.dtype), x.shape, x.numel() * x.itemsize)
+        if decision.engine == "cpu":
+            message = Message(dtype_name(x.dtype), x.shape, nbytes)
             make = make_send if verb == "send" else make_recv
             return make(arena.mailboxes, peer, message)
         # Triton costs most of a second to import, and must not be imported before it is asked for.
@@ -214,16 +202,14 @@ class PointToPoint(GroupHandle):
 
         return run_kernel
 
-    def _transfer_by_torch(self, verb: str, peer: int, reason: str) -> TransferPlan:
+    def _transfer_by_torch(self, verb: str, peer: int, decision: Decision) -> TransferPlan:
         fallback = self._fallback
         if fallback is None:
-            raise CapabilityError(
-                f"{verb} of group {self.name!r} needs torch.distributed ({reason}), and there is no process "
-                "group behind this communicator; make it from one"
-            )
-        if reason not in self._transfer_reasons:
-            self._transfer_reasons.add(reason)
-            logger.info("group %r: send and recv go to torch.distributed: %s", self.name, reason)
+            raise AssertionError("torch was chosen without a process group")
+        if decision.reason not in self._transfer_reasons:
+            self._transfer_reasons.add(decision.reason)
+            told = f"send and recv go to {decision.algorithm}: {decision.reason}"
+            logger.info("group %r: %s", self.name, told)
         move = fallback.send if verb == "send" else fallback.recv
 
         def run_fallback(x: torch.Tensor, timeout: float | None) -> None:

@@ -10,7 +10,7 @@ from tcomm.algorithms import ALGORITHMS, FAMILIES, REDUCING, Algorithm, reduce_o
 from tcomm.errors import CapabilityError, ConfigError
 from tcomm.tuning.table import Row, Table
 
-__all__ = ["Capabilities", "Decision", "Request", "choose", "make_request"]
+__all__ = ["Capabilities", "Decision", "Request", "choose", "forced_on", "make_request"]
 
 ENGINES = ("cpu", "triton", "torch")
 
@@ -99,6 +99,15 @@ def make_request(
     return Request(verb, reduce, dtype, nbytes, world_size, device)
 
 
+def forced_on(verb: str, forced: str) -> str:
+    """`forced` where the verb knows it; a setting for all verbs leaves the others to the table."""
+    engine, _, algorithm = forced.partition(":")
+    names = [known.name for known in ALGORITHMS[FAMILIES[verb]]]
+    suffixes = [name.partition(":")[2] for name in names]
+    knows = engine in ENGINES if not algorithm else forced in names or engine == "torch"
+    return forced if knows or forced in suffixes else ""
+
+
 def choose(request: Request, capabilities: Capabilities, table: Table, forced: str = "") -> Decision:
     """Pick the algorithm for `request`. Pure: the same arguments give the same decision on every rank.
 
@@ -131,7 +140,7 @@ def choose(request: Request, capabilities: Capabilities, table: Table, forced: s
     else:
         chosen, reason = possible[0], "no row of the table covers it and it is the first that can"
     if forced:
-        reason = f"{forced!r} was asked for by name" + ("" if chosen == forced else f"; {reason}")
+        reason = f"{forced!r} was asked for by name" + ("" if len(possible) == 1 else f"; {reason}")
     elif engine == "torch":
         reason = "; ".join(dict.fromkeys(why for why in refusals.values() if why)) or "nothing else does it"
     return Decision(
@@ -170,7 +179,7 @@ def _matches(name: str, forced: str, device: str) -> bool:
 
 
 def _nothing(request: Request, forced: str, wanted: list[str], refusals: dict[str, str]) -> str:
-    what = f"{request.op} {request.reduce} of {request.dtype}"
+    what = f"{request.op} {request.reduce} of {request.dtype}".replace("  ", " ")
     if not wanted:
         known = ", ".join([*ENGINES, *refusals])
         return f"algorithm {forced!r} is not known for {request.op}; give one of {known}"

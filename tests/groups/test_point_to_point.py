@@ -157,7 +157,8 @@ def _refuses_and_goes_on(member):
             with pytest.raises(CapabilityError) as caught:
                 verb(torch.ones(3), 1, algorithm="two_shot")
             assert str(caught.value) == (
-                f"algorithm 'two_shot' is not known for {verb.__name__}; give one of cpu, triton, torch"
+                f"algorithm 'two_shot' is not known for {verb.__name__}; give one of cpu, triton, torch, "
+                "cpu:mailbox, triton:mailbox, torch:none"
             )
         comm.send(torch.ones(3), 1)
     else:
@@ -231,14 +232,16 @@ def _by_torch(member, is_shared):
         else:
             assert comm.recv(torch.zeros(numel), 0, algorithm=algorithm).eq(1).all()
     if not is_shared:
-        with pytest.raises(CapabilityError, match=r"'cpu', which was asked for, cannot do send \(the ranks"):
+        with pytest.raises(
+            CapabilityError, match="'cpu', which was asked for, cannot do send .*the ranks share"
+        ):
             comm.send(torch.ones(3), 1 - member.rank, algorithm="cpu")
     comm.close()
     return [line for line in lines.told if "send and recv" in line]
 
 
 def test_what_goes_to_torch_says_why_once(on_ranks):
-    told = "group 'tp': send and recv go to torch.distributed: "
+    told = "group 'tp': send and recv go to torch:gloo: "
     assert on_ranks(2, _by_torch, True) == [[f"{told}'torch' was asked for by name"]] * 2
     for lines in on_ranks(2, _by_torch, False):
         assert len(lines) == 1
@@ -258,8 +261,8 @@ def _nobody_to_fall_back_to(member):
 
 def test_without_a_process_group_torch_is_refused(on_ranks):
     told = (
-        "send of group 'tp' needs torch.distributed ('torch' was asked for by name), and there is no process "
-        "group behind this communicator; make it from one"
+        "'torch', which was asked for, cannot do send of torch.float32 (torch:none: there is no "
+        "torch.distributed process group for cpu tensors behind this group)"
     )
     assert on_ranks(2, _nobody_to_fall_back_to) == [told] * 2
 
