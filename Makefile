@@ -51,8 +51,8 @@ type: install
 # Every kernel for every target, on the Triton of the environment and on older ones; then the older
 # interpreters.
 compile: install $(OLD_TRITONS:%=.envs/triton-%)
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/compile
-	$(foreach v,$(OLD_TRITONS),TRITON_INTERPRET=0 PYTHONPATH=.envs/triton-$(v) $(BIN)/python -m pytest tests/compile &&) true
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto tests/compile
+	$(foreach v,$(OLD_TRITONS),TRITON_INTERPRET=0 PYTHONPATH=.envs/triton-$(v) $(BIN)/python -m pytest -n auto tests/compile &&) true
 	$(foreach v,$(OLD_TRITONS),PYTHONPATH=.envs/triton-$(v) $(BIN)/python -m tcomm demo --ranks 2 &&) true
 
 # Every collective on tcomm, gloo and MPI. BENCH narrows it: make bench BENCH="-k all_reduce --worlds 2".
