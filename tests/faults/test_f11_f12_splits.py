@@ -67,7 +67,6 @@ WRONG_SPLITS = {
     "negative to receive": ([1, 4], [-1, 1], "has a negative entry"),
     "too short": ([5], [1, 1], "has 1 entries; needed one for each of 2 ranks"),
     "too long": ([1, 4], [1, 1, 1], "has 3 entries; needed one for each of 2 ranks"),
-    "one side only": ([1, 4], None, "give both, or neither"),
     "indivisible": (None, None, "5 rows do not divide among 2 ranks"),
 }
 
