@@ -70,6 +70,8 @@ class Planner:
             return _copy
         if decision.engine == "torch":
             return _with_chunks(job, self._plan_fallback(job, decision, call), pool)
+        if decision.algorithm == "cpu:arrival":
+            return self._plan_arrival(call)
         arena = self._arena_with_staging(call, seconds)
         algorithm = decision.algorithm.partition(":")[2]
         make = _plan_kernel if decision.engine == "triton" else _plan_cpu
@@ -92,6 +94,13 @@ class Planner:
 
         return run_fallback
 
+    def _plan_arrival(self, call: CallDescription) -> Plan:
+        """A barrier of arrival words alone, which works where there is no room for staging."""
+        if self._arena is None:
+            raise AssertionError("an algorithm in shared memory was chosen without any")
+        agree = self._arena.channel.agree
+        return lambda _x, _out, timeout: agree(call, timeout)
+
     def _arena_with_staging(self, call: CallDescription, seconds: float | None) -> Arena:
         """The arena; its staging is made at the group's first collective, once the ranks agree on that."""
         arena = self._arena
@@ -110,8 +119,6 @@ def _copy(x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:  #
 
 
 def _plan_cpu(job: Job, algorithm: str, arena: Arena, call: CallDescription, piece_nbytes: int) -> Plan:
-    if call.op == "barrier":
-        return lambda _x, _out, timeout: arena.channel.agree(call, timeout)
     if job.parts is None:
         return make_plan(algorithm, arena, call, call.reduce, job.dtype, call.shape, piece_nbytes)
     if call.reduce:
