@@ -112,13 +112,14 @@ class Coalescing:
                 self._run(list(group))
 
     def _run(self, entries: Sequence[_Entry]) -> None:
-        first = entries[0]
+        first, world = entries[0], self._comm.world_size
         run: Callable[..., torch.Tensor] = getattr(self._comm, first.verb)
-        if len(entries) == 1:
-            # A dimension is the last of a verb's arguments, and given by name.
-            run(first.x, *_without_dim(first), out=first.out)
+        if len(entries) == 1 or world == 1:
+            # Gradients flow through the copies of a world of one, and would not through packing.
+            for entry in entries:
+                # A dimension is the last of a verb's arguments, and given by name.
+                run(entry.x, *_without_dim(entry), out=entry.out)
             return
-        world = self._comm.world_size
         as_bytes = not first.job.call.reduce
         takes = Packing([_split(e.x, world if first.verb in _APART else 1) for e in entries], as_bytes)
         gives = Packing([_split(e.out, world if first.verb in _TOGETHER else 1) for e in entries], as_bytes)

@@ -206,6 +206,10 @@ class Gathers(Collective):
     ) -> list[torch.Tensor]:
         wholes = [(*x.shape[:d], sum(sizes), *x.shape[d + 1 :]) for x, d in zip(xs, at, strict=True)]
         results = result_tensors("all_gatherv", xs, outs, wholes)
+        if self.world_size == 1:
+            # Gradients flow through its copies, and would not through packing.
+            each = zip(xs, at, results, strict=True)
+            return [self._run("all_gatherv", (sizes, d), x, y, timeout, "") for x, d, y in each]
         mine = Packing(
             [Split(tuple(x.shape), x.dtype, d, (x.shape[d],)) for x, d in zip(xs, at, strict=True)], True
         )
