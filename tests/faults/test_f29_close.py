@@ -15,16 +15,29 @@ USES = {
     "another kind": lambda comm: comm.all_reduce(torch.ones(9), "max"),
     "barrier": lambda comm: comm.barrier(),
     "prepare": lambda comm: comm.prepare(1 << 20),
-}
-USES_OF_TORCH = {
     "broadcast": lambda comm: comm.broadcast(torch.ones(4), 0),
     "broadcast async": lambda comm: comm.broadcast(torch.ones(4), 0, async_op=True),
     "all_gather_single": lambda comm: comm.all_gather_single(torch.ones(4)),
     "reduce_scatter_single": lambda comm: comm.reduce_scatter_single(torch.ones(4)),
     "all_to_all_single": lambda comm: comm.all_to_all_single(torch.ones(4)),
+    "all_to_all_single ragged": lambda comm: comm.all_to_all_single(torch.ones(4), [1, 3]),
+    "reduce": lambda comm: comm.reduce(torch.ones(4), 0),
+    "reduce_scatterv": lambda comm: comm.reduce_scatterv([torch.ones(4)], [1, 3]),
+    "all_gatherv": lambda comm: comm.all_gatherv(torch.ones(4), [4, 4]),
+    "all_gatherv unknown": lambda comm: comm.all_gatherv(torch.ones(4)),
+    "gather": lambda comm: comm.gather(torch.ones(4), 0),
+    "scatter": lambda comm: comm.scatter(torch.ones(4), 0),
+    "coalescing": lambda comm: _coalesce(comm),
+}
+USES_OF_TORCH = {
     "send": lambda comm: comm.send(torch.ones(4), 1 - comm.rank),
     "recv": lambda comm: comm.recv(torch.ones(4), 1 - comm.rank),
 }
+
+
+def _coalesce(comm):
+    with comm.coalescing() as batch:
+        batch.all_reduce(torch.ones(4))
 
 
 def _use_after_close(member, kind):
