@@ -116,8 +116,8 @@ def refuse_integer_average(reduce: str, dtype: torch.dtype) -> None:
         raise ConfigError(f"the average of {dtype} is not a {dtype}")
 
 
-def check_rank(verb: str, what: str, rank: int, world_size: int, myself: int | None = None) -> None:
-    """Check that `rank` is in the group, and another than `myself` where that is given.
+def check_rank(verb: str, what: str, rank: int, world_size: int, myself: int | None = None) -> int:
+    """`rank`, when it is in the group, and another than `myself` where that is given.
 
     Raises:
         ConfigError: when it is not. Nothing was sent.
@@ -128,6 +128,8 @@ def check_rank(verb: str, what: str, rank: int, world_size: int, myself: int | N
         )
     if rank == myself:
         raise ConfigError(f"{what}={rank} of {verb} is this rank itself; name another")
+    # True is a number that is written otherwise, and ranks compare what is written.
+    return int(rank)
 
 
 def check_dim(verb: str, shape: Sequence[int], dim: int) -> int:
@@ -157,7 +159,7 @@ def check_sizes(what: str, sizes: Sequence[int], world_size: int) -> tuple[int, 
         ConfigError: when they are not that.
     """
     try:
-        lengths = tuple(operator.index(size) for size in sizes)
+        lengths = tuple(int(operator.index(size)) for size in sizes)
     except TypeError:
         raise ConfigError(f"{what}={sizes!r} has entries that are no integers") from None
     if len(lengths) != world_size:
