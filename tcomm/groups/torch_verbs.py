@@ -146,7 +146,8 @@ class _Verbs:
 
 
 def _as_bytes(x: torch.Tensor) -> torch.Tensor:
-    return x.view(-1).view(torch.uint8)
+    # A single element may have any stride and be contiguous, and could not be seen as bytes.
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
 
 
 def _cut(x: torch.Tensor, part: Range) -> torch.Tensor:
