@@ -19,6 +19,7 @@ CALLS = st.builds(
     root=st.integers(-1, 15),
     dim=st.integers(0, 15),
     sizes=SPLITS,
+    contents=st.text(max_size=20),
     algorithm=st.text(max_size=20),
     send_splits=SPLITS,
     recv_splits=SPLITS,
@@ -38,6 +39,7 @@ CALLS = st.builds(
         {"dim": 1},
         {"sizes": (1, 2)},
         {"sizes": (2, 1)},
+        {"contents": "int8 [2]"},
         {"algorithm": "triton:two_shot"},
     ],
 )
@@ -62,7 +64,7 @@ def test_a_description_comes_back_and_its_signature_is_32_bits(call):
 
 
 def test_the_signature_is_a_checksum_that_every_process_computes_alike():
-    shared = ("barrier", "", (), "", -1, 0, (), "")
+    shared = ("barrier", "", (), "", -1, 0, (), "", "")
     assert CallDescription("barrier").signature == zlib.crc32(msgspec.msgpack.encode(shared))
 
 
@@ -90,6 +92,10 @@ def test_a_description_that_was_cut_short_is_none(call, cut):
         (
             CallDescription("all_gatherv", "int8", (2, 5), dim=1, sizes=(0, 5), algorithm="cpu:pull"),
             "all_gatherv int8 [2, 5] dim=1 sizes=[0, 5] via cpu:pull",
+        ),
+        (
+            CallDescription("all_reduce", "int8", (5,), "sum", contents="int8 [2]; int8 [3]"),
+            "all_reduce int8 [5] sum of int8 [2]; int8 [3]",
         ),
     ],
 )

@@ -8,9 +8,9 @@ from typing import Any, Literal, Unpack, overload
 import torch
 
 from tcomm.errors import ConfigError
-from tcomm.groups.arguments import UNSET, Timeout, Unset, check_dim, check_sizes, check_tensor, dtype_name
+from tcomm.groups.arguments import UNSET, Timeout, Unset, check_dim, check_sizes, check_tensor
 from tcomm.groups.collective import CallOptions, Collective
-from tcomm.groups.packing import Packing, Split, result_tensors
+from tcomm.groups.packing import Packing, Split, describe_kinds, result_tensors
 from tcomm.groups.work import Work
 from tcomm.signature import CallDescription
 
@@ -188,11 +188,9 @@ class Gathers(Collective):
         self, xs: Sequence[torch.Tensor], at: Sequence[int], timeout: Timeout | Unset
     ) -> tuple[int, ...]:
         """Rows of every rank, asked for. **Collective.**"""
-        kinds = "; ".join(
-            f"{dtype_name(x.dtype)} {[*x.shape[:d], -1, *x.shape[d + 1 :]]}"
-            for x, d in zip(xs, at, strict=True)
-        )
-        call = CallDescription("all_gatherv", kinds, dim=at[0], send_splits=(xs[0].shape[at[0]],))
+        each = zip(xs, at, strict=True)
+        kinds = describe_kinds((x.dtype, [*x.shape[:d], -1, *x.shape[d + 1 :]]) for x, d in each)
+        call = CallDescription("all_gatherv", contents=kinds, dim=at[0], send_splits=(xs[0].shape[at[0]],))
         return tuple(theirs.send_splits[0] for theirs in self._agreement.agree(call, self._seconds(timeout)))
 
     def _all_gather_many(
@@ -216,6 +214,7 @@ class Gathers(Collective):
         whole = Packing(
             [Split(shape, x.dtype, d, sizes) for shape, x, d in zip(wholes, xs, at, strict=True)], True
         )
-        flat = self._run("all_gatherv", (whole.sizes, 0), mine.pack(xs), None, timeout, algorithm)
+        args, packed = (whole.sizes, 0), mine.pack(xs)
+        flat = self._run("all_gatherv", args, packed, None, timeout, algorithm, whole.contents)
         whole.unpack(flat, results)
         return results

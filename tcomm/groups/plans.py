@@ -28,8 +28,8 @@ logger = logging.getLogger("tcomm")
 Plan = Callable[[torch.Tensor, torch.Tensor, "float | None"], object]
 """Takes contiguous x and out (which may be x where the job says so) and the timeout in seconds.
 **Collective.** Writes nothing to the out of a rank that gets no result."""
-PlanKey = tuple[str, tuple[object, ...], str, torch.dtype, torch.Size, bool, torch.layout]
-"""What a plan is made for: verb, its arguments and the algorithm as given, and the kind of input."""
+PlanKey = tuple[str, tuple[object, ...], str, str, torch.dtype, torch.Size, bool, torch.layout]
+"""What a plan is made for: verb, its arguments, contents and algorithm as given, and the kind of input."""
 
 
 class Planner:

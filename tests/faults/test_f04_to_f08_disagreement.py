@@ -128,7 +128,7 @@ CASES = {
     "f06_sizes_or_not": (
         (_verb, "all_gatherv", _x(1, 2), _ones),
         (_verb, "all_gatherv", _x(1, 2)),
-        (", 2] sizes=[1, 1", "all_gatherv float32 [-1, 2]"),
+        (", 2] sizes=[1, 1", "all_gatherv of float32 [-1, 2]"),
     ),
     "f07_moved": (
         (_verb, "all_to_all_single", _x(6, dtype=torch.int8)),
