@@ -101,9 +101,10 @@ class Collective(GroupHandle):
                 out = x
             elif out is None:
                 out = self._new(shape, x)
-            elif (out is not x or not may_alias) and not (
+            elif (out is not x or not may_alias or x.is_inference()) and not (
                 # As the result and, being contiguous and this far from x, apart from it.
                 type(out) is torch.Tensor
+                and out.layout is torch.strided
                 and out.shape == shape
                 and out.dtype is x.dtype
                 and out.is_cpu
@@ -158,7 +159,7 @@ class Collective(GroupHandle):
             check_out(verb, x, out, job.shape, job.may_alias)
         decision = self._decide(job, x.device.type, algorithm)
         # Tensors made in inference mode could not be written outside of it.
-        with torch.inference_mode(False):
+        with self._whole(), torch.inference_mode(False):
             plan = self._planner.plan(job, decision, seconds, self._pool)
         if len(self._plans) >= _MAX_PLANS:
             self._plans.clear()
@@ -168,6 +169,11 @@ class Collective(GroupHandle):
         with contextlib.suppress(TypeError):
             self._plans[verb, args, algorithm, contents, x.dtype, x.shape, x.is_cpu, x.layout] = ready
         return ready
+
+    def _refuse_algorithm(self, verb: str, x: torch.Tensor, algorithm: str) -> None:
+        """Raise what the choice would, before the ranks have told one another anything."""
+        if algorithm or not x.is_cpu:
+            self.explain(verb, dtype=x.dtype, device=x.device.type, algorithm=algorithm)
 
     def _new(self, shape: torch.Size, x: torch.Tensor) -> torch.Tensor:
         """A contiguous tensor of `shape`, otherwise like x."""

@@ -149,7 +149,7 @@ class Gathers(Collective):
             CapabilityError, CommError: as `all_reduce` does.
         """
         many = list(x) if isinstance(x, Sequence) else [x]
-        at = self._check_rows(many, sizes, dim, out)
+        at = self._check_rows(many, sizes, dim, out, algorithm)
         if isinstance(x, torch.Tensor) and sizes is not None:
             lengths = check_sizes("sizes of all_gatherv", sizes, self.world_size)
             return self._collect("all_gatherv", (lengths, dim), x, out, timeout, async_op, algorithm)
@@ -163,7 +163,12 @@ class Gathers(Collective):
         return self._in_order(run, async_op)
 
     def _check_rows(
-        self, xs: Sequence[torch.Tensor], sizes: Sequence[int] | None, dim: int, out: object
+        self,
+        xs: Sequence[torch.Tensor],
+        sizes: Sequence[int] | None,
+        dim: int,
+        out: object,
+        algorithm: str,
     ) -> list[int]:
         """Dimension of each tensor along which it is gathered."""
         if not xs:
@@ -172,6 +177,7 @@ class Gathers(Collective):
             raise ConfigError("all_gatherv cannot check out= without sizes=; give both, or neither")
         for x in xs:
             check_tensor("all_gatherv", x, self.world_size > 1)
+            self._refuse_algorithm("all_gatherv", x, algorithm)
         at = [check_dim("all_gatherv", x.shape, dim) for x in xs]
         rows = [x.shape[d] for x, d in zip(xs, at, strict=True)]
         if sizes is not None:
