@@ -139,6 +139,9 @@ class _Verbs:
     def all_to_all(self, parts: Parts, x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
         sends = [numel for _, numel in parts.sends]
         receives = [numel for _, numel in parts.receives]
+        if x.data_ptr() == out.data_ptr():
+            # gloo receives while it still sends.
+            x = x.clone()
         self._run(
             timeout,
             lambda: dist.all_to_all_single(out, x, receives, sends, group=self._group, async_op=True),
