@@ -81,12 +81,12 @@ def check_out(
         )
     if out.is_inference() and not torch.is_inference_mode_enabled():
         raise ConfigError(f"out= of {verb} was made in inference mode and cannot be written outside of it")
+    if overlaps(x, out):
+        raise ConfigError(f"out= of {verb} overlaps the input without being the input; give other memory")
     if not may_alias and out.numel() and out.data_ptr() == x.data_ptr():
         raise ConfigError(
             f"out= of {verb} is the input, and its parts do not stay where they are; give other memory"
         )
-    if overlaps(x, out):
-        raise ConfigError(f"out= of {verb} overlaps the input without being the input; give other memory")
     if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
         raise ConfigError(f"out= of {verb} has several elements in one place; give memory of its own to each")
 
