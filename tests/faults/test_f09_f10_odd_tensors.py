@@ -220,7 +220,7 @@ VERBS = {
     "scatter": lambda comm, x: comm.scatter(x, 0),
     "all_gatherv": lambda comm, x: comm.all_gatherv(x),
     "all_gatherv list": lambda comm, x: comm.all_gatherv([x, 2 * x], [len(x)])[0],
-    "coalescing": lambda comm, x: _coalesced(comm, x),
+    "coalescing": _coalesced,
     "async": lambda comm, x: comm.all_reduce(x, async_op=True).wait(),
 }
 

@@ -9,6 +9,12 @@ import torch
 from tests.faults.leaks import given_back
 from tests.faults.worlds import KINDS, failure_of, group, reduce_ones, wait_until_in_flight
 
+
+def _coalesce(comm):
+    with comm.coalescing() as batch:
+        batch.all_reduce(torch.ones(4))
+
+
 USES = {
     "all_reduce": lambda comm: comm.all_reduce(torch.ones(4)),
     "async": lambda comm: comm.all_reduce(torch.ones(4), async_op=True),
@@ -27,17 +33,12 @@ USES = {
     "all_gatherv unknown": lambda comm: comm.all_gatherv(torch.ones(4)),
     "gather": lambda comm: comm.gather(torch.ones(4), 0),
     "scatter": lambda comm: comm.scatter(torch.ones(4), 0),
-    "coalescing": lambda comm: _coalesce(comm),
+    "coalescing": _coalesce,
 }
 USES_OF_TORCH = {
     "send": lambda comm: comm.send(torch.ones(4), 1 - comm.rank),
     "recv": lambda comm: comm.recv(torch.ones(4), 1 - comm.rank),
 }
-
-
-def _coalesce(comm):
-    with comm.coalescing() as batch:
-        batch.all_reduce(torch.ones(4))
 
 
 def _use_after_close(member, kind):
