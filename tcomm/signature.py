@@ -32,6 +32,8 @@ class CallDescription(msgspec.Struct, frozen=True):
     """Dimension along which parts are put together or taken apart, not negative."""
     sizes: tuple[int, ...] = ()
     """Rows of every rank, where they may differ and every rank gives all of them."""
+    contents: str = ""
+    """What it holds, where several tensors travel together in it."""
     algorithm: str = ""
     """Engine and algorithm, forced or chosen, such as `cpu:one_shot_pull`."""
     send_splits: tuple[int, ...] = ()
@@ -47,7 +49,8 @@ class CallDescription(msgspec.Struct, frozen=True):
     def signature(self) -> int:
         """32 bits over all that the ranks must share."""
         shared = (
-            self.op, self.dtype, self.shape, self.reduce, self.root, self.dim, self.sizes, self.algorithm,
+            self.op, self.dtype, self.shape, self.reduce, self.root, self.dim, self.sizes, self.contents,
+            self.algorithm,
         )  # fmt: skip
         return zlib.crc32(_encoder.encode(shared))
 
@@ -64,6 +67,8 @@ class CallDescription(msgspec.Struct, frozen=True):
             words.append(f"dim={self.dim}")
         if self.sizes:
             words.append(f"sizes={list(self.sizes)}")
+        if self.contents:
+            words.append(f"of {self.contents}")
         if self.send_splits or self.recv_splits:
             words.append(f"send={list(self.send_splits)} recv={list(self.recv_splits)}")
         if self.algorithm:

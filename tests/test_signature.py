@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tcomm.signature import CallDescription, decode_description
 
-BASE = CallDescription("all_reduce", "float32", (2, 3), "sum", -1, "cpu:two_shot")
+BASE = CallDescription("all_reduce", "float32", (2, 3), "sum", algorithm="cpu:two_shot")
 
 SPLITS = st.lists(st.integers(0, 1 << 40), max_size=16).map(tuple)
 CALLS = st.builds(
@@ -17,6 +17,9 @@ CALLS = st.builds(
     shape=SPLITS,
     reduce=st.text(max_size=5),
     root=st.integers(-1, 15),
+    dim=st.integers(0, 15),
+    sizes=SPLITS,
+    contents=st.text(max_size=20),
     algorithm=st.text(max_size=20),
     send_splits=SPLITS,
     recv_splits=SPLITS,
@@ -33,6 +36,10 @@ CALLS = st.builds(
         {"shape": ()},
         {"reduce": "max"},
         {"root": 0},
+        {"dim": 1},
+        {"sizes": (1, 2)},
+        {"sizes": (2, 1)},
+        {"contents": "int8 [2]"},
         {"algorithm": "triton:two_shot"},
     ],
 )
@@ -57,7 +64,7 @@ def test_a_description_comes_back_and_its_signature_is_32_bits(call):
 
 
 def test_the_signature_is_a_checksum_that_every_process_computes_alike():
-    shared = ("barrier", "", (), "", -1, "")
+    shared = ("barrier", "", (), "", -1, 0, (), "", "")
     assert CallDescription("barrier").signature == zlib.crc32(msgspec.msgpack.encode(shared))
 
 
@@ -81,6 +88,14 @@ def test_a_description_that_was_cut_short_is_none(call, cut):
         (
             CallDescription("all_to_all_single", "int8", (4,), send_splits=(1, 0), recv_splits=(2, 2)),
             "all_to_all_single int8 [4] send=[1, 0] recv=[2, 2]",
+        ),
+        (
+            CallDescription("all_gatherv", "int8", (2, 5), dim=1, sizes=(0, 5), algorithm="cpu:pull"),
+            "all_gatherv int8 [2, 5] dim=1 sizes=[0, 5] via cpu:pull",
+        ),
+        (
+            CallDescription("all_reduce", "int8", (5,), "sum", contents="int8 [2]; int8 [3]"),
+            "all_reduce int8 [5] sum of int8 [2]; int8 [3]",
         ),
     ],
 )

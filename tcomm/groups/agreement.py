@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tcomm.errors import CollectiveMismatchError
+import msgspec
+
+from tcomm.errors import CapabilityError, CollectiveMismatchError
 from tcomm.groups.fallback import TorchFallback
 from tcomm.memory.channel import Channel
 from tcomm.memory.control import Word
@@ -13,6 +15,7 @@ from tcomm.signature import CallDescription, decode_description
 __all__ = ["Agreement", "LocalAgreement", "RemoteAgreement", "SharedAgreement"]
 
 _DESCRIPTION_BYTES = 1024
+_SIGNATURE_BYTES = 4
 
 
 class Agreement(Protocol):
@@ -27,6 +30,7 @@ class Agreement(Protocol):
         """Return every rank's description, once all are known to agree. **Collective.**
 
         Raises:
+            CapabilityError: on every rank, when one has more splits than a description holds.
             CollectiveMismatchError: on every rank, when signatures differ.
             PeerLostError, PeerTimeoutError: when a rank did not come.
         """
@@ -60,7 +64,7 @@ class SharedAgreement:
         channel = self._channel
         epoch = channel.agree(call, timeout)
         described = [page.description(epoch & 1) for page in channel.pages]
-        return [call if theirs is None else theirs for theirs in described]
+        return _readable(call, described)
 
 
 class RemoteAgreement:
@@ -74,9 +78,10 @@ class RemoteAgreement:
     def agree(self, call: CallDescription, timeout: float | None) -> list[CallDescription]:
         """Gather descriptions, at a round trip's cost. **Collective.**"""
         self.seq += 1
-        gathered = self._fallback.gather_bytes(call.encode(), _DESCRIPTION_BYTES, timeout)
-        calls = [decode_description(data) for data in gathered]
-        others = [r for r, c in enumerate(calls) if c is None or c.signature != call.signature]
+        mine = call.signature.to_bytes(_SIGNATURE_BYTES, "little")
+        gathered = self._fallback.gather_bytes(mine + _brief(call), _DESCRIPTION_BYTES, timeout)
+        calls = [decode_description(data[_SIGNATURE_BYTES:]) for data in gathered]
+        others = [rank for rank, data in enumerate(gathered) if data[:_SIGNATURE_BYTES] != mine]
         if others:
             lines = [f"call #{self.seq} of group {self._group!r}: the ranks called different things"]
             lines += [f"  rank {r}: {c or 'an unreadable call'}" for r, c in enumerate(calls)]
@@ -89,4 +94,21 @@ class RemoteAgreement:
                 rank=self._fallback.rank,
                 peers=others,
             )
-        return [c for c in calls if c is not None]
+        return _readable(call, calls)
+
+
+def _brief(call: CallDescription) -> bytes:
+    """A description that can be sent: without sizes, for which the signature stands, where it is long."""
+    room = _DESCRIPTION_BYTES - _SIGNATURE_BYTES - 2
+    data = call.encode()
+    return data if len(data) <= room else msgspec.structs.replace(call, sizes=()).encode()[:room]
+
+
+def _readable(call: CallDescription, calls: list[CallDescription | None]) -> list[CallDescription]:
+    """All descriptions, where `call` stands for those that are too long to be read and say the same."""
+    if call.send_splits and None in calls:
+        raise CapabilityError(
+            f"{call.op}: the splits of rank {calls.index(None)} are more than a description holds; "
+            "use a smaller group"
+        )
+    return [call if theirs is None else theirs for theirs in calls]

@@ -81,12 +81,12 @@ def check_out(
         )
     if out.is_inference() and not torch.is_inference_mode_enabled():
         raise ConfigError(f"out= of {verb} was made in inference mode and cannot be written outside of it")
+    if overlaps(x, out):
+        raise ConfigError(f"out= of {verb} overlaps the input without being the input; give other memory")
     if not may_alias and out.numel() and out.data_ptr() == x.data_ptr():
         raise ConfigError(
             f"out= of {verb} is the input, and its parts do not stay where they are; give other memory"
         )
-    if overlaps(x, out):
-        raise ConfigError(f"out= of {verb} overlaps the input without being the input; give other memory")
     if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
         raise ConfigError(f"out= of {verb} has several elements in one place; give memory of its own to each")
 
@@ -116,8 +116,8 @@ def refuse_integer_average(reduce: str, dtype: torch.dtype) -> None:
         raise ConfigError(f"the average of {dtype} is not a {dtype}")
 
 
-def check_rank(verb: str, what: str, rank: int, world_size: int, myself: int | None = None) -> None:
-    """Check that `rank` is in the group, and another than `myself` where that is given.
+def check_rank(verb: str, what: str, rank: int, world_size: int, myself: int | None = None) -> int:
+    """`rank`, when it is in the group, and another than `myself` where that is given.
 
     Raises:
         ConfigError: when it is not. Nothing was sent.
@@ -128,6 +128,8 @@ def check_rank(verb: str, what: str, rank: int, world_size: int, myself: int | N
         )
     if rank == myself:
         raise ConfigError(f"{what}={rank} of {verb} is this rank itself; name another")
+    # True is a number that is written otherwise, and ranks compare what is written.
+    return int(rank)
 
 
 def check_dim(verb: str, shape: Sequence[int], dim: int) -> int:
@@ -157,7 +159,7 @@ def check_sizes(what: str, sizes: Sequence[int], world_size: int) -> tuple[int, 
         ConfigError: when they are not that.
     """
     try:
-        lengths = tuple(operator.index(size) for size in sizes)
+        lengths = tuple(int(operator.index(size)) for size in sizes)
     except TypeError:
         raise ConfigError(f"{what}={sizes!r} has entries that are no integers") from None
     if len(lengths) != world_size:

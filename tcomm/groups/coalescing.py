@@ -12,9 +12,9 @@ import torch
 
 from tcomm.errors import ConfigError
 from tcomm.groups.aliases import Aliases
-from tcomm.groups.arguments import check_out, check_tensor
+from tcomm.groups.arguments import UNSET, check_out, check_tensor
 from tcomm.groups.jobs import JOBS, Caller, Job
-from tcomm.groups.packing import Packing, Split
+from tcomm.groups.packing import Packing, Split, describe_kinds
 
 __all__ = ["Coalescing"]
 
@@ -44,7 +44,7 @@ class Coalescing:
         with comm.coalescing() as batch:
             a = batch.all_reduce(x)
             b = batch.all_reduce(y, out=y)
-        # a and y hold the results from here on.
+        # a and y hold the results from here on, and x was not to be changed until here.
 
     Neighbours of one verb, reduce operation and root travel together, of any shapes; reductions of one
     dtype only. The bits are those of single calls. A block that raises sends nothing.
@@ -56,6 +56,7 @@ class Coalescing:
     def __init__(self, comm: Aliases) -> None:
         self._comm = comm
         self._entries: list[_Entry] = []
+        self._results: set[int] = set()
 
     def all_reduce(
         self, x: torch.Tensor, op: object = "sum", *, out: torch.Tensor | None = None
@@ -86,6 +87,10 @@ class Coalescing:
     ) -> torch.Tensor:
         comm = self._comm
         check_tensor(verb, x, comm.world_size > 1)
+        if x.numel() and x.data_ptr() in self._results:
+            raise ConfigError(
+                f"{verb} takes a result of this block, which is not there before the block ends"
+            )
         job = JOBS[verb](Caller(comm.rank, comm.world_size, x.shape, x.dtype), *args)
         if job.shape is None:
             raise ConfigError(f"{verb} gives this rank no result")
@@ -94,10 +99,11 @@ class Coalescing:
         else:
             check_out(verb, x, out, job.shape, job.may_alias)
         self._entries.append(_Entry(verb, args, x, out, job))
+        self._results.add(out.data_ptr())
         return out
 
     def __enter__(self) -> Self:
-        self._entries = []
+        self._entries, self._results = [], set()
         return self
 
     def __exit__(
@@ -112,17 +118,20 @@ class Coalescing:
                 self._run(list(group))
 
     def _run(self, entries: Sequence[_Entry]) -> None:
-        first = entries[0]
+        first, world = entries[0], self._comm.world_size
         run: Callable[..., torch.Tensor] = getattr(self._comm, first.verb)
-        if len(entries) == 1:
-            # A dimension is the last of a verb's arguments, and given by name.
-            run(first.x, *_without_dim(first), out=first.out)
+        if len(entries) == 1 or world == 1:
+            # Gradients flow through the copies of a world of one, and would not through packing.
+            for entry in entries:
+                # A dimension is the last of a verb's arguments, and given by name.
+                run(entry.x, *_without_dim(entry), out=entry.out)
             return
-        world = self._comm.world_size
         as_bytes = not first.job.call.reduce
         takes = Packing([_split(e.x, world if first.verb in _APART else 1) for e in entries], as_bytes)
         gives = Packing([_split(e.out, world if first.verb in _TOGETHER else 1) for e in entries], as_bytes)
-        flat = run(takes.pack([e.x for e in entries]), *_without_dim(first))
+        told = describe_kinds((e.x.dtype, e.job.call.shape) for e in entries)
+        packed = takes.pack([e.x for e in entries])
+        flat = self._comm._collect(first.verb, first.args, packed, None, UNSET, False, "", told)
         gives.unpack(flat, [e.out for e in entries])
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 from typing import Any, NamedTuple, TypedDict
 
+import msgspec
 import torch
 
 from tcomm.groups.arguments import UNSET, Timeout, Unset, check_out, check_tensor
@@ -50,6 +53,7 @@ class Collective(GroupHandle):
         timeout: Timeout | Unset,
         async_op: bool,
         algorithm: str,
+        contents: str = "",
     ) -> Any:
         """Run `verb`, now or behind what is under way. **Collective.**
 
@@ -61,14 +65,15 @@ class Collective(GroupHandle):
             timeout: seconds, a profile, or None: as long as the peers live.
             async_op: return a `Work`.
             algorithm: engine, algorithm or both that must be used.
+            contents: of x, where several tensors travel in it.
 
         Returns:
             The result, None on a rank that gets none; with `async_op` a `Work`.
         """
         if async_op or self._last_work is not None:
-            run = functools.partial(self._run, verb, args, x, out, timeout, algorithm)
+            run = functools.partial(self._run, verb, args, x, out, timeout, algorithm, contents)
             return self._in_order(run, async_op)
-        return self._run(verb, args, x, out, timeout, algorithm)
+        return self._run(verb, args, x, out, timeout, algorithm, contents)
 
     def _run(
         self,
@@ -78,6 +83,7 @@ class Collective(GroupHandle):
         out: torch.Tensor | None,
         timeout: Timeout | Unset,
         algorithm: str,
+        contents: str = "",
     ) -> Any:
         # The hot path of small messages: every line here is a tenth of a microsecond.
         with self._lock:
@@ -85,17 +91,18 @@ class Collective(GroupHandle):
                 self._refuse_foreign()
             seconds = self.timeout if timeout is UNSET else self._seconds(timeout)
             try:
-                ready = self._plans[verb, args, algorithm, x.dtype, x.shape, x.is_cpu, x.layout]
+                ready = self._plans[verb, args, algorithm, contents, x.dtype, x.shape, x.is_cpu, x.layout]
             except (KeyError, AttributeError, TypeError):
-                ready = self._prepare(verb, args, x, out, algorithm, seconds)
+                ready = self._prepare(verb, args, x, out, algorithm, contents, seconds)
             plan, shape, reach, may_alias = ready
             if shape is None:
                 out = x
             elif out is None:
                 out = self._new(shape, x)
-            elif (out is not x or not may_alias) and not (
+            elif (out is not x or not may_alias or x.is_inference()) and not (
                 # As the result and, being contiguous and this far from x, apart from it.
                 type(out) is torch.Tensor
+                and out.layout is torch.strided
                 and out.shape == shape
                 and out.dtype is x.dtype
                 and out.is_cpu
@@ -138,23 +145,33 @@ class Collective(GroupHandle):
         x: torch.Tensor,
         out: torch.Tensor | None,
         algorithm: str,
+        contents: str,
         seconds: float | None,
     ) -> Ready:
         """Check a call of a new kind, make the plan for its kind, and keep it."""
         check_tensor(verb, x, self.world_size > 1)
         job = JOBS[verb](Caller(self.rank, self.world_size, x.shape, x.dtype), *args)
+        if contents:
+            job = dataclasses.replace(job, call=msgspec.structs.replace(job.call, contents=contents))
         if out is not None and job.shape is not None:
             check_out(verb, x, out, job.shape, job.may_alias)
         decision = self._decide(job, x.device.type, algorithm)
         # Tensors made in inference mode could not be written outside of it.
-        with torch.inference_mode(False):
+        with self._whole(), torch.inference_mode(False):
             plan = self._planner.plan(job, decision, seconds, self._pool)
         if len(self._plans) >= _MAX_PLANS:
             self._plans.clear()
         reach = max(x.numel(), job.shape.numel() if job.shape is not None else 0) * x.itemsize
         ready = Ready(plan, job.shape, reach, job.may_alias)
-        self._plans[verb, args, algorithm, x.dtype, x.shape, x.is_cpu, x.layout] = ready
+        # What cannot be hashed is planned at every call.
+        with contextlib.suppress(TypeError):
+            self._plans[verb, args, algorithm, contents, x.dtype, x.shape, x.is_cpu, x.layout] = ready
         return ready
+
+    def _refuse_algorithm(self, verb: str, x: torch.Tensor, algorithm: str) -> None:
+        """Raise what the choice would, before the ranks have told one another anything."""
+        if algorithm or not x.is_cpu:
+            self.explain(verb, dtype=x.dtype, device=x.device.type, algorithm=algorithm)
 
     def _new(self, shape: torch.Size, x: torch.Tensor) -> torch.Tensor:
         """A contiguous tensor of `shape`, otherwise like x."""

@@ -8,9 +8,9 @@ from typing import Any, Literal, Unpack, overload
 import torch
 
 from tcomm.errors import ConfigError
-from tcomm.groups.arguments import UNSET, Timeout, Unset, check_dim, check_sizes, check_tensor, dtype_name
+from tcomm.groups.arguments import UNSET, Timeout, Unset, check_dim, check_sizes, check_tensor
 from tcomm.groups.collective import CallOptions, Collective
-from tcomm.groups.packing import Packing, Split, result_tensors
+from tcomm.groups.packing import Packing, Split, describe_kinds, result_tensors
 from tcomm.groups.work import Work
 from tcomm.signature import CallDescription
 
@@ -149,7 +149,7 @@ class Gathers(Collective):
             CapabilityError, CommError: as `all_reduce` does.
         """
         many = list(x) if isinstance(x, Sequence) else [x]
-        at = self._check_rows(many, sizes, dim, out)
+        at = self._check_rows(many, sizes, dim, out, algorithm)
         if isinstance(x, torch.Tensor) and sizes is not None:
             lengths = check_sizes("sizes of all_gatherv", sizes, self.world_size)
             return self._collect("all_gatherv", (lengths, dim), x, out, timeout, async_op, algorithm)
@@ -163,7 +163,12 @@ class Gathers(Collective):
         return self._in_order(run, async_op)
 
     def _check_rows(
-        self, xs: Sequence[torch.Tensor], sizes: Sequence[int] | None, dim: int, out: object
+        self,
+        xs: Sequence[torch.Tensor],
+        sizes: Sequence[int] | None,
+        dim: int,
+        out: object,
+        algorithm: str,
     ) -> list[int]:
         """Dimension of each tensor along which it is gathered."""
         if not xs:
@@ -172,6 +177,7 @@ class Gathers(Collective):
             raise ConfigError("all_gatherv cannot check out= without sizes=; give both, or neither")
         for x in xs:
             check_tensor("all_gatherv", x, self.world_size > 1)
+            self._refuse_algorithm("all_gatherv", x, algorithm)
         at = [check_dim("all_gatherv", x.shape, dim) for x in xs]
         rows = [x.shape[d] for x, d in zip(xs, at, strict=True)]
         if sizes is not None:
@@ -188,11 +194,9 @@ class Gathers(Collective):
         self, xs: Sequence[torch.Tensor], at: Sequence[int], timeout: Timeout | Unset
     ) -> tuple[int, ...]:
         """Rows of every rank, asked for. **Collective.**"""
-        kinds = "; ".join(
-            f"{dtype_name(x.dtype)} {[*x.shape[:d], -1, *x.shape[d + 1 :]]}"
-            for x, d in zip(xs, at, strict=True)
-        )
-        call = CallDescription("all_gatherv", kinds, dim=at[0], send_splits=(xs[0].shape[at[0]],))
+        each = zip(xs, at, strict=True)
+        kinds = describe_kinds((x.dtype, [*x.shape[:d], -1, *x.shape[d + 1 :]]) for x, d in each)
+        call = CallDescription("all_gatherv", contents=kinds, dim=at[0], send_splits=(xs[0].shape[at[0]],))
         return tuple(theirs.send_splits[0] for theirs in self._agreement.agree(call, self._seconds(timeout)))
 
     def _all_gather_many(
@@ -206,12 +210,17 @@ class Gathers(Collective):
     ) -> list[torch.Tensor]:
         wholes = [(*x.shape[:d], sum(sizes), *x.shape[d + 1 :]) for x, d in zip(xs, at, strict=True)]
         results = result_tensors("all_gatherv", xs, outs, wholes)
+        if self.world_size == 1:
+            # Gradients flow through its copies, and would not through packing.
+            each = zip(xs, at, results, strict=True)
+            return [self._run("all_gatherv", (sizes, d), x, y, timeout, "") for x, d, y in each]
         mine = Packing(
             [Split(tuple(x.shape), x.dtype, d, (x.shape[d],)) for x, d in zip(xs, at, strict=True)], True
         )
         whole = Packing(
             [Split(shape, x.dtype, d, sizes) for shape, x, d in zip(wholes, xs, at, strict=True)], True
         )
-        flat = self._run("all_gatherv", (whole.sizes, 0), mine.pack(xs), None, timeout, algorithm)
+        args, packed = (whole.sizes, 0), mine.pack(xs)
+        flat = self._run("all_gatherv", args, packed, None, timeout, algorithm, whole.contents)
         whole.unpack(flat, results)
         return results

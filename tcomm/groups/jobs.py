@@ -118,7 +118,7 @@ def _all_reduce(caller: Caller, op: object) -> Job:
 
 
 def _broadcast(caller: Caller, root: int) -> Job:
-    check_rank("broadcast", "root", root, caller.world_size)
+    root = check_rank("broadcast", "root", root, caller.world_size)
     call = CallDescription("broadcast", dtype_name(caller.dtype), tuple(caller.shape), root=root)
     numel = caller.shape.numel()
     parts = broadcast_parts(numel, caller.world_size, caller.rank, root)
@@ -126,7 +126,7 @@ def _broadcast(caller: Caller, root: int) -> Job:
 
 
 def _reduce(caller: Caller, root: int, op: object) -> Job:
-    check_rank("reduce", "root", root, caller.world_size)
+    root = check_rank("reduce", "root", root, caller.world_size)
     reduce = _reduction(op, caller.dtype)
     call = CallDescription("reduce", dtype_name(caller.dtype), tuple(caller.shape), reduce, root)
     numel = caller.shape.numel()
@@ -157,7 +157,7 @@ def _all_gatherv(caller: Caller, sizes: Sequence[int], dim: int) -> Job:
 
 
 def _gather(caller: Caller, root: int, dim: int) -> Job:
-    check_rank("gather", "root", root, caller.world_size)
+    root = check_rank("gather", "root", root, caller.world_size)
     dim = check_dim("gather", caller.shape, dim)
     sizes = (caller.shape[dim],) * caller.world_size
     call = CallDescription("gather", dtype_name(caller.dtype), tuple(caller.shape), root=root, dim=dim)
@@ -182,7 +182,7 @@ def _gathering(caller: Caller, call: CallDescription, sizes: Sequence[int]) -> J
 
 
 def _scatter(caller: Caller, root: int, dim: int) -> Job:
-    check_rank("scatter", "root", root, caller.world_size)
+    root = check_rank("scatter", "root", root, caller.world_size)
     dim = check_dim("scatter", caller.shape, dim)
     sizes = _equal("scatter", caller, dim)
     call = CallDescription("scatter", dtype_name(caller.dtype), tuple(caller.shape), root=root, dim=dim)

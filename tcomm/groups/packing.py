@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from tcomm.errors import ConfigError
-from tcomm.groups.arguments import check_out
+from tcomm.groups.arguments import check_out, dtype_name
 
-__all__ = ["Packing", "Split", "result_tensors"]
+__all__ = ["Packing", "Split", "describe_kinds", "result_tensors"]
 
 _ALIGNMENT = 16
 """Bytes at which a chunk begins, where element types are mixed."""
+_DESCRIBED = 200
+"""Characters that are told of many kinds: a description is read whole or not at all, and has little room."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,11 @@ class Packing:
         )
         """Elements of the flat tensor for each chunk."""
 
+    @property
+    def contents(self) -> str:
+        """The tensors in few words."""
+        return describe_kinds((split.dtype, split.shape) for split in self._splits)
+
     def _room(self, split: Split, chunk: int) -> int:
         if not self._as_bytes:
             return split.numel(chunk)
@@ -77,7 +85,7 @@ class Packing:
 
     def unpack(self, flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
         """Copy all chunks out of a flat tensor."""
-        dense = [x if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype) for x in tensors]
+        dense = [x if x.is_contiguous() else x.new_empty(x.shape) for x in tensors]
         for place, chunk in self._pairs(flat, dense):
             chunk.copy_(place)
         for x, copy in zip(tensors, dense, strict=True):
@@ -97,6 +105,14 @@ class Packing:
                     place = place[: split.numel(index) * split.dtype.itemsize].view(split.dtype)
                 pairs.append((place.view(parts[index].shape), parts[index]))
         return pairs
+
+
+def describe_kinds(kinds: Iterable[tuple[torch.dtype, Sequence[int]]]) -> str:
+    """Types and shapes of tensors in few words, which differ where the tensors do."""
+    told = "; ".join(f"{dtype_name(dtype)} {list(shape)}" for dtype, shape in kinds)
+    return (
+        told if len(told) <= _DESCRIBED else f"{told[:_DESCRIBED]}... (crc {zlib.crc32(told.encode()):08x})"
+    )
 
 
 def result_tensors(

@@ -28,8 +28,8 @@ logger = logging.getLogger("tcomm")
 Plan = Callable[[torch.Tensor, torch.Tensor, "float | None"], object]
 """Takes contiguous x and out (which may be x where the job says so) and the timeout in seconds.
 **Collective.** Writes nothing to the out of a rank that gets no result."""
-PlanKey = tuple[str, tuple[object, ...], str, torch.dtype, torch.Size, bool, torch.layout]
-"""What a plan is made for: verb, its arguments and the algorithm as given, and the kind of input."""
+PlanKey = tuple[str, tuple[object, ...], str, str, torch.dtype, torch.Size, bool, torch.layout]
+"""What a plan is made for: verb, its arguments, contents and algorithm as given, and the kind of input."""
 
 
 class Planner:
@@ -70,11 +70,9 @@ class Planner:
             return _copy
         if decision.engine == "torch":
             return _with_chunks(job, self._plan_fallback(job, decision, call), pool)
-        arena = self._arena
-        if arena is None:
-            raise AssertionError("an algorithm in shared memory was chosen without any")
-        if decision.algorithm != "cpu:arrival":
-            self._make_staging(arena, call, seconds)
+        if decision.algorithm == "cpu:arrival":
+            return self._plan_arrival(call)
+        arena = self._arena_with_staging(call, seconds)
         algorithm = decision.algorithm.partition(":")[2]
         make = _plan_kernel if decision.engine == "triton" else _plan_cpu
         return _with_chunks(job, make(job, algorithm, arena, call, decision.piece_nbytes), pool)
@@ -96,8 +94,18 @@ class Planner:
 
         return run_fallback
 
-    def _make_staging(self, arena: Arena, call: CallDescription, seconds: float | None) -> None:
-        """Make staging at the group's first collective that needs it, once the ranks agree on that."""
+    def _plan_arrival(self, call: CallDescription) -> Plan:
+        """A barrier of arrival words alone, which works where there is no room for staging."""
+        if self._arena is None:
+            raise AssertionError("an algorithm in shared memory was chosen without any")
+        agree = self._arena.channel.agree
+        return lambda _x, _out, timeout: agree(call, timeout)
+
+    def _arena_with_staging(self, call: CallDescription, seconds: float | None) -> Arena:
+        """The arena; its staging is made at the group's first collective, once the ranks agree on that."""
+        arena = self._arena
+        if arena is None:
+            raise AssertionError("an algorithm in shared memory was chosen without any")
         if arena.staging is None:
             self._agreement.agree(call, seconds)
             arena.grow(self._config.staging_bytes, self._setup_seconds)
@@ -110,8 +118,6 @@ def _copy(x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:  #
 
 
 def _plan_cpu(job: Job, algorithm: str, arena: Arena, call: CallDescription, piece_nbytes: int) -> Plan:
-    if call.op == "barrier":
-        return lambda _x, _out, timeout: arena.channel.agree(call, timeout)
     if job.parts is None:
         return make_plan(algorithm, arena, call, call.reduce, job.dtype, call.shape, piece_nbytes)
     if call.reduce:

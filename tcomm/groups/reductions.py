@@ -242,8 +242,13 @@ class Reductions(Collective):
         whole, part_of_mine = Packing(splits, False), Packing(mine, False)
 
         def run() -> Any:
+            if self.world_size == 1:
+                # Gradients flow through its copies, and would not through packing.
+                each = zip(xs, results, strict=True)
+                return [self._run("reduce_scatterv", (lengths, op, dim), x, y, timeout, "") for x, y in each]
             args = (whole.sizes, op, 0)
-            flat = self._run("reduce_scatterv", args, whole.pack(xs), None, timeout, algorithm)
+            packed, told = whole.pack(xs), whole.contents
+            flat = self._run("reduce_scatterv", args, packed, None, timeout, algorithm, told)
             part_of_mine.unpack(flat, results)
             return results
 

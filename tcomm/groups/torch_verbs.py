@@ -139,6 +139,9 @@ class _Verbs:
     def all_to_all(self, parts: Parts, x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
         sends = [numel for _, numel in parts.sends]
         receives = [numel for _, numel in parts.receives]
+        if x.data_ptr() == out.data_ptr():
+            # gloo receives while it still sends.
+            x = x.clone()
         self._run(
             timeout,
             lambda: dist.all_to_all_single(out, x, receives, sends, group=self._group, async_op=True),
@@ -146,7 +149,8 @@ class _Verbs:
 
 
 def _as_bytes(x: torch.Tensor) -> torch.Tensor:
-    return x.view(-1).view(torch.uint8)
+    # A single element may have any stride and be contiguous, and could not be seen as bytes.
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
 
 
 def _cut(x: torch.Tensor, part: Range) -> torch.Tensor:

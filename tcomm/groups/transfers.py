@@ -222,6 +222,7 @@ class Transfers(Collective):
             raise ConfigError(
                 "all_to_all_single cannot check out= without recv_splits=; give both, or neither"
             )
+        self._refuse_algorithm("all_to_all_single", x, algorithm)
         call = CallDescription(
             "all_to_all_single", dtype_name(x.dtype), tuple(x.shape[1:]), send_splits=sends, recv_splits=recvs
         )

@@ -16,7 +16,8 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: to
 
 def as_words(x: torch.Tensor) -> torch.Tensor:
     """Contiguous x, flat, as integers: what only moves needs no type."""
-    return x.view(-1).view(_WORDS[x.itemsize])
+    # A single element may have any stride and be contiguous, and could not be seen as smaller words.
+    return x.as_strided((x.numel(),), (1,)).view(_WORDS[x.itemsize])
 
 
 @functools.lru_cache(1024)

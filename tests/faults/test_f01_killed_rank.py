@@ -87,7 +87,14 @@ def test_f01_a_rank_killed_before_a_phase_of_two_shot_is_named(world, signals, p
 
 def _hang_in_torch(member, signals):
     if member.rank == VICTIM:
-        TorchFallback.all_reduce = lambda *_: hang(signals, "stuck")
+        run = TorchFallback.run
+
+        def stuck(fallback, op, timeout, start):
+            if op == "all_reduce":
+                hang(signals, "stuck")
+            run(fallback, op, timeout, start)
+
+        TorchFallback.run = stuck
     return _until_killed(member, "torch", signals)
 
 

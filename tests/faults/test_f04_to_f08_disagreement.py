@@ -15,7 +15,37 @@ def _barrier(comm, kind):
 
 
 def _broadcast(comm, kind, root=0):
-    comm.broadcast(torch.ones(4), root)
+    comm.broadcast(torch.ones(4), root, algorithm=KINDS[kind])
+
+
+def _verb(comm, kind, name, *args):
+    """Arguments may be functions of the communicator, where they have to fit rank or world."""
+    args = [arg(comm) if callable(arg) else arg for arg in args]
+    *args, options = args if isinstance(args[-1], dict) else (*args, {})
+    getattr(comm, name)(*args, algorithm=KINDS[kind], **options)
+
+
+def _whole(comm):
+    """Divides by worlds of 2 and 3, along both dimensions."""
+    return torch.ones(6, 6)
+
+
+def _rows_but_one(comm):
+    """Sizes of ranks, of which only the first has two."""
+    return [2, *[1] * (comm.world_size - 1)]
+
+
+def _ones(comm):
+    return [1] * comm.world_size
+
+
+def _six(comm):
+    """Splits of six rows that are not equal."""
+    return [7 - comm.world_size, *[1] * (comm.world_size - 1)]
+
+
+def _for_sizes(comm):
+    return torch.ones(sum(_rows_but_one(comm)), 2)
 
 
 def _prepare(comm, kind):
@@ -55,8 +85,67 @@ CASES = {
         (_all_reduce, _x(4), "sum", "other"),
         ("via", "via"),
     ),
+    "f05_gather": (
+        (_verb, "gather", _x(6), 0),
+        (_verb, "all_gather_single", _x(6)),
+        (" gather float32 [6] root=0", " all_gather_single float32 [6]"),
+    ),
+    "f05_root_of_reduce": (
+        (_verb, "reduce", _x(6), 0),
+        (_verb, "reduce", _x(6), 1),
+        ("reduce float32 [6] sum root=0", "reduce float32 [6] sum root=1"),
+    ),
+    "f05_root_of_scatter": (
+        (_verb, "scatter", _whole, 1),
+        (_verb, "scatter", _whole, 0),
+        ("scatter float32 [6, 6] root=1", "scatter float32 [6, 6] root=0"),
+    ),
+    "f06_dim": (
+        (_verb, "all_gather_single", _whole),
+        (_verb, "all_gather_single", _whole, {"dim": -1}),
+        ("all_gather_single float32 [6, 6]", "all_gather_single float32 [6, 6] dim=1"),
+    ),
+    "f06_dim_of_reduce_scatter": (
+        (_verb, "reduce_scatter_single", _whole, {"dim": 1}),
+        (_verb, "reduce_scatter_single", _whole),
+        ("float32 [6, 6] sum dim=1", "float32 [6, 6] sum"),
+    ),
+    "f06_sizes": (
+        (_verb, "reduce_scatterv", _for_sizes, _rows_but_one),
+        (_verb, "reduce_scatterv", _for_sizes, lambda comm: _rows_but_one(comm)[::-1]),
+        ("sum sizes=[2, ", "1, 2]"),
+    ),
+    "f06_columns": (
+        (_verb, "all_to_all_single", _whole, _six),
+        (_verb, "all_to_all_single", lambda comm: torch.ones(6, 3), _six),
+        ("all_to_all_single float32 [6] send=", "all_to_all_single float32 [3] send="),
+    ),
+    "f06_splits_or_not": (
+        (_verb, "all_to_all_single", _whole),
+        (_verb, "all_to_all_single", _whole, _six),
+        ("all_to_all_single float32 [6, 6]", "all_to_all_single float32 [6] send="),
+    ),
+    "f06_sizes_or_not": (
+        (_verb, "all_gatherv", _x(1, 2), _ones),
+        (_verb, "all_gatherv", _x(1, 2)),
+        (", 2] sizes=[1, 1", "all_gatherv of float32 [-1, 2]"),
+    ),
+    "f07_moved": (
+        (_verb, "all_to_all_single", _x(6, dtype=torch.int8)),
+        (_verb, "all_to_all_single", _x(6, dtype=torch.uint8)),
+        (" int8 [6]", " uint8 [6]"),
+    ),
+    "f07_float8": (
+        (_verb, "gather", _x(6).to(torch.float8_e4m3fn), 1),
+        (_verb, "gather", _x(6).to(torch.float8_e5m2), 1),
+        ("float8_e4m3fn [6]", "float8_e5m2 [6]"),
+    ),
+    "f08_reduce_of_reduce": (
+        (_verb, "reduce", _x(6), 1, "max"),
+        (_verb, "reduce", _x(6), 1, "min"),
+        ("[6] max root=1", "[6] min root=1"),
+    ),
 }
-NEEDS_TORCH = ("f05_broadcast", "f05_root")
 
 
 def _disagree(member, kind, odd, names):
@@ -89,12 +178,7 @@ def _check_case(results, odd, name):
 
 
 def _names(kind):
-    left_out = set()
-    if kind not in ("torch", "remote"):
-        left_out.update(NEEDS_TORCH)
-    if kind == "remote":
-        left_out.add("f08_algorithm")
-    return [name for name in CASES if name not in left_out]
+    return [name for name in CASES if kind != "remote" or name != "f08_algorithm"]
 
 
 WORLDS = (
@@ -145,6 +229,8 @@ def test_f08_different_reductions_and_algorithms_are_told_apart(disagreements):
         ("cpu", "f08_algorithm"),
         ("triton", "f07_size"),
         ("torch", "f08_algorithm"),
+        ("cpu", "f05_root_of_scatter"),
+        ("torch", "f06_dim"),
         ("remote", "f06_numel"),
     ],
 )

@@ -63,20 +63,23 @@ def test_f09_nothing_is_written_between_the_elements_of_out(world, kind):
     world(2, _gap_is_kept, kind)
 
 
-def _move_strided(member):
-    with group(member, "torch") as comm:
+def _move_strided(member, kind):
+    with group(member, kind) as comm:
+        how = {"algorithm": KINDS[kind]}
         rank, size = member.rank, member.world_size
         base = torch.arange(48.0) + 100 * rank
         x = base.view(6, 8)[:, ::2]
         of = [(torch.arange(48.0) + 100 * r).view(6, 8)[:, ::2] for r in range(size)]
         out = torch.zeros(4, 6).t()
-        assert torch.equal(comm.broadcast(x, 1, out=out), of[1])
-        gathered = comm.all_gather_single(x, out=torch.zeros(4, 6 * size).t())
+        assert torch.equal(comm.broadcast(x, 1, out=out, **how), of[1])
+        gathered = comm.all_gather_single(x, out=torch.zeros(4, 6 * size).t(), **how)
         assert torch.equal(gathered, torch.cat(of))
-        scattered = comm.reduce_scatter_single(x, out=torch.zeros(4, 6 // size).t())
+        scattered = comm.reduce_scatter_single(x, out=torch.zeros(4, 6 // size).t(), **how)
         assert torch.equal(scattered, sum(of).tensor_split(size)[rank])
-        exchanged = comm.all_to_all_single(x, out=torch.zeros(4, 6).t())
+        exchanged = comm.all_to_all_single(x, out=torch.zeros(4, 6).t(), **how)
         assert torch.equal(exchanged, torch.cat([theirs.tensor_split(size)[rank] for theirs in of]))
+        if kind != "torch":
+            return
         if rank == 0:
             comm.send(x, 1)
         else:
@@ -85,8 +88,9 @@ def _move_strided(member):
             assert torch.equal(received, of[0])
 
 
-def test_f09_strided_tensors_are_moved_by_their_values(world):
-    world(2, _move_strided)
+@pytest.mark.parametrize("kind", SHARED)
+def test_f09_strided_tensors_are_moved_by_their_values(world, kind):
+    world(2, _move_strided, kind)
 
 
 def _overlapping(member, kind):
@@ -153,25 +157,28 @@ def test_f10_a_tensor_without_dimensions_is_reduced(world, kind, world_size):
     world(world_size, _reduce_scalar, kind)
 
 
-def _move_nothing(member):
-    with group(member, "torch") as comm:
+def _move_nothing(member, kind):
+    with group(member, kind) as comm:
+        how = {"algorithm": KINDS[kind]}
         nothing = torch.empty(0, 3)
-        assert comm.broadcast(nothing, 0).shape == (0, 3)
-        assert comm.all_gather_single(nothing).shape == (0, 3)
-        assert comm.reduce_scatter_single(nothing).shape == (0, 3)
-        assert comm.all_to_all_single(nothing).shape == (0, 3)
+        assert comm.broadcast(nothing, 0, **how).shape == (0, 3)
+        assert comm.all_gather_single(nothing, **how).shape == (0, 3)
+        assert comm.reduce_scatter_single(nothing, **how).shape == (0, 3)
+        assert comm.all_to_all_single(nothing, **how).shape == (0, 3)
         x = torch.full((1, 2), float(member.rank))
         recvs = [1, 1] if member.rank == 0 else [0, 0]
-        out = comm.all_to_all_single(x, [1, 0], recvs)
+        out = comm.all_to_all_single(x, [1, 0], recvs, **how)
         assert torch.equal(
             out, torch.tensor([[0.0, 0.0], [1.0, 1.0]]) if member.rank == 0 else torch.empty(0, 2)
         )
-        assert torch.equal(comm.broadcast(torch.tensor(float(member.rank)), 1), torch.tensor(1.0))
-        reduce_ones(comm, "torch")
+        scalar = torch.tensor(float(member.rank))
+        assert torch.equal(comm.broadcast(scalar, 1, **how), torch.tensor(1.0))
+        reduce_ones(comm, kind)
 
 
-def test_f10_tensors_without_elements_are_moved(world):
-    world(2, _move_nothing)
+@pytest.mark.parametrize("kind", [*SHARED, "remote"])
+def test_f10_tensors_without_elements_are_moved(world, kind):
+    world(2, _move_nothing, kind)
 
 
 @pytest.fixture
@@ -191,6 +198,12 @@ def test_f10_a_world_of_one_gets_its_input_back(alone, op, shape):
     assert torch.equal(alone.all_reduce(x.t() if x.dim() == 2 else x, op), x.t() if x.dim() == 2 else x)
 
 
+def _coalesced(comm, x):
+    with comm.coalescing() as batch:
+        first, second = batch.all_reduce(x), batch.all_reduce(2 * x)
+    return second - first
+
+
 VERBS = {
     "all_reduce": lambda comm, x: comm.all_reduce(x),
     "all_reduce strided": lambda comm, x: comm.all_reduce(x.t()).t(),
@@ -198,6 +211,16 @@ VERBS = {
     "all_gather_single": lambda comm, x: comm.all_gather_single(x),
     "reduce_scatter_single": lambda comm, x: comm.reduce_scatter_single(x),
     "all_to_all_single": lambda comm, x: comm.all_to_all_single(x),
+    "all_to_all_single ragged": lambda comm, x: comm.all_to_all_single(x, [len(x)]),
+    "reduce": lambda comm, x: comm.reduce(x, 0),
+    "reduce_scatter_single dim": lambda comm, x: comm.reduce_scatter_single(x, dim=1),
+    "reduce_scatterv": lambda comm, x: comm.reduce_scatterv(x, [len(x)]),
+    "reduce_scatterv list": lambda comm, x: comm.reduce_scatterv([x, 2 * x], [len(x)])[0],
+    "gather": lambda comm, x: comm.gather(x, 0, dim=-1),
+    "scatter": lambda comm, x: comm.scatter(x, 0),
+    "all_gatherv": lambda comm, x: comm.all_gatherv(x),
+    "all_gatherv list": lambda comm, x: comm.all_gatherv([x, 2 * x], [len(x)])[0],
+    "coalescing": _coalesced,
     "async": lambda comm, x: comm.all_reduce(x, async_op=True).wait(),
 }
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.faults.worlds import failure_of, group, reduce_ones
+from tests.faults.worlds import KINDS, failure_of, group, reduce_ones
 
 LIMIT_SECONDS = 1.0
 
@@ -10,9 +10,9 @@ def _rows(comm, count):
     return torch.full((count, 2), float(comm.rank))
 
 
-def _exchange(comm, sends, recvs, **kwargs):
+def _exchange(comm, kind, sends, recvs, **kwargs):
     x = torch.cat([torch.full((n, 2), 10.0 * comm.rank + dst) for dst, n in enumerate(sends)])
-    out = comm.all_to_all_single(x, sends, recvs, **kwargs)
+    out = comm.all_to_all_single(x, sends, recvs, algorithm=KINDS[kind], **kwargs)
     expected = [torch.full((n, 2), 10.0 * src + comm.rank) for src, n in enumerate(recvs)]
     assert torch.equal(out, torch.cat(expected))
 
@@ -24,17 +24,17 @@ RECVS = {n: [list(column) for column in zip(*sends, strict=True)] for n, sends i
 def _unequal(member, kind, wrong):
     with group(member, kind) as comm:
         sends, recvs = SENDS[member.world_size][member.rank], list(RECVS[member.world_size][member.rank])
-        _exchange(comm, sends, recvs)
+        _exchange(comm, kind, sends, recvs)
         for rank, src, rows in wrong:
             if rank == member.rank:
                 recvs[src] = rows
         failure = failure_of(comm.all_to_all_single, _rows(comm, sum(sends)), sends, recvs)
-        _exchange(comm, sends, RECVS[member.world_size][member.rank])
+        _exchange(comm, kind, sends, RECVS[member.world_size][member.rank])
         reduce_ones(comm, kind)
         return failure
 
 
-@pytest.mark.parametrize("kind", ["torch", "remote"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_f11_unequal_splits_name_the_pair_on_every_rank(world, kind):
     for failure in world(2, _unequal, kind, [(1, 0, 3)]):
         assert failure.kind == "CollectiveMismatchError", failure
@@ -67,7 +67,6 @@ WRONG_SPLITS = {
     "negative to receive": ([1, 4], [-1, 1], "has a negative entry"),
     "too short": ([5], [1, 1], "has 1 entries; needed one for each of 2 ranks"),
     "too long": ([1, 4], [1, 1, 1], "has 3 entries; needed one for each of 2 ranks"),
-    "one side only": ([1, 4], None, "give both, or neither"),
     "indivisible": (None, None, "5 rows do not divide among 2 ranks"),
 }
 
@@ -79,12 +78,12 @@ def _wrong_then_right(member, kind):
         for name, (wrong_sends, wrong_recvs, _) in WRONG_SPLITS.items():
             if member.rank == 0:
                 failures[name] = failure_of(comm.all_to_all_single, _rows(comm, 5), wrong_sends, wrong_recvs)
-            _exchange(comm, sends, recvs)
+            _exchange(comm, kind, sends, recvs)
         reduce_ones(comm, kind)
     return failures
 
 
-@pytest.mark.parametrize("kind", ["torch", "remote"])
+@pytest.mark.parametrize("kind", ["cpu", "torch", "remote"])
 def test_f12_wrong_splits_are_refused_and_the_right_call_can_follow(world, kind):
     failures, _ = world(2, _wrong_then_right, kind)
     for name, (_, _, told) in WRONG_SPLITS.items():
@@ -105,7 +104,7 @@ def _wrong_then(member, follows, signals):
                 return failure
             signals.wait_for("failed")
             return None
-        failure = failure_of(_exchange, comm, SENDS[2][1], RECVS[2][1], timeout=1.0)
+        failure = failure_of(_exchange, comm, "torch", SENDS[2][1], RECVS[2][1], timeout=1.0)
         signals.show("failed")
         if follows:
             reduce_ones(comm, "torch")

@@ -1,12 +1,15 @@
 import pytest
 import torch
 
-from tests.faults.worlds import failure_of, group, reduce_ones
+from tests.faults.worlds import KINDS, failure_of, group, reduce_ones
 
 WRONG_CALLS = {
     "root too large": (lambda comm: comm.broadcast(torch.ones(4), 2), "root=2"),
     "root negative": (lambda comm: comm.broadcast(torch.ones(4), -1), "root=-1"),
     "root no number": (lambda comm: comm.broadcast(torch.ones(4), "0"), "root='0'"),
+    "root of reduce": (lambda comm: comm.reduce(torch.ones(4), 2), "root=2"),
+    "root of gather": (lambda comm: comm.gather(torch.ones(4), None), "root=None"),
+    "root of scatter": (lambda comm: comm.scatter(torch.ones(4), 2.5), "root=2.5"),
     "dst too large": (lambda comm: comm.send(torch.ones(4), 2), "dst=2"),
     "dst negative": (lambda comm: comm.send(torch.ones(4), -2), "dst=-2"),
     "dst itself": (lambda comm: comm.send(torch.ones(4), comm.rank), "rank itself"),
@@ -22,7 +25,7 @@ def _wrong_on_rank_0(member, kind):
             if member.rank == 0:
                 failures[name] = failure_of(call, comm)
             x = torch.full((4,), float(member.rank))
-            assert torch.equal(comm.broadcast(x, 1), torch.ones(4))
+            assert torch.equal(comm.broadcast(x, 1, algorithm=KINDS[kind]), torch.ones(4))
             reduce_ones(comm, kind)
         if member.rank == 0:
             comm.send(torch.arange(4.0), 1)

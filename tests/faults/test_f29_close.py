@@ -9,6 +9,12 @@ import torch
 from tests.faults.leaks import given_back
 from tests.faults.worlds import KINDS, failure_of, group, reduce_ones, wait_until_in_flight
 
+
+def _coalesce(comm):
+    with comm.coalescing() as batch:
+        batch.all_reduce(torch.ones(4))
+
+
 USES = {
     "all_reduce": lambda comm: comm.all_reduce(torch.ones(4)),
     "async": lambda comm: comm.all_reduce(torch.ones(4), async_op=True),
@@ -17,13 +23,23 @@ USES = {
     "prepare": lambda comm: comm.prepare(1 << 20),
     "send": lambda comm: comm.send(torch.ones(4), 1 - comm.rank),
     "recv": lambda comm: comm.recv(torch.ones(4), 1 - comm.rank),
-}
-USES_OF_TORCH = {
     "broadcast": lambda comm: comm.broadcast(torch.ones(4), 0),
     "broadcast async": lambda comm: comm.broadcast(torch.ones(4), 0, async_op=True),
     "all_gather_single": lambda comm: comm.all_gather_single(torch.ones(4)),
     "reduce_scatter_single": lambda comm: comm.reduce_scatter_single(torch.ones(4)),
     "all_to_all_single": lambda comm: comm.all_to_all_single(torch.ones(4)),
+    "all_to_all_single ragged": lambda comm: comm.all_to_all_single(torch.ones(4), [1, 3]),
+    "reduce": lambda comm: comm.reduce(torch.ones(4), 0),
+    "reduce_scatterv": lambda comm: comm.reduce_scatterv([torch.ones(4)], [1, 3]),
+    "all_gatherv": lambda comm: comm.all_gatherv(torch.ones(4), [4, 4]),
+    "all_gatherv unknown": lambda comm: comm.all_gatherv(torch.ones(4)),
+    "gather": lambda comm: comm.gather(torch.ones(4), 0),
+    "scatter": lambda comm: comm.scatter(torch.ones(4), 0),
+    "coalescing": _coalesce,
+}
+USES_OF_TORCH = {
+    "send": lambda comm: comm.send(torch.ones(4), 1 - comm.rank, algorithm="torch"),
+    "recv": lambda comm: comm.recv(torch.ones(4), 1 - comm.rank, algorithm="torch"),
 }
 
 

@@ -103,29 +103,30 @@ def test_f30_handles_and_calls_of_several_threads_do_not_mix(world):
     assert world(2, _mixed, "cpu") == [[], []]
 
 
-def _broadcast_in_turns(member):
-    with group(member, "torch") as comm:
+def _broadcast_in_turns(member, kind):
+    with group(member, kind) as comm:
         x = torch.full((4,), float(member.rank))
 
         def run(number):
             for _ in range(20):
                 asynchronous = bool(number % 2)
-                out = comm.broadcast(x, 1, async_op=asynchronous)
+                out = comm.broadcast(x, 1, async_op=asynchronous, algorithm=KINDS[kind])
                 out = out.wait(20) if asynchronous else out
                 assert out.tolist() == [1.0] * 4
 
         errors = _in_threads(THREADS, run)
-        reduce_ones(comm, "torch")
+        reduce_ones(comm, kind)
         return errors
 
 
-def test_f30_handles_and_calls_of_other_verbs_do_not_mix(world):
-    assert world(2, _broadcast_in_turns) == [[], []]
+@pytest.mark.parametrize("kind", ["cpu", "torch"])
+def test_f30_handles_and_calls_of_other_verbs_do_not_mix(world, kind):
+    assert world(2, _broadcast_in_turns, kind) == [[], []]
 
 
 USES = {
     "cpu": lambda comm, x, **how: comm.all_reduce(x, "max", **how),
-    "torch": lambda comm, x, **how: comm.broadcast(x, 1, **how),
+    "torch": lambda comm, x, **how: comm.broadcast(x, 1, algorithm="torch", **how),
 }
 
 

@@ -253,7 +253,11 @@ def _explain_refuses(member):
     comm = member.communicator()
     for call, message in [
         (lambda: comm.explain("all_reduce", nbytes=-4), "nbytes=-4 is negative"),
-        (lambda: comm.explain("gossip", nbytes=4), "'gossip' is not among all_reduce"),
+        (
+            lambda: comm.explain("gossip", nbytes=4),
+            "'gossip' is not among all_reduce, reduce, reduce_scatter_single, reduce_scatterv, "
+            "all_gather_single, all_gatherv, gather, broadcast, scatter, all_to_all_single, barrier",
+        ),
         (lambda: comm.prepare(0), "max_nbytes=0 is not a positive number of bytes"),
         (lambda: comm.prepare(-1), "max_nbytes=-1 is not a positive number of bytes"),
     ]:

@@ -7,11 +7,17 @@ import torch.distributed as dist
 import tcomm
 from tcomm.errors import CapabilityError, CommError, PeerLostError, PeerTimeoutError
 from tcomm.groups.fallback import TorchFallback
+from tcomm.groups.torch_verbs import make_torch_plan
+from tcomm.signature import CallDescription
 
 
 def _fallback(member):
     member.process_group()
     return TorchFallback("tp", dist.group.WORLD, None)
+
+
+def _all_reduce(fallback, x, out, op, timeout=20.0):
+    make_torch_plan(fallback, CallDescription("all_reduce", reduce=op), None)(x, out, timeout)
 
 
 def _bytes(member):
@@ -34,8 +40,8 @@ def _reduces(member):
         ("product", torch.int64),
     ]:
         x, out = torch.tensor([3, 5]).to(dtype) + member.rank, torch.zeros(2, dtype=dtype)
-        fallback.all_reduce(x, out, op, 20.0)
-        fallback.all_reduce(x, x, op, 20.0)
+        _all_reduce(fallback, x, out, op)
+        _all_reduce(fallback, x, x, op)
         assert x.equal(out)
         seen.append(out.tolist())
     return seen
@@ -50,10 +56,10 @@ def _cannot(member):
     for dtype, op in [(torch.int16, "sum"), (torch.float8_e4m3fn, "sum")]:
         x = torch.ones(3).to(dtype)
         with pytest.raises(CapabilityError) as caught:
-            fallback.all_reduce(x, x, op, 20.0)
+            _all_reduce(fallback, x, x, op)
         told.append(str(caught.value))
     with pytest.raises(CommError) as caught:
-        fallback.all_reduce(torch.ones(3), torch.ones(3), "band", 20.0)
+        _all_reduce(fallback, torch.ones(3), torch.ones(3), "band")
     return told, str(caught.value), caught.value.op, caught.value.rank
 
 
@@ -86,7 +92,7 @@ def _silent(member):
         return None
     started = time.monotonic()
     with pytest.raises(PeerTimeoutError) as caught:
-        fallback.all_reduce(x, x, "sum", 0.5)
+        _all_reduce(fallback, x, x, "sum", 0.5)
     seconds = time.monotonic() - started
     member.meet("done")
     return str(caught.value), seconds
@@ -101,11 +107,11 @@ def test_a_silent_peer_ends_in_our_timeout_after_the_callers_seconds(on_ranks):
 def _gone(member):
     fallback = _fallback(member)
     x = torch.ones(3)
-    fallback.all_reduce(x, x, "sum", 20.0)
+    _all_reduce(fallback, x, x, "sum")
     if member.rank == 1:
         return None
     with pytest.raises(PeerLostError) as caught:
-        fallback.all_reduce(x, x, "sum", 20.0)
+        _all_reduce(fallback, x, x, "sum")
     return str(caught.value)
 
 

@@ -5,7 +5,9 @@ from tcomm.config import Config
 from tcomm.errors import CollectiveMismatchError
 from tcomm.groups import plans
 from tcomm.groups.agreement import SharedAgreement
+from tcomm.groups.jobs import JOBS, Caller
 from tcomm.groups.plans import Planner
+from tcomm.groups.pool import ResultPool
 from tcomm.memory.arena import open_arena
 from tcomm.tuning.choose import Decision, Request
 
@@ -13,6 +15,11 @@ from tcomm.tuning.choose import Decision, Request
 def _decision(algorithm, nbytes=12, piece_nbytes=0, world_size=2):
     request = Request("all_reduce", "sum", torch.float32, nbytes, world_size)
     return Decision(request, algorithm, "a test", (), piece_nbytes)
+
+
+def _plan(planner, decision, numel=3):
+    job = JOBS["all_reduce"](Caller(0, 2, torch.Size([numel]), torch.float32), "sum")
+    return planner.plan(job, decision, 20.0, ResultPool())
 
 
 def _planner(member, **variables):
@@ -23,17 +30,18 @@ def _planner(member, **variables):
 
 def _staging_comes_with_the_first_plan(member):
     planner, arena = _planner(member)
-    local = planner.plan_all_reduce(_decision("local:copy"), torch.Size([3]), 20.0)
+    local = _plan(planner, _decision("local:copy"))
     x, out = torch.ones(3), torch.zeros(3)
-    assert local(x, out, None) is out
-    assert local(x, x, None) is x
+    local(x, out, None)
+    local(x, x, None)
+    assert (x.tolist(), out.tolist()) == ([1.0] * 3, [1.0] * 3)
     assert arena.staging is None
     epoch = arena.channel.words[24]
-    plan = planner.plan_all_reduce(_decision("cpu:two_shot"), torch.Size([3]), 20.0)
+    plan = _plan(planner, _decision("cpu:two_shot"))
     assert arena.staging.layout.nbytes == 128 * 1024
     assert arena.channel.words[24] == epoch + 1
     staging = arena.staging
-    planner.plan_all_reduce(_decision("triton:two_shot"), torch.Size([3]), 20.0)
+    _plan(planner, _decision("triton:two_shot"))
     assert arena.staging is staging
     assert arena.channel.words[24] == epoch + 1
     plan(x, out, 20.0)
@@ -46,11 +54,10 @@ def test_staging_is_made_once_and_only_when_a_plan_needs_it(on_ranks):
 
 def _first_calls_differ(member):
     planner, arena = _planner(member)
-    shape = torch.Size([3 + member.rank])
     with pytest.raises(CollectiveMismatchError) as caught:
-        planner.plan_all_reduce(_decision("cpu:two_shot"), shape, 20.0)
+        _plan(planner, _decision("cpu:two_shot"), 3 + member.rank)
     assert arena.staging is None
-    planner.plan_all_reduce(_decision("cpu:two_shot"), torch.Size([3]), 20.0)
+    _plan(planner, _decision("cpu:two_shot"))
     return str(caught.value)
 
 
@@ -66,9 +73,7 @@ def _pieces(member):
     x, out = torch.arange(3000.0), torch.empty(3000)
     counts = []
     for piece_nbytes in (0, 4096, 1000):
-        plan = planner.plan_all_reduce(
-            _decision("cpu:one_shot_pull", 12000, piece_nbytes), torch.Size([3000]), 20.0
-        )
+        plan = _plan(planner, _decision("cpu:one_shot_pull", 12000, piece_nbytes), 3000)
         before = arena.channel.words[24]
         plan(x, out, 20.0)
         assert out.equal(2 * x)
@@ -84,14 +89,16 @@ def test_the_piece_size_of_the_decision_is_kept(on_ranks):
 class _Recorder:
     """Stands for a fallback and an agreement."""
 
+    rank, world_size, group = 0, 2, None
+
     def __init__(self):
         self.calls = []
 
     def agree(self, call, timeout):
         self.calls.append(("agree", call.algorithm, timeout))
 
-    def all_reduce(self, x, out, op, timeout):
-        self.calls.append(("all_reduce", op, timeout))
+    def run(self, op, timeout, start):
+        self.calls.append((op, timeout))
 
 
 def test_the_fallback_is_agreed_on_before_each_call_and_logged_once(monkeypatch):
@@ -99,7 +106,7 @@ def test_the_fallback_is_agreed_on_before_each_call_and_logged_once(monkeypatch)
     monkeypatch.setattr(plans.logger, "info", lambda text, *args: logged.append(text % args))
     planner = Planner("tp", Config(), None, recorder, recorder, 20.0)
     for _ in range(2):
-        plan = planner.plan_all_reduce(_decision("torch:gloo"), torch.Size([3]), 20.0)
+        plan = _plan(planner, _decision("torch:gloo"))
         plan(torch.ones(3), torch.ones(3), 7.0)
-    assert recorder.calls == [("agree", "torch:gloo", 7.0), ("all_reduce", "sum", 7.0)] * 2
+    assert recorder.calls == [("agree", "torch:gloo", 7.0), ("all_reduce", 7.0)] * 2
     assert logged == ["group 'tp': all_reduce goes to torch:gloo: a test"]

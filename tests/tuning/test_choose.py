@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcomm.algorithms import ALGORITHMS, REDUCE_OPS
+from tcomm.algorithms import ALGORITHMS, FAMILIES, REDUCE_OPS, REDUCING
 from tcomm.errors import CapabilityError
 from tcomm.tuning.choose import ENGINES, Capabilities, Decision, Request, choose
 from tcomm.tuning.table import Row, Table
@@ -16,9 +16,9 @@ GLOO = Capabilities(torch_backends=(("cpu", "gloo"), ("cuda", "nccl")))
 
 REASONS = st.sampled_from(["", "there is none"])
 REQUESTS = st.builds(
-    Request,
-    op=st.sampled_from(["all_reduce", "all_reduce", "all_reduce", "broadcast"]),
-    reduce=st.sampled_from([*REDUCE_OPS, "product"]),
+    lambda op, reduce, **kwargs: Request(op, reduce if FAMILIES[op] in REDUCING else "", **kwargs),
+    st.sampled_from(["all_reduce", "all_reduce", "all_reduce", *FAMILIES]),
+    st.sampled_from([*REDUCE_OPS, "product"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int32, torch.uint8]),
     nbytes=st.integers(0, 1 << 26),
     world_size=st.integers(2, 16),
@@ -33,15 +33,17 @@ CAPABILITIES = st.builds(
 TABLES = st.lists(
     st.builds(
         Row,
-        op=st.just("all_reduce"),
-        algorithm=st.sampled_from([*NAMES, "cpu:unheard_of"]),
+        op=st.sampled_from(["all_reduce", "all_reduce", *ALGORITHMS]),
+        algorithm=st.sampled_from([*NAMES, "cpu:pull", "cpu:push", "cpu:unheard_of"]),
         max_nbytes=st.none() | st.integers(0, 1 << 20),
         piece_nbytes=st.sampled_from([0, 4096]),
         measured_us=st.sampled_from([{}, {"cpu:two_shot": 3.0, "cpu:one_shot_pull": 5.0}]),
     ),
     max_size=5,
 ).map(lambda rows: Table(1, "", "", "", "", tuple(rows)))
-FORCED = st.sampled_from(["", "", *ENGINES, *NAMES, "two_shot", "one_shot_ll", "torch:gloo", "unheard_of"])
+FORCED = st.sampled_from(
+    ["", "", *ENGINES, *NAMES, "two_shot", "one_shot_ll", "push", "triton:pull", "torch:gloo", "unheard_of"]
+)
 
 
 def _decide(request, capabilities, table, forced):
@@ -68,7 +70,7 @@ def test_every_algorithm_is_chosen_or_rejected_once_and_with_a_reason(request, c
     if isinstance(decision, str):
         return
     fallback = f"torch:{capabilities.backend(request.device) or 'none'}"
-    expected = [*(NAMES if request.op == "all_reduce" else []), fallback]
+    expected = [*(a.name for a in ALGORITHMS[FAMILIES[request.op]]), fallback]
     assert sorted([decision.algorithm, *dict(decision.rejected)]) == sorted(expected)
     assert len(decision.rejected) == len(expected) - 1
     assert decision.reason
@@ -90,7 +92,7 @@ def test_what_is_chosen_can_do_it_and_is_what_was_forced(request, capabilities, 
     assert request.device == "cpu"
     assert not capabilities.no_shared_memory
     assert not (engine == "triton" and capabilities.no_kernels)
-    known = next(a for a in ALGORITHMS["all_reduce"] if a.name == decision.algorithm)
+    known = next(a for a in ALGORITHMS[FAMILIES[request.op]] if a.name == decision.algorithm)
     assert known.refusal(request.reduce, request.dtype) == ""
     assert engine != "triton" or forced in ("triton", decision.algorithm)
 
@@ -100,7 +102,7 @@ def test_only_what_is_chosen_lends_its_measurements_and_pieces(request, capabili
     decision = _decide(request, capabilities, table, "")
     if isinstance(decision, str) or not (decision.piece_nbytes or decision.measured_us):
         return
-    row = table.pick(request.op, decision.engine, request.world_size, request.nbytes)
+    row = table.pick(FAMILIES[request.op], decision.engine, request.world_size, request.nbytes)
     assert row.algorithm == decision.algorithm
     assert (row.piece_nbytes, tuple(row.measured_us.items())) == (decision.piece_nbytes, decision.measured_us)
 
@@ -165,7 +167,22 @@ def test_the_fallback_says_why_it_is_needed():
         "torch.uint8 is not among float32, float16, bfloat16, int32"
     )
     assert choose(_request(device="cuda"), GLOO, NO_ROWS).algorithm == "torch:nccl"
-    assert choose(_request(op="broadcast", reduce=""), GLOO, NO_ROWS).reason == "nothing else does it"
+    apart = dataclasses.replace(GLOO, no_shared_memory="rank 1 is on another host")
+    decision = choose(_request(op="broadcast", reduce=""), apart, NO_ROWS)
+    assert (decision.algorithm, decision.reason) == ("torch:gloo", "rank 1 is on another host")
+
+
+def test_data_of_any_dtype_only_moves():
+    for op in ("broadcast", "all_gatherv", "gather", "scatter", "all_to_all_single"):
+        request = _request(op=op, reduce="", dtype=torch.float8_e4m3fn)
+        assert choose(request, Capabilities(), NO_ROWS).algorithm == "cpu:pull"
+
+
+def test_equal_and_unequal_parts_go_by_the_rows_of_one_family():
+    table = _table(Row("all_gather", "cpu:push", None))
+    for op in ("all_gather_single", "all_gatherv"):
+        assert choose(_request(op=op, reduce=""), GLOO, table).algorithm == "cpu:push"
+    assert choose(_request(op="gather", reduce=""), GLOO, table).algorithm == "cpu:pull"
 
 
 def test_a_world_of_one_copies():
