@@ -109,6 +109,7 @@ class Planner:
         if arena.staging is None:
             self._agreement.agree(call, seconds)
             arena.grow(self._config.staging_bytes, self._setup_seconds)
+        return arena
 
 
 def _copy(x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:  # noqa: ARG001

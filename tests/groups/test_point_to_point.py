@@ -233,7 +233,7 @@ def _by_torch(member, is_shared):
             assert comm.recv(torch.zeros(numel), 0, algorithm=algorithm).eq(1).all()
     if not is_shared:
         with pytest.raises(
-            CapabilityError, match="'cpu', which was asked for, cannot do send .*the ranks share"
+            CapabilityError, match=r"'cpu', which was asked for, cannot do send .*the ranks share"
         ):
             comm.send(torch.ones(3), 1 - member.rank, algorithm="cpu")
     comm.close()
