@@ -256,7 +256,8 @@ def _explain_refuses(member):
         (
             lambda: comm.explain("gossip", nbytes=4),
             "'gossip' is not among all_reduce, reduce, reduce_scatter_single, reduce_scatterv, "
-            "all_gather_single, all_gatherv, gather, broadcast, scatter, all_to_all_single, barrier",
+            "all_gather_single, all_gatherv, gather, broadcast, scatter, all_to_all_single, barrier, send, "
+            "recv",
         ),
         (lambda: comm.prepare(0), "max_nbytes=0 is not a positive number of bytes"),
         (lambda: comm.prepare(-1), "max_nbytes=-1 is not a positive number of bytes"),
