@@ -16,7 +16,7 @@ from tcomm.groups.arguments import UNSET, Timeout, Unset, check_out, check_tenso
 from tcomm.groups.handle import GroupHandle
 from tcomm.groups.jobs import JOBS, Caller, Job
 from tcomm.groups.plans import Plan
-from tcomm.tuning.choose import Decision, Request, choose
+from tcomm.tuning.choose import Decision, Request, asked_of, choose
 
 __all__ = ["CallOptions", "Collective", "Ready"]
 
@@ -213,11 +213,15 @@ class Collective(GroupHandle):
             raise ConfigError(f"nbytes={nbytes} is negative")
         reduce = reduce_op_name(op) if FAMILIES[verb] in REDUCING else ""
         request = Request(verb, reduce, dtype, nbytes, self.world_size, device)
-        return choose(request, self.capabilities, self.table, algorithm or self.config.algorithm)
+        return self._choose(request, algorithm)
 
     def _decide(self, job: Job, device: str, algorithm: str) -> Decision:
         request = Request(job.call.op, job.call.reduce, job.dtype, job.nbytes, self.world_size, device)
-        return choose(request, self.capabilities, self.table, algorithm or self.config.algorithm)
+        return self._choose(request, algorithm)
+
+    def _choose(self, request: Request, algorithm: str) -> Decision:
+        asked = algorithm or asked_of(request.op, self.config.algorithm)
+        return choose(request, self.capabilities, self.table, asked)
 
 
 def _is_plain(x: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ from tcomm.algorithms import ALGORITHMS, FAMILIES, Algorithm
 from tcomm.errors import CapabilityError
 from tcomm.tuning.table import Row, Table
 
-__all__ = ["Capabilities", "Decision", "Request", "choose"]
+__all__ = ["Capabilities", "Decision", "Request", "asked_of", "choose"]
 
 ENGINES = ("cpu", "triton", "torch")
 
@@ -126,6 +126,16 @@ def choose(request: Request, capabilities: Capabilities, table: Table, forced: s
         row.piece_nbytes if row is not None and row.algorithm == chosen else 0,
         tuple(row.measured_us.items()) if row is not None and row.algorithm == chosen else (),
     )
+
+
+def asked_of(verb: str, algorithm: str) -> str:
+    """`algorithm`, which is asked of every verb; empty where only verbs of other families have it."""
+
+    def has(family: str) -> bool:
+        return any(algorithm in (a.name, a.name.partition(":")[2]) for a in ALGORITHMS[family])
+
+    mine = FAMILIES[verb]
+    return algorithm if has(mine) or not any(has(family) for family in ALGORITHMS) else ""
 
 
 def _candidates(request: Request) -> tuple[Algorithm, ...]:
