@@ -9,9 +9,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tcomm import reference
 from tcomm.errors import ConfigError, PeerLostError
 from tcomm.memory.control import Word
-from tests.groups.verbs import PULL_AND_PUSH, group_for, inputs_to_move, inputs_to_reduce, join, mistake
+from tests.groups.verbs import (
+    PULL_AND_PUSH,
+    group_for,
+    inputs_to_move,
+    inputs_to_reduce,
+    join,
+    mistake,
+    unequal_bits,
+    wrong_result,
+)
 
 REDUCING = ("all_reduce", "reduce", "reduce_scatter_single", "reduce_scatterv")
 
@@ -81,6 +91,41 @@ def test_messages_larger_than_the_staging_go_in_pieces(on_ranks, world_size):
 def _with_little_staging(member, seeds, numel):
     os.environ["TCOMM_STAGING_BYTES"] = "65536"
     assert _alternating(member, seeds, numel, PULL_AND_PUSH[:2]) == []
+
+
+def _ragged_with_little_staging(member, algorithm):
+    """Parts of which one alone is larger than the staging, and one's own, and lists and blocks of such."""
+    os.environ["TCOMM_STAGING_BYTES"] = "65536"
+    comm, rank, world, found = member.communicator(), member.rank, member.world_size, []
+    counts = [[9_000 if s == d else 500 * (s + 2 * d) for d in range(world)] for s in range(world)]
+    rows = inputs_to_move(1, [(sum(line),) for line in counts], torch.complex64)
+    want = reference.all_to_all(rows, counts)[rank]
+    lengths = [7_001, *[0] * (world - 2), 30_000]
+    parts = inputs_to_move(2, [(2, n) for n in lengths], torch.bfloat16)
+    flags = inputs_to_move(3, [(n,) for n in lengths], torch.bool)
+    inputs = inputs_to_reduce(4, world, (2, sum(lengths)), torch.float32)
+    for name in (algorithm, ""):
+        got = comm.all_to_all_single(rows[rank], counts[rank], algorithm=name)
+        found.append(unequal_bits(got, want))
+        got = comm.all_gatherv(parts[rank], dim=1, algorithm=name)
+        found.append(unequal_bits(got, torch.cat(parts, 1)))
+        got = comm.all_gatherv([parts[rank].t().contiguous(), flags[rank]], lengths, algorithm=name)
+        found += map(unequal_bits, got, (torch.cat(parts, 1).t(), torch.cat(flags)))
+        got = comm.reduce_scatterv(inputs[rank], lengths, dim=1, algorithm=name)
+        found.append(wrong_result(got, reference.reduce_scatter(inputs, "sum", 1, lengths)[rank], "sum"))
+    with comm.coalescing() as batch:
+        got = [batch.all_reduce(inputs[rank]), batch.all_reduce(inputs[rank][0])]
+    whole = reference.all_reduce(inputs)[0]
+    found += [wrong_result(x, y, "sum") for x, y in zip(got, (whole, whole[0]), strict=True)]
+    comm.close()
+    return join(found)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "algorithm"), [(2, "cpu:pull"), (3, "cpu:push"), (2, "triton:pull"), (2, "triton:push")]
+)
+def test_ragged_messages_lists_and_blocks_go_in_pieces_too(on_ranks, world_size, algorithm):
+    assert on_ranks(world_size, _ragged_with_little_staging, algorithm) == [[]] * world_size
 
 
 def _later(member):
