@@ -31,5 +31,5 @@ def test_a_third_process_sees_whom_a_hanging_rank_waits_for(on_ranks, tmp_path):
     on_ranks(2, _hang, str(tmp_path), during=look)
     assert seen[0]["waiting for rank"] == 1
     assert (seen[0]["rank"], seen[0]["world_size"], seen[0]["completed"]) == (0, 2, 1)
-    assert seen[0]["last call"] == "barrier"
+    assert seen[0]["last call"] == "barrier via cpu:arrival"
     assert seen[0]["state"] == "healthy"
