@@ -180,6 +180,8 @@ def _differ(member):
         [("broadcast", torch.ones(4), 0), ("broadcast", torch.ones(4), member.rank)],
         [("all_reduce", torch.ones(4))] * (1 + member.rank),
     ]
+    # A plan of as many bytes is there already, and is not theirs.
+    _block(comm, *(functools.partial(_call, "all_reduce", torch.ones(shape)) for shape in shapes[0]))
     for calls in cases:
         with pytest.raises(CollectiveMismatchError) as caught:
             _block(comm, *(functools.partial(_call, *call) for call in calls))
