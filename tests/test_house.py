@@ -72,10 +72,13 @@ def _kernel_sources(path):
     return [ast.unparse(f) for f in _functions(path) if _is_kernel(f)]
 
 
-def test_launchers_are_typed_and_say_what_they_raise():
-    tree = ast.parse((ROOT / "tcomm/kernels/all_reduce.py").read_text())
-    launchers = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.endswith("_all_reduce")]
-    assert len(launchers) == 4
+@pytest.mark.parametrize(
+    ("name", "count"), [("all_reduce", 4), ("exchange", 2), ("reduce_scatter", 2), ("barrier", 1)]
+)
+def test_launchers_are_typed_and_say_what_they_raise(name, count):
+    tree = ast.parse((ROOT / f"tcomm/kernels/{name}.py").read_text())
+    launchers = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.endswith(f"_{name}")]
+    assert len(launchers) == count
     for launcher in launchers:
         arguments = launcher.args.args + launcher.args.kwonlyargs
         assert all(argument.annotation is not None for argument in arguments), launcher.name

@@ -111,6 +111,48 @@ def test_a_nan_of_any_rank_stays(op, rank):
     assert _reduced(rows, op, torch.bfloat16).isnan().item()
 
 
+def _lists(results):
+    return [None if result is None else result.tolist() for result in results]
+
+
+A, B = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[10, 20], [30, 40]])
+
+
+def test_a_reduce_gives_the_root_alone_the_total():
+    assert _lists(reference.reduce([A, B], 1)) == [None, [[11, 22], [33, 44]]]
+    assert _lists(reference.reduce([A, B], 0, "max")) == [[[10, 20], [30, 40]], None]
+
+
+def test_a_reduce_scatter_cuts_the_total():
+    assert _lists(reference.reduce_scatter([A, B])) == [[[11, 22]], [[33, 44]]]
+    assert _lists(reference.reduce_scatter([A, B], "min", 1)) == [[[1], [3]], [[2], [4]]]
+    assert _lists(reference.reduce_scatter([A, B], "sum", -1, [2, 0])) == [[[11, 22], [33, 44]], [[], []]]
+
+
+def test_gathers_put_inputs_one_after_another():
+    assert _lists(reference.all_gather([A, B])) == [[[1, 2], [3, 4], [10, 20], [30, 40]]] * 2
+    assert _lists(reference.all_gather([A, B[:, :1]], 1)) == [[[1, 2, 10], [3, 4, 30]]] * 2
+    assert _lists(reference.gather([A, B], 1, -1)) == [None, [[1, 2, 10, 20], [3, 4, 30, 40]]]
+
+
+def test_a_broadcast_gives_all_the_roots():
+    got = reference.broadcast([A, B], 1)
+    assert _lists(got) == [B.tolist()] * 2
+    assert got[1].data_ptr() != B.data_ptr()
+
+
+def test_a_scatter_cuts_the_roots():
+    assert _lists(reference.scatter([A, B], 1)) == [[[10, 20]], [[30, 40]]]
+    assert _lists(reference.scatter([A, B], 0, 1)) == [[[1], [3]], [[2], [4]]]
+    assert _lists(reference.scatter([A, B], 0, 0, [0, 2])) == [[], [[1, 2], [3, 4]]]
+
+
+def test_an_all_to_all_transposes_ranks_and_parts():
+    assert _lists(reference.all_to_all([A, B])) == [[[1, 2], [10, 20]], [[3, 4], [30, 40]]]
+    ragged = [torch.tensor([1, 2, 3]), torch.tensor([10])]
+    assert _lists(reference.all_to_all(ragged, [[1, 2], [0, 1]])) == [[1], [2, 3, 10]]
+
+
 def test_inputs_are_left_as_they_are():
     inputs = every_ranks_input(1, 3, (5,), torch.float32)
     before = [tensor.clone() for tensor in inputs]

@@ -20,7 +20,7 @@ from tcomm.cli.inspection import inspect_process
 from tcomm.cli.workers import why_no_mpi
 from tcomm.config import Config
 from tcomm.errors import ConfigError, TcommError
-from tcomm.tuning.choose import Capabilities, choose, forced_on, make_request
+from tcomm.tuning.choose import Capabilities, asked_of, choose, make_request
 from tcomm.tuning.measure import Schedule
 from tcomm.tuning.table import load_table
 
@@ -130,7 +130,7 @@ def explain(
         raise ConfigError(f"{dtype!r} is no dtype of torch")
     for size in parse_sizes(nbytes):
         request = make_request(VERBS.get(op, op), redop, getattr(torch, dtype), size, ranks)
-        forced = algorithm or forced_on(request.op, config.algorithm)
+        forced = algorithm or asked_of(request.op, config.algorithm)
         typer.echo(choose(request, capabilities, load_table(config.table), forced))
 
 

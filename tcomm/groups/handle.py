@@ -28,7 +28,7 @@ from tcomm.groups.work import Work
 from tcomm.memory.arena import Arena, open_arena
 from tcomm.memory.base import Exchange, NotShared
 from tcomm.memory.control import Word
-from tcomm.tuning.choose import Capabilities, Decision, Request, choose, forced_on
+from tcomm.tuning.choose import Capabilities, Decision, Request, asked_of, choose
 
 __all__ = ["SETUP_SECONDS", "GroupHandle"]
 
@@ -173,7 +173,7 @@ class GroupHandle:
 
     def _choose(self, request: Request, algorithm: str) -> Decision:
         """The decision for a call: by what it asks for, by the environment, or by the table."""
-        forced = algorithm or forced_on(request.op, self.config.algorithm)
+        forced = algorithm or asked_of(request.op, self.config.algorithm)
         return choose(request, self.capabilities, self.table, forced)
 
     def _explain_delay(self, told: str) -> PeerTimeoutError:

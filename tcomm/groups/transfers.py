@@ -148,8 +148,8 @@ class Transfers(Collective):
             check_tensor("scatter", out)
             at = check_dim("scatter", out.shape, dim)
             shape = [*out.shape[:at], out.shape[at] * self.world_size, *out.shape[at + 1 :]]
-            # Memory that nobody touches.
-            x = self._new(torch.Size(shape), out)
+            # Memory that nobody touches, and not the pool's, which calls of other threads may be using.
+            x = torch.empty(shape, dtype=out.dtype, device=out.device)
         return self._collect("scatter", (root, dim), x, out, timeout, async_op, algorithm)
 
     @overload

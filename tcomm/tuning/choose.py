@@ -10,7 +10,7 @@ from tcomm.algorithms import ALGORITHMS, FAMILIES, REDUCING, Algorithm, reduce_o
 from tcomm.errors import CapabilityError, ConfigError
 from tcomm.tuning.table import Row, Table
 
-__all__ = ["Capabilities", "Decision", "Request", "choose", "forced_on", "make_request"]
+__all__ = ["Capabilities", "Decision", "Request", "asked_of", "choose", "make_request"]
 
 ENGINES = ("cpu", "triton", "torch")
 
@@ -99,15 +99,6 @@ def make_request(
     return Request(verb, reduce, dtype, nbytes, world_size, device)
 
 
-def forced_on(verb: str, forced: str) -> str:
-    """`forced` where the verb knows it; a setting for all verbs leaves the others to the table."""
-    engine, _, algorithm = forced.partition(":")
-    names = [known.name for known in ALGORITHMS[FAMILIES[verb]]]
-    suffixes = [name.partition(":")[2] for name in names]
-    knows = engine in ENGINES if not algorithm else forced in names or engine == "torch"
-    return forced if knows or forced in suffixes else ""
-
-
 def choose(request: Request, capabilities: Capabilities, table: Table, forced: str = "") -> Decision:
     """Pick the algorithm for `request`. Pure: the same arguments give the same decision on every rank.
 
@@ -151,6 +142,16 @@ def choose(request: Request, capabilities: Capabilities, table: Table, forced: s
         row.piece_nbytes if row is not None and row.algorithm == chosen else 0,
         tuple(row.measured_us.items()) if row is not None and row.algorithm == chosen else (),
     )
+
+
+def asked_of(verb: str, algorithm: str) -> str:
+    """`algorithm`, which is asked of every verb; empty where only verbs of other families have it."""
+
+    def has(family: str) -> bool:
+        return any(algorithm in (a.name, a.name.partition(":")[2]) for a in ALGORITHMS[family])
+
+    mine = FAMILIES[verb]
+    return algorithm if has(mine) or not any(has(family) for family in ALGORITHMS) else ""
 
 
 def _candidates(request: Request) -> tuple[Algorithm, ...]:

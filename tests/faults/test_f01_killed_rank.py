@@ -4,7 +4,9 @@ import signal
 import time
 
 import pytest
+import torch
 
+from tcomm.errors import PeerLostError
 from tcomm.groups.fallback import TorchFallback
 from tcomm.memory.channel import Channel
 from tests.faults.worlds import failure_of, group, hang, reduce_ones, reduce_until_failure
@@ -62,6 +64,43 @@ def test_f01_survivors_of_a_killed_rank_name_it(world, signals, kind):
     killer = Killer(signals, tuple(f"busy-{rank}" for rank in range(3)))
     outcomes = world(3, _until_killed, kind, signals, check=False, during=killer)
     _check_survivors(outcomes, killer)
+
+
+def _call_until_killed(member, verb, args, algorithm, signals):
+    with group(member, "torch" if algorithm == "torch" else "cpu") as comm:
+        x, failures = torch.ones(6, 2), []
+        for turn in range(100_000):
+            if turn == 3:
+                signals.show(f"busy-{member.rank}")
+            try:
+                getattr(comm, verb)(x, *args, algorithm=algorithm)
+            except PeerLostError:
+                failures.append(failure_of(getattr(comm, verb), x, *args, algorithm=algorithm))
+                break
+        signals.show(f"failed-{member.rank}")
+        signals.wait_for(*(f"failed-{rank}" for rank in range(member.world_size) if rank != VICTIM))
+        return failures
+
+
+@pytest.mark.parametrize(
+    ("verb", "args", "algorithm"),
+    [
+        ("all_gather_single", (), "cpu:pull"),
+        ("all_gather_single", (), "triton:pull"),
+        ("reduce_scatter_single", (), "cpu:push"),
+        ("all_to_all_single", ([1, 2, 3],), "cpu:push"),
+        ("all_gatherv", (), "torch"),
+    ],
+)
+def test_f01_survivors_of_other_verbs_name_the_killed_rank(world, signals, verb, args, algorithm):
+    killer = Killer(signals, tuple(f"busy-{rank}" for rank in range(3)))
+    outcomes = world(3, _call_until_killed, verb, args, algorithm, signals, check=False, during=killer)
+    for rank in (0, 2):
+        assert not outcomes[rank].error, outcomes[rank].error
+        (failure,) = outcomes[rank].value
+        assert (failure.kind, failure.rank, failure.peers) == ("PeerLostError", rank, (VICTIM,))
+        assert f"rank {VICTIM} died (pid {killer.pid}" in failure.text, failure.text
+        assert failure.seconds < 0.5
 
 
 def _hang_in_the_middle(member, phase, signals):

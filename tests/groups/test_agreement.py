@@ -1,7 +1,7 @@
 import pytest
 import torch.distributed as dist
 
-from tcomm.errors import CollectiveMismatchError
+from tcomm.errors import CapabilityError, CollectiveMismatchError
 from tcomm.groups.agreement import LocalAgreement, RemoteAgreement, SharedAgreement
 from tcomm.groups.fallback import TorchFallback
 from tcomm.signature import CallDescription
@@ -42,6 +42,28 @@ def test_ranks_that_disagree_get_one_table_and_go_on(on_ranks, kind):
 def test_a_world_of_one_agrees_with_itself():
     call = CallDescription("barrier")
     assert LocalAgreement().agree(call, None) == [call]
+
+
+def _longer_than_a_description(member, kind):
+    """Sizes that no description holds: the signature stands for them. Splits that none holds: refused."""
+    agreement = _agreement(member, kind)
+    sizes = tuple(range(10**6, 10**6 + 400))
+    call = CallDescription("all_to_all_single", "int8", sizes=sizes)
+    assert len(agreement.agree(call, 20.0)) == member.world_size
+    other = CallDescription("all_to_all_single", "int8", sizes=(*sizes[:-1], member.rank))
+    with pytest.raises(CollectiveMismatchError):
+        agreement.agree(other, 20.0)
+    splits = sizes if member.rank == 1 else (1, 2)
+    with pytest.raises(CapabilityError) as caught:
+        agreement.agree(CallDescription("all_gatherv", send_splits=splits), 20.0)
+    assert len(agreement.agree(CallDescription("barrier"), 20.0)) == member.world_size
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["shared", "remote"])
+def test_what_no_description_holds_is_agreed_on_or_refused_by_all(on_ranks, kind):
+    told = "all_gatherv: the splits of rank 1 are more than a description holds; use a smaller group"
+    assert on_ranks(2, _longer_than_a_description, kind) == [told] * 2
 
 
 def _long(member):

@@ -1,10 +1,13 @@
+import numpy as np
 import pytest
 import torch
 
 from tcomm.errors import ConfigError
 from tcomm.groups.arguments import (
+    check_dim,
     check_out,
     check_rank,
+    check_sizes,
     check_splits,
     check_tensor,
     dtype_name,
@@ -87,6 +90,58 @@ def test_a_rank_does_not_send_to_itself():
     assert _message(check_rank, "send", "dst", 1, 2, 1) == "dst=1 of send is this rank itself; name another"
 
 
+def test_a_rank_is_a_plain_number():
+    assert type(check_rank("broadcast", "root", True, 2)) is int
+
+
+@pytest.mark.parametrize(("dim", "index"), [(0, 0), (2, 2), (-1, 2), (-3, 0), (np.int64(1), 1), (True, 1)])
+def test_dimensions_are_counted_from_the_front(dim, index):
+    assert check_dim("gather", (4, 5, 6), dim) == index
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "told"),
+    [
+        ((), 0, "gather of a 0-d tensor has no dimension to go along; reshape(1)"),
+        ((4, 5), 2, "dim=2 of gather: a tensor of shape [4, 5] has dimensions -2 to 1"),
+        ((4, 5), -3, "dim=-3 of gather: a tensor of shape [4, 5] has dimensions -2 to 1"),
+        ((4, 5), 1.0, "dim=1.0 of gather is no integer"),
+        ((4, 5), None, "dim=None of gather is no integer"),
+    ],
+)
+def test_a_dimension_that_is_not_there_is_refused(shape, dim, told):
+    assert _message(check_dim, "gather", shape, dim) == told
+
+
+def test_sizes_are_plain_numbers_of_all_ranks():
+    assert check_sizes("sizes", torch.tensor([2, 0]), 2) == (2, 0)
+    assert [type(n) for n in check_sizes("sizes", [True, np.int32(4)], 2)] == [int, int]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ([1], "sizes has 1 entries; needed one for each of 2 ranks"),
+        ([1, -2], "sizes=[1, -2] has a negative entry"),
+        ([1, 2.0], "sizes=[1, 2.0] has entries that are no integers"),
+        (3, "sizes=3 has entries that are no integers"),
+        (None, "sizes=None has entries that are no integers"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes, told):
+    assert _message(check_sizes, "sizes", sizes, 2) == told
+
+
+def test_an_output_may_be_the_input_only_where_that_is_said():
+    x = torch.zeros(4)
+    check_out("broadcast", x, x, (4,))
+    check_out("all_gather_single", x, torch.zeros(0), (0,), may_alias=False)
+    parts = "is the input, and its parts do not stay where they are; give other memory"
+    assert _message(check_out, "all_to_all_single", x, x, (4,), False) == f"out= of all_to_all_single {parts}"
+    overlap = "overlaps the input without being the input; give other memory"
+    assert _message(check_out, "scatter", x, x[:2], (2,), False) == f"out= of scatter {overlap}"
+
+
 def test_splits_are_as_given_or_equal():
     assert check_splits("send_splits", None, 6, 3) == (2, 2, 2)
     assert check_splits("send_splits", [0, 6, 0], 6, 3) == (0, 6, 0)
@@ -114,3 +169,11 @@ def test_every_pair_that_disagrees_is_named():
         "rank 1 sends 3 rows to rank 0, which expects 0",
         "rank 1 sends 4 rows to rank 1, which expects 5",
     ]
+
+
+def test_who_expects_nothing_takes_what_comes():
+    calls = [
+        CallDescription("all_to_all_single", send_splits=(1, 2)),
+        CallDescription("all_to_all_single", send_splits=(3, 4), recv_splits=(9, 4)),
+    ]
+    assert refuse_unequal_splits(calls) == ["rank 0 sends 2 rows to rank 1, which expects 9"]

@@ -95,7 +95,8 @@ def test_a_tensor_may_be_taken_apart_along_any_dimension(on_ranks, world_size, a
 
 def _layouts(member, algorithm):
     comm, rank, world, found = group_for(member, algorithm), member.rank, member.world_size, []
-    for dtype in (torch.complex64, torch.float32, torch.bfloat16):
+    few = slice(0, 1) if algorithm.startswith("triton") else slice(None)
+    for dtype in (torch.complex64, torch.float32, torch.bfloat16)[few]:
         inputs = [torch.arange(24.0).view(12, 2).to(dtype) * (r + 1) for r in range(world)]
         if dtype.is_complex:
             inputs = [x + 2j * x for x in inputs]

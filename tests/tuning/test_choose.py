@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tcomm.algorithms import ALGORITHMS, FAMILIES, REDUCE_OPS, REDUCING
 from tcomm.errors import CapabilityError
-from tcomm.tuning.choose import ENGINES, Capabilities, Decision, Request, choose
+from tcomm.tuning.choose import ENGINES, Capabilities, Decision, Request, asked_of, choose
 from tcomm.tuning.table import Row, Table
 
 NAMES = [a.name for a in ALGORITHMS["all_reduce"]]
@@ -183,6 +183,14 @@ def test_equal_and_unequal_parts_go_by_the_rows_of_one_family():
     for op in ("all_gather_single", "all_gatherv"):
         assert choose(_request(op=op, reduce=""), GLOO, table).algorithm == "cpu:push"
     assert choose(_request(op="gather", reduce=""), GLOO, table).algorithm == "cpu:pull"
+
+
+def test_a_variable_asks_only_those_verbs_for_an_algorithm_that_have_it():
+    assert asked_of("all_reduce", "cpu:two_shot") == "cpu:two_shot"
+    assert asked_of("broadcast", "cpu:two_shot") == asked_of("barrier", "two_shot") == ""
+    assert asked_of("all_gatherv", "push") == "push"
+    for engine in (*ENGINES, "torch:gloo", "unheard_of", ""):
+        assert asked_of("barrier", engine) == engine
 
 
 def test_a_world_of_one_copies():
