@@ -107,7 +107,7 @@ def test_exchanges_equal_and_ragged(data, world, row):
 
 
 def test_every_verb_of_a_family_has_a_job():
-    assert set(JOBS) == {*FAMILIES, "all_to_all_ragged"}
+    assert set(JOBS) == {*FAMILIES, "all_to_all_ragged"} - {"send", "recv"}
 
 
 @given(SHAPES, st.data())
