@@ -28,7 +28,6 @@ from tcomm.groups.jobs import JOBS, Caller
 from tcomm.tuning.measure import Schedule, summarise, time_alternating
 from tcomm.tuning.table import Row, Table
 
-FAMILIES = tuple(family for family in ALGORITHMS if family != "barrier")
 ARGUMENTS = {
     "all_reduce": ("sum",),
     "reduce": (ROOT, "sum"),
@@ -111,7 +110,7 @@ def rows_of(family, measured, ranks, min_ranks, max_ranks):
 
 def main(
     out: Annotated[pathlib.Path, typer.Option(help="file to write")],
-    families: Annotated[str, typer.Option(help="collectives to measure")] = ",".join(FAMILIES),
+    families: Annotated[str, typer.Option(help="collectives to measure")] = ",".join(ARGUMENTS),
     sizes: Annotated[str, typer.Option(help="bytes, as nccl-tests counts them")] = (
         "1KiB,16KiB,64KiB,256KiB,1MiB,4MiB,32MiB"
     ),
