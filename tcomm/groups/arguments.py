@@ -25,6 +25,7 @@ __all__ = [
     "find_unequal_splits",
     "refuse_integer_average",
     "refuse_unequal_splits",
+    "share_bytes",
 ]
 
 
@@ -93,9 +94,14 @@ def check_out(
 
 def overlaps(x: torch.Tensor, out: torch.Tensor) -> bool:
     """Whether two tensors share some bytes and are not the same view."""
-    if x.numel() == 0 or out.numel() == 0:
-        return False
     if x.data_ptr() == out.data_ptr() and x.stride() == out.stride() and x.shape == out.shape:
+        return False
+    return share_bytes(x, out)
+
+
+def share_bytes(x: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether the extents of two tensors in memory meet."""
+    if x.numel() == 0 or out.numel() == 0:
         return False
     (x_first, x_last), (out_first, out_last) = _extent(x), _extent(out)
     return x_first <= out_last and out_first <= x_last

@@ -12,7 +12,7 @@ import torch
 
 from tcomm.errors import ConfigError
 from tcomm.groups.aliases import Aliases
-from tcomm.groups.arguments import UNSET, check_out, check_tensor
+from tcomm.groups.arguments import UNSET, check_out, check_tensor, share_bytes
 from tcomm.groups.jobs import JOBS, Caller, Job
 from tcomm.groups.packing import Packing, Split, describe_kinds
 
@@ -56,7 +56,7 @@ class Coalescing:
     def __init__(self, comm: Aliases) -> None:
         self._comm = comm
         self._entries: list[_Entry] = []
-        self._results: set[int] = set()
+        self._results: list[torch.Tensor] = []
 
     def all_reduce(
         self, x: torch.Tensor, op: object = "sum", *, out: torch.Tensor | None = None
@@ -87,7 +87,7 @@ class Coalescing:
     ) -> torch.Tensor:
         comm = self._comm
         check_tensor(verb, x, comm.world_size > 1)
-        if x.numel() and x.data_ptr() in self._results:
+        if any(share_bytes(x, result) for result in self._results):
             raise ConfigError(
                 f"{verb} takes a result of this block, which is not there before the block ends"
             )
@@ -98,12 +98,14 @@ class Coalescing:
             out = torch.empty(job.shape, dtype=x.dtype, device=x.device)
         else:
             check_out(verb, x, out, job.shape, job.may_alias)
+            if any(share_bytes(out, result) for result in self._results):
+                raise ConfigError(f"out= of {verb} overlaps another result of this block")
         self._entries.append(_Entry(verb, args, x, out, job))
-        self._results.add(out.data_ptr())
+        self._results.append(out)
         return out
 
     def __enter__(self) -> Self:
-        self._entries, self._results = [], set()
+        self._entries, self._results = [], []
         return self
 
     def __exit__(

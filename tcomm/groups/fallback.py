@@ -17,6 +17,7 @@ import torch.distributed as dist
 from tcomm.errors import CapabilityError, CommError, PeerLostError, PeerTimeoutError
 from tcomm.memory.channel import Channel
 from tcomm.memory.control import Word
+from tcomm.signature import CallDescription
 
 __all__ = ["TorchFallback"]
 
@@ -68,11 +69,18 @@ class TorchFallback:
 
     def send(self, x: torch.Tensor, dst: int, timeout: float | None) -> None:
         """Send x to one rank."""
+        self._let_errors_name("send")
         self.run("send", timeout, lambda: dist.isend(x, group_dst=dst, group=self.group))
 
     def recv(self, out: torch.Tensor, src: int, timeout: float | None) -> None:
         """Receive into out from one rank."""
+        self._let_errors_name("recv")
         self.run("recv", timeout, lambda: dist.irecv(out, group_src=src, group=self.group))
+
+    def _let_errors_name(self, op: str) -> None:
+        """Put down a verb that the ranks do not agree on first."""
+        if self._channel is not None:
+            self._channel.name_call(CallDescription(op))
 
     def run(self, op: str, timeout: float | None, start: Callable[[], dist.Work | None]) -> None:
         """Start an operation of torch and wait for it, as long as `timeout` allows and the peers live.

@@ -68,8 +68,10 @@ class Packing:
 
     @property
     def contents(self) -> str:
-        """The tensors in few words."""
-        return describe_kinds((split.dtype, split.shape) for split in self._splits)
+        """The tensors in few words, and where they are cut: what the ranks must have in common."""
+        told = describe_kinds((split.dtype, split.shape) for split in self._splits)
+        dims = [split.dim for split in self._splits]
+        return f"{told} along dims {dims}" if any(dims) else told
 
     def _room(self, split: Split, chunk: int) -> int:
         if not self._as_bytes:

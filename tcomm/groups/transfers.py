@@ -34,17 +34,21 @@ _NOTHING = torch.empty(0)
 class Transfers(Collective):
     """Verbs of a communicator by which data goes out. Data of any dtype only moves."""
 
-    def barrier(self, *, timeout: Timeout | Unset = UNSET, algorithm: str = "") -> None:
+    def barrier(
+        self, *, timeout: Timeout | Unset = UNSET, async_op: bool = False, algorithm: str = ""
+    ) -> Work | None:
         """Return when every rank has called it. **Collective.**
 
         Args:
             timeout: seconds, a profile, or None: as long as the peers live.
+            async_op: return a `Work` at once, which is complete when every rank has called it.
             algorithm: engine, algorithm or both that must be used, on every rank.
 
         Raises:
             CollectiveMismatchError, PeerLostError, PeerTimeoutError, GroupClosedError: as `all_reduce` does.
         """
-        self._collect("barrier", (), _NOTHING, _NOTHING, timeout, False, algorithm)
+        done = self._collect("barrier", (), _NOTHING, _NOTHING, timeout, async_op, algorithm)
+        return done if isinstance(done, Work) else None
 
     @overload
     def broadcast(

@@ -208,7 +208,18 @@ def _run(
         launch(
             _KERNELS[algorithm], grid_of(triton.cdiv(piece.longest, tile * size)), arena, call, timeout,
             words, out_words, table,
-            HALF_BYTES=layout.half_bytes, SLOT_BYTES=layout.slot_bytes, SHARED=parts.shared, UNIT=unit,
+            HALF_BYTES=layout.half_bytes, SLOT_BYTES=layout.slot_bytes, UNIT=unit,
+            SHARED=_is_shared(algorithm, piece),
             BLOCK=tile,
         )  # fmt: skip
     return out
+
+
+def _is_shared(algorithm: str, piece: Parts) -> bool:
+    """Whether a kernel treats what it gives as one range.
+
+    Where a pulled range lies depends on it, so all ranks have to say the same. Pushed parts lie in the slot
+    of their source either way: there it pays only when every rank gets the range, and not one root.
+    """
+    gets = {nbytes > 0 for _, nbytes in piece.sends}
+    return piece.shared and (algorithm == "pull" or len(gets) == 1)

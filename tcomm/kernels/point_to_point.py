@@ -10,7 +10,7 @@ one after another (the interpreter) have to be one program.
 
 Source: the credits of NCCL's SIMPLE protocol, and the counts in device memory of torchcomms' p2p kernels.
 
-Meaning: `out.copy_(x)`. Contract: `docs/memory-model.md`, section 8.
+Meaning: `out.copy_(x)`. Contract: `docs/memory-model.md`, section 9.
 """
 
 from typing import Any
@@ -24,6 +24,7 @@ from tcomm.interpret import is_interpreted
 from tcomm.kernels.device import launched_rank, page_of, pause, pointer_to
 from tcomm.kernels.hooks import interpreting
 from tcomm.kernels.launch import grid_of, launches, refuse_host_memory, tile_numel
+from tcomm.kernels.partition import as_words
 from tcomm.kernels.tiles import copy_span
 from tcomm.memory import control
 from tcomm.memory.arena import Arena
@@ -278,7 +279,7 @@ def _bytes_of(x: torch.Tensor) -> torch.Tensor:
     """[nbytes] uint8 over x, or over a copy of it where x lies at an odd address."""
     if not x.is_contiguous():
         raise ConfigError("a kernel needs a contiguous tensor; call .contiguous() first")
-    flat = x.reshape(-1).view(torch.uint8)
+    flat = as_words(x).view(torch.uint8)
     return flat if flat.data_ptr() % _ALIGNMENT == 0 else flat.clone()
 
 

@@ -52,12 +52,13 @@ DEAD_EPOCH = 1 << 31
 CONTROL_BYTES = 32 * 1024
 
 
+@enum.unique
 class Word(enum.IntEnum):
     """Index of each single word, grouped by the cache line and by who writes it."""
 
     # Written once, by the owner.
     MAGIC = 0
-    LAYOUT_VERSION = 2
+    LAYOUT_VERSION = 1
     GENERATION = 2
     RANK = 3
     WORLD_SIZE = 4

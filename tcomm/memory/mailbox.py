@@ -1,6 +1,6 @@
 """The host's side of send and recv: mailboxes, message headers, and bounded waits for one peer.
 
-`docs/memory-model.md`, section 8, is the contract. Neither epochs nor arrival words are touched here.
+`docs/memory-model.md`, section 9, is the contract. Neither epochs nor arrival words are touched here.
 """
 
 from __future__ import annotations

@@ -199,7 +199,7 @@ def _why_not(name: str, refusal: str, forced: str, device: str, row: Row | None)
     times = row.measured_us if row is not None else {}
     if row is not None and name in times and row.algorithm in times:
         return f"{times[name]:g} us where {row.algorithm} took {times[row.algorithm]:g} us"
-    return "the table prefers another"
+    return "the table prefers another" if row is not None else "another was the first that can"
 
 
 def _bound(row: Row) -> str:
