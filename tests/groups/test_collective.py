@@ -12,6 +12,7 @@ import torch.distributed as dist
 from tcomm import reference
 from tcomm.errors import ConfigError, PeerLostError
 from tcomm.memory.control import Word
+from tcomm.tuning.table import load_table
 from tests.groups.verbs import (
     PULL_AND_PUSH,
     group_for,
@@ -364,15 +365,17 @@ def _one_algorithm_for_all(member, algorithm):
     return seen
 
 
+def _by_table(family, engine):
+    return load_table().pick(family, engine, 2, 0).algorithm
+
+
 @pytest.mark.parametrize(
     ("algorithm", "used"),
     [
-        ("cpu:two_shot", ["cpu:two_shot", "cpu:pull", "cpu:arrival"]),
-        ("push", ["cpu:one_shot_pull", "cpu:push", "cpu:arrival"]),
-        ("triton", ["triton:one_shot_pull", "triton:pull", "triton:arrival"]),
+        ("cpu:two_shot", ["cpu:two_shot", _by_table("broadcast", "cpu"), "cpu:arrival"]),
+        ("push", [_by_table("all_reduce", "cpu"), "cpu:push", "cpu:arrival"]),
+        ("triton", [_by_table("all_reduce", "triton"), _by_table("broadcast", "triton"), "triton:arrival"]),
     ],
 )
 def test_the_variable_names_an_algorithm_for_the_verbs_that_have_it(on_ranks, algorithm, used):
-    for seen in on_ranks(2, _one_algorithm_for_all, algorithm):
-        assert seen[1:] == used[1:]
-        assert seen[0] == used[0] or algorithm != "cpu:two_shot"
+    assert on_ranks(2, _one_algorithm_for_all, algorithm) == [used] * 2
