@@ -5,7 +5,7 @@ Prepared once per kind of call; the contract is that of the kernels, and data of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,7 +15,7 @@ from tcomm.memory.layout import exchange_pieces, part_offset
 from tcomm.parts import Parts
 from tcomm.signature import CallDescription
 
-__all__ = ["ExchangePlan", "fetched_places", "make_exchange_plan", "staged_places"]
+__all__ = ["ExchangePlan", "fetched_places", "in_turn", "make_exchange_plan", "staged_places"]
 
 ExchangePlan = Callable[[torch.Tensor, torch.Tensor, "float | None"], None]
 """Takes contiguous x and out and the timeout in seconds. **Collective.** Raises what a `Channel` raises."""
@@ -44,6 +44,11 @@ def make_exchange_plan(
         raise AssertionError("the arena has no staging")
     pieces = exchange_pieces(algorithm, staging.layout, parts.scaled(itemsize), piece_nbytes)
     runs = [_prepare(algorithm, arena, staging, call, piece) for piece in pieces]
+    return in_turn(runs)
+
+
+def in_turn(runs: Sequence[ExchangePlan]) -> ExchangePlan:
+    """One plan after another, on the same tensors."""
     if len(runs) == 1:
         return runs[0]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from tcomm.cpu.copies import SHORT_BYTES, Copies, Place
-from tcomm.cpu.exchange import ExchangePlan, staged_places
+from tcomm.cpu.exchange import ExchangePlan, in_turn, staged_places
 from tcomm.cpu.reduction import make_reduction
 from tcomm.memory.arena import Arena, Staging
 from tcomm.memory.layout import exchange_pieces, part_offset
@@ -48,14 +48,7 @@ def make_reduce_scatter_plan(
         reduction = _Reduction(algorithm, staging, piece, op, dtype, first)
         runs.append(_prepare(algorithm, arena, staging, call, piece, reduction))
         first += reduction.numel
-    if len(runs) == 1:
-        return runs[0]
-
-    def run_all(x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
-        for run in runs:
-            run(x, out, timeout)
-
-    return run_all
+    return in_turn(runs)
 
 
 def _prepare(

@@ -23,6 +23,7 @@ __all__ = [
     "check_tensor",
     "dtype_name",
     "find_unequal_splits",
+    "is_plain",
     "refuse_integer_average",
     "refuse_unequal_splits",
     "share_bytes",
@@ -97,6 +98,11 @@ def overlaps(x: torch.Tensor, out: torch.Tensor) -> bool:
     if x.data_ptr() == out.data_ptr() and x.stride() == out.stride() and x.shape == out.shape:
         return False
     return share_bytes(x, out)
+
+
+def is_plain(x: torch.Tensor) -> bool:
+    """Whether the values of x are its memory: negated and conjugated views are flags on other values."""
+    return x.is_contiguous() and not (x.is_neg() or x.is_conj())
 
 
 def share_bytes(x: torch.Tensor, out: torch.Tensor) -> bool:

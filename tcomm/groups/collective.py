@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypedDict
 import msgspec
 import torch
 
-from tcomm.groups.arguments import UNSET, Timeout, Unset, check_out, check_tensor
+from tcomm.groups.arguments import UNSET, Timeout, Unset, check_out, check_tensor, is_plain
 from tcomm.groups.handle import GroupHandle
 from tcomm.groups.jobs import JOBS, Caller, Job
 from tcomm.groups.plans import Plan
@@ -112,7 +112,7 @@ class Collective(GroupHandle):
                 check_out(verb, x, out, shape, may_alias)
             if x.requires_grad or type(x) is not torch.Tensor:
                 check_tensor(verb, x, self.world_size > 1)
-            if _is_plain(x) and _is_plain(out):
+            if is_plain(x) and is_plain(out):
                 try:
                     plan(x, out, seconds)
                 except BaseException:
@@ -127,11 +127,11 @@ class Collective(GroupHandle):
         """Run by way of contiguous copies of what is not."""
         if ready.shape is not None and out is not x:
             check_out(verb, x, out, ready.shape, ready.may_alias)
-        dense = x if _is_plain(x) else self._new(x.shape, x).copy_(x)
+        dense = x if is_plain(x) else self._new(x.shape, x).copy_(x)
         if ready.shape is None or out is x:
             result = dense
         else:
-            result = out if _is_plain(out) else self._new(ready.shape, x)
+            result = out if is_plain(out) else self._new(ready.shape, x)
         with self._whole():
             ready.plan(dense, result, seconds)
         if ready.shape is None:
@@ -211,8 +211,3 @@ class Collective(GroupHandle):
     def _decide(self, job: Job, device: str, algorithm: str) -> Decision:
         request = Request(job.call.op, job.call.reduce, job.dtype, job.nbytes, self.world_size, device)
         return self._choose(request, algorithm)
-
-
-def _is_plain(x: torch.Tensor) -> bool:
-    """Whether the values of x are its memory: negated and conjugated views are flags on other values."""
-    return x.is_contiguous() and not (x.is_neg() or x.is_conj())

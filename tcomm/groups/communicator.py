@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Self
 
 import torch
@@ -21,8 +20,6 @@ from tcomm.memory.layout import StagingLayout
 from tcomm.signature import CallDescription
 
 __all__ = ["Communicator"]
-
-logger = logging.getLogger("tcomm")
 
 
 class Communicator(Aliases, PointToPoint):

@@ -9,7 +9,16 @@ from typing import Literal, overload
 import torch
 
 from tcomm.cpu.point_to_point import TransferPlan, make_recv, make_send
-from tcomm.groups.arguments import UNSET, Timeout, Unset, check_out, check_rank, check_tensor, dtype_name
+from tcomm.groups.arguments import (
+    UNSET,
+    Timeout,
+    Unset,
+    check_out,
+    check_rank,
+    check_tensor,
+    dtype_name,
+    is_plain,
+)
 from tcomm.groups.handle import GroupHandle
 from tcomm.groups.work import Work
 from tcomm.memory.mailbox import Message
@@ -218,18 +227,13 @@ class PointToPoint(GroupHandle):
         return run_fallback
 
 
-def _is_dense(x: torch.Tensor) -> bool:
-    """Whether the bytes of x are its values, in order; conjugated and negated views are flags on a tensor."""
-    return x.is_contiguous() and not (x.is_conj() or x.is_neg())
-
-
 def _send_dense(plan: TransferPlan, x: torch.Tensor, seconds: float | None) -> torch.Tensor:
-    plan(x if _is_dense(x) else torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x), seconds)
+    plan(x if is_plain(x) else torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x), seconds)
     return x
 
 
 def _recv_dense(plan: TransferPlan, out: torch.Tensor, seconds: float | None) -> torch.Tensor:
-    if _is_dense(out):
+    if is_plain(out):
         plan(out, seconds)
         return out
     dense = torch.empty(out.shape, dtype=out.dtype, device=out.device)
