@@ -16,7 +16,8 @@ import torch
 
 from tcomm.cpu.copies import SHORT_BYTES, memcpy
 from tcomm.cpu.reduction import make_reduction
-from tcomm.memory.arena import Arena, Staging
+from tcomm.memory.arena import Arena
+from tcomm.memory.base import Staging
 from tcomm.memory.layout import cut, slice_numel
 from tcomm.signature import CallDescription
 

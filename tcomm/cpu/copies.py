@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tcomm.memory.arena import Staging
+from tcomm.memory.base import Staging
 
 __all__ = ["SHORT_BYTES", "Copies", "Place", "memcpy"]
 

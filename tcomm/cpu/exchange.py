@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tcomm.cpu.copies import SHORT_BYTES, Copies, Place, memcpy
-from tcomm.memory.arena import Arena, Staging
+from tcomm.memory.arena import Arena
+from tcomm.memory.base import Staging
 from tcomm.memory.layout import exchange_pieces, part_offset
 from tcomm.parts import Parts
 from tcomm.signature import CallDescription

@@ -10,7 +10,8 @@ import torch
 from tcomm.cpu.copies import SHORT_BYTES, Copies, Place
 from tcomm.cpu.exchange import ExchangePlan, in_turn, staged_places
 from tcomm.cpu.reduction import make_reduction
-from tcomm.memory.arena import Arena, Staging
+from tcomm.memory.arena import Arena
+from tcomm.memory.base import Staging
 from tcomm.memory.layout import exchange_pieces, part_offset
 from tcomm.parts import Parts
 from tcomm.signature import CallDescription

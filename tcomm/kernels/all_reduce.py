@@ -38,12 +38,13 @@ from tcomm.kernels.device import (
     page_of,
     pointer_to,
     publish,
+    row_of,
 )
 from tcomm.kernels.lanes import push_lanes, reduce_lanes
-from tcomm.kernels.launch import grid_of, launch, staging_of, tile_numel
+from tcomm.kernels.launch import grid_of, is_dense, launch, rows_of, staging_of, tile_numel
 from tcomm.kernels.numerics import accumulator_of, check_reduction
 from tcomm.kernels.tiles import copy_span, reduce_span, spread_span
-from tcomm.memory.arena import Arena
+from tcomm.memory.base import KernelArena
 from tcomm.memory.layout import cut, slice_numel
 from tcomm.signature import CallDescription
 
@@ -55,16 +56,16 @@ __all__ = [
     "two_shot_all_reduce",
 ]
 
-_RUNTIME = ["rank", "signature", "budget", "numel"]
+_RUNTIME = ["rank", "signature", "budget", "x_stride", "out_stride", "numel"]
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _one_shot_push_all_reduce_kernel(
-    x_ptr, out_ptr,  # [numel]
+    x_ptr, out_ptr, x_stride, out_stride,  # [numel]
     numel, staging_ptrs, pad_ptrs,  # [W] int64, symmetric
     signature: tl.int64, rank, budget: tl.int64,
     WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
-    HALF_BYTES: tl.constexpr, SLOT_BYTES: tl.constexpr, BLOCK: tl.constexpr,
+    VIRTUAL: tl.constexpr, HALF_BYTES: tl.constexpr, SLOT_BYTES: tl.constexpr, BLOCK: tl.constexpr,
     OP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Every rank writes its x into its slot of every rank, then reduces its own slots.
@@ -72,6 +73,8 @@ def _one_shot_push_all_reduce_kernel(
     Example: W=2, x_0=[1, 2], x_1=[10, 20] -> slots of both ranks [1, 2] [10, 20] -> out=[11, 22] on both.
     """
     rank = launched_rank(rank)
+    x_ptr = row_of(x_ptr, x_stride, rank, VIRTUAL)
+    out_ptr = row_of(out_ptr, out_stride, rank, VIRTUAL)
     page = page_of(pad_ptrs, rank)
     lane_ptr = pointer_to(staging_ptrs, rank, 0, tl.int64)
     word = begin_call(page, lane_ptr, signature, LANE_HALF_BYTES // 8)
@@ -86,7 +89,7 @@ def _one_shot_push_all_reduce_kernel(
 
 def one_shot_push_all_reduce(
     x: torch.Tensor,
-    arena: Arena,
+    arena: KernelArena,
     op: str = "sum",
     *,
     out: torch.Tensor | None = None,
@@ -119,17 +122,19 @@ def one_shot_push_all_reduce(
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _one_shot_pull_all_reduce_kernel(
-    x_ptr, out_ptr,  # [numel]
+    x_ptr, out_ptr, x_stride, out_stride,  # [numel]
     numel, staging_ptrs, pad_ptrs,  # [W] int64, symmetric
     signature: tl.int64, rank, budget: tl.int64,
     WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
-    HALF_BYTES: tl.constexpr, BLOCK: tl.constexpr, OP: tl.constexpr, ACC: tl.constexpr,
+    VIRTUAL: tl.constexpr, HALF_BYTES: tl.constexpr, BLOCK: tl.constexpr, OP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Every rank stages its x at home, then reduces what all ranks staged.
 
     Example: W=2, x_0=[1, 2], x_1=[10, 20] -> staged [1, 2] on 0, [10, 20] on 1 -> out=[11, 22] on both.
     """
     rank = launched_rank(rank)
+    x_ptr = row_of(x_ptr, x_stride, rank, VIRTUAL)
+    out_ptr = row_of(out_ptr, out_stride, rank, VIRTUAL)
     page = page_of(pad_ptrs, rank)
     lane_ptr = pointer_to(staging_ptrs, rank, 0, tl.int64)
     word = begin_call(page, lane_ptr, signature, LANE_HALF_BYTES // 8)
@@ -144,7 +149,7 @@ def _one_shot_pull_all_reduce_kernel(
 
 def one_shot_pull_all_reduce(
     x: torch.Tensor,
-    arena: Arena,
+    arena: KernelArena,
     op: str = "sum",
     *,
     out: torch.Tensor | None = None,
@@ -167,11 +172,11 @@ def one_shot_pull_all_reduce(
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _two_shot_all_reduce_kernel(
-    x_ptr, out_ptr,  # [numel]
+    x_ptr, out_ptr, x_stride, out_stride,  # [numel]
     numel, staging_ptrs, pad_ptrs,  # [W] int64, symmetric
     signature: tl.int64, rank, budget: tl.int64,
     WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
-    HALF_BYTES: tl.constexpr, SLICE_UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    VIRTUAL: tl.constexpr, HALF_BYTES: tl.constexpr, SLICE_UNIT: tl.constexpr, BLOCK: tl.constexpr,
     OP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Every rank stages its x, reduces one slice of it over all ranks, then collects all slices.
@@ -180,6 +185,8 @@ def _two_shot_all_reduce_kernel(
     Example (SLICE_UNIT=1): W=2, x_0=[1, 2], x_1=[10, 20] -> rank 0 reduces [11], rank 1 [22] -> [11, 22].
     """
     rank = launched_rank(rank)
+    x_ptr = row_of(x_ptr, x_stride, rank, VIRTUAL)
+    out_ptr = row_of(out_ptr, out_stride, rank, VIRTUAL)
     page = page_of(pad_ptrs, rank)
     lane_ptr = pointer_to(staging_ptrs, rank, 0, tl.int64)
     word = begin_call(page, lane_ptr, signature, LANE_HALF_BYTES // 8)
@@ -216,7 +223,7 @@ def _span(first, length, numel):
 
 def two_shot_all_reduce(
     x: torch.Tensor,
-    arena: Arena,
+    arena: KernelArena,
     op: str = "sum",
     *,
     out: torch.Tensor | None = None,
@@ -239,11 +246,11 @@ def two_shot_all_reduce(
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _one_shot_ll_all_reduce_kernel(
-    x_ptr, out_ptr,  # [numel], of 2 or 4 bytes an element
+    x_ptr, out_ptr, x_stride, out_stride,  # [numel], of 2 or 4 bytes an element
     numel, staging_ptrs, pad_ptrs,  # [W] int64, symmetric
     signature: tl.int64, rank, budget: tl.int64,
     WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
-    BLOCK: tl.constexpr, OP: tl.constexpr, ACC: tl.constexpr,
+    VIRTUAL: tl.constexpr, BLOCK: tl.constexpr, OP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Every rank writes (epoch, 32 bits of x) lanes into every rank; a lane arrives whole or not at all.
 
@@ -251,6 +258,8 @@ def _one_shot_ll_all_reduce_kernel(
     Example: W=2, epoch 7, x_0=[1, 2], x_1=[10, 20] -> lanes (7, 1) (7, 2) and (7, 10) (7, 20) -> [11, 22].
     """
     rank = launched_rank(rank)
+    x_ptr = row_of(x_ptr, x_stride, rank, VIRTUAL)
+    out_ptr = row_of(out_ptr, out_stride, rank, VIRTUAL)
     page = page_of(pad_ptrs, rank)
     lane_ptr = pointer_to(staging_ptrs, rank, 0, tl.int64)
     word = begin_call(page, lane_ptr, signature, LANE_HALF_BYTES // 8)
@@ -267,7 +276,7 @@ def _one_shot_ll_all_reduce_kernel(
 
 def one_shot_ll_all_reduce(
     x: torch.Tensor,
-    arena: Arena,
+    arena: KernelArena,
     op: str = "sum",
     *,
     out: torch.Tensor | None = None,
@@ -305,7 +314,7 @@ def _run(
     algorithm: str,
     capacity: int,
     x: torch.Tensor,
-    arena: Arena,
+    arena: KernelArena,
     op: str,
     out: torch.Tensor | None,
     timeout: float | None,
@@ -314,30 +323,31 @@ def _run(
 ) -> torch.Tensor:
     """Check, cut into pieces that fit `capacity` bytes, and launch each as one call of the group."""
     out = torch.empty_like(x) if out is None else out
-    _check(x, out, op)
+    _check(x, out, op, arena)
     if call is None:
         name = str(x.dtype).removeprefix("torch.")
         call = CallDescription("all_reduce", name, tuple(x.shape), op, algorithm=f"triton:{algorithm}")
-    flat_x, flat_out = x.view(-1), out.view(-1)
+    rows, out_rows = rows_of(x, arena), rows_of(out, arena)
     # A lane is 8 bytes, and carries 4 bytes of x.
     by_lanes = kernel is _one_shot_ll_all_reduce_kernel
     tile = tile_numel(8 if by_lanes else x.itemsize)
     per_item = 4 // x.itemsize if by_lanes else 1
     acc = accumulator_of(x.dtype)
-    for start, numel in cut(x.numel(), x.itemsize, capacity):
+    for start, numel in cut(rows.shape[1], x.itemsize, capacity):
         launch(
             kernel, grid_of(triton.cdiv(numel, tile * per_item)), arena, call, timeout,
-            flat_x[start : start + numel], flat_out[start : start + numel], numel,
+            rows[:, start : start + numel], out_rows[:, start : start + numel],
+            rows.stride(0), out_rows.stride(0), numel,
             BLOCK=tile, OP=op, ACC=acc, **constants,
         )  # fmt: skip
     return out
 
 
-def _check(x: torch.Tensor, out: torch.Tensor, op: str) -> None:
+def _check(x: torch.Tensor, out: torch.Tensor, op: str, arena: KernelArena) -> None:
     check_reduction(x.dtype, op)
     if (out.shape, out.dtype) != (x.shape, x.dtype):
         raise ConfigError(
             f"out is {out.dtype} {list(out.shape)}, x is {x.dtype} {list(x.shape)}; they must be alike"
         )
-    if not (x.is_contiguous() and out.is_contiguous()):
+    if not (is_dense(x, arena) and is_dense(out, arena)):
         raise ConfigError("a kernel needs contiguous x and out; call .contiguous() first")

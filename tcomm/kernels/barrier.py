@@ -18,7 +18,7 @@ from tcomm.kernels.device import (
     publish,
 )
 from tcomm.kernels.launch import launch
-from tcomm.memory.arena import Arena
+from tcomm.memory.base import KernelArena
 from tcomm.signature import CallDescription
 
 __all__ = ["arrival_barrier"]
@@ -31,6 +31,7 @@ def _arrival_barrier_kernel(
     staging_ptrs, pad_ptrs,  # [W] int64, symmetric
     signature: tl.int64, rank, budget: tl.int64,
     WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
+    VIRTUAL: tl.constexpr,
 ):  # fmt: skip
     """Every rank writes its word into every page, and waits for all words in its own.
 
@@ -45,7 +46,9 @@ def _arrival_barrier_kernel(
     finish_call(page, word)
 
 
-def arrival_barrier(arena: Arena, *, timeout: float | None = 120.0, call: CallDescription = _BARRIER) -> None:
+def arrival_barrier(
+    arena: KernelArena, *, timeout: float | None = 120.0, call: CallDescription = _BARRIER
+) -> None:
     """Wait until every rank has come here. **Collective.**
 
     Args:

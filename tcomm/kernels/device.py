@@ -14,25 +14,33 @@ import triton.language as tl
 
 from tcomm.interpret import is_interpreted
 from tcomm.kernels import hooks
+from tcomm.kernels.device_cuda import nanoseconds
 from tcomm.memory import control
-from tcomm.memory.control import ErrorKind, Word
+from tcomm.memory.control import ErrorKind, HostWord, Word
 
 __all__ = [
     "INTERPRETED",
     "accumulate",
     "await_peers",
+    "axis_rank",
     "begin_call",
     "finish_call",
     "is_aborted",
     "launched_rank",
     "page_of",
+    "pause",
     "pointer_to",
     "publish",
     "record_late",
     "rounded",
+    "row_of",
+    "started",
+    "tell_host",
 ]
 
 INTERPRETED = tl.constexpr(is_interpreted())
+
+_POLLS_PER_LOOK = tl.constexpr(256)
 
 _EPOCH = tl.constexpr(int(Word.EPOCH))
 _BLOCKS_DONE = tl.constexpr(int(Word.BLOCKS_DONE))
@@ -43,6 +51,10 @@ _ERROR_EXPECTED = tl.constexpr(int(Word.ERROR_EXPECTED))
 _ERROR_SEEN = tl.constexpr(int(Word.ERROR_SEEN))
 _ERROR_PHASE = tl.constexpr(int(Word.ERROR_PHASE))
 _ERROR_BLOCK = tl.constexpr(int(Word.ERROR_BLOCK))
+_HOST_RECORD = tl.constexpr(int(Word.HOST_RECORD))
+_HOST_EXPECTED = tl.constexpr(int(HostWord.EXPECTED))
+_HOST_SEEN = tl.constexpr(int(HostWord.SEEN))
+_HOST_ABORT = tl.constexpr(int(HostWord.ABORT))
 _MISMATCH = tl.constexpr(int(ErrorKind.MISMATCH))
 _TIMEOUT = tl.constexpr(int(ErrorKind.TIMEOUT))
 _ARRIVALS = tl.constexpr(control.ARRIVALS)
@@ -54,22 +66,65 @@ _RENEWAL_MASK = tl.constexpr(control.RENEWAL_MASK)
 _DEAD_EPOCH = tl.constexpr(control.DEAD_EPOCH)
 
 if is_interpreted():
-    pause = hooks.pause
+    axis_rank = hooks.axis_rank
+
+    def pause(phase, block, word, page, polls, since, budget, ATOMIC_POLL):
+        """Let peers run; the host has the clock."""
+        return hooks.pause(phase, block, word)
 else:
 
     @triton.jit
-    def pause(phase, block, word):
-        """Between two polls of a compiled kernel there is nothing to do."""
-        return tl.full((), 0, tl.int32)
+    def axis_rank():
+        """Which of the ranks of one launch this program works for."""
+        return tl.program_id(1)
+
+    @triton.jit
+    def pause(phase, block, word, page, polls, since, budget, ATOMIC_POLL: tl.constexpr):
+        """Between two polls of a compiled kernel: 1 when it has waited long enough, else 0.
+
+        The clock and the host's abort word are looked at seldom: the one is slow, the other beyond a bus.
+        """
+        given_up = tl.full((), 0, tl.int32)
+        if ATOMIC_POLL:
+            given_up = (polls >= budget).to(tl.int32)
+        elif polls % _POLLS_PER_LOOK == _POLLS_PER_LOOK - 1:
+            given_up = (nanoseconds() - since >= budget).to(tl.int32)
+            record = tl.load(page + _HOST_RECORD)
+            if record != 0:
+                abort_ptr = record.to(tl.pointer_type(tl.int64)) + _HOST_ABORT
+                given_up = tl.where(tl.load(abort_ptr, volatile=True) != 0, 1, given_up)
+        return given_up
+
+
+@triton.jit
+def started(ATOMIC_POLL: tl.constexpr):
+    """When a wait begins, for `pause`: nanoseconds on CUDA; elsewhere polls, or the host's clock, count."""
+    if INTERPRETED or ATOMIC_POLL:
+        return tl.full((), 0, tl.int64)
+    else:
+        return nanoseconds()
 
 
 @triton.jit
 def launched_rank(rank):
-    """The rank that this program works for. The one place to change when ranks become a grid axis.
+    """The rank that this program works for: the first of the launch, and one more along the grid's y axis.
 
     64 bits wide: offsets that are multiples of it pass 2**31 in large staging.
     """
-    return rank.to(tl.int64)
+    return rank.to(tl.int64) + axis_rank()
+
+
+@triton.jit
+def row_of(ptr, stride, rank, VIRTUAL: tl.constexpr):
+    """Where the tensor of `rank` begins. One tensor has all those of virtual ranks, `stride` elements apart.
+
+    Rows begin at multiples of 16 bytes.
+    """
+    if VIRTUAL:
+        # A hint on the pointer is lost where the compiler adds offsets up first.
+        return ptr + tl.multiple_of(rank * stride, 128 // ptr.dtype.element_ty.primitive_bitwidth)
+    else:
+        return ptr
 
 
 @triton.jit
@@ -124,20 +179,21 @@ def await_peers(
 ):  # fmt: skip
     """Wait until this block of every rank has published `word`; 0 when so, else the kind of error.
 
-    Bounded: by `budget` polls when compiled, by the host's clock when interpreted. Polls this rank's own
-    memory. An error goes into the error record, and the abort word makes the other blocks stop waiting.
+    Bounded: by `budget` (nanoseconds on CUDA, else polls) when compiled, by the host's clock when
+    interpreted. Polls this rank's own memory. An error goes into the error record, and the abort word makes
+    the other blocks stop waiting.
     """
     peers = tl.arange(0, LANES)
     mask = peers < WORLD
     inbox = page + _arrivals(phase, word) + peers
     epoch = (word >> 32) & _EPOCH_MASK
     waiting = _count_absent(inbox, mask, epoch, ATOMIC_POLL)
+    since = started(ATOMIC_POLL)
     polls = tl.full((), 0, tl.int64)
     given_up = tl.full((), 0, tl.int32)
     while (waiting > 0) & (given_up == 0):
-        given_up = pause(phase, tl.program_id(0), word)
+        given_up = pause(phase, tl.program_id(0), word, page, polls, since, budget, ATOMIC_POLL)
         polls += 1
-        given_up = tl.where(polls >= budget, 1, given_up)
         given_up = tl.where(is_aborted(page, word), 1, given_up)
         waiting = _count_absent(inbox, mask, epoch, ATOMIC_POLL)
     # The polls above order nothing; this reads the words again, with acquire.
@@ -217,7 +273,20 @@ def _claim_record(page, phase, word, theirs, kind, peer):
         tl.store(page + _ERROR_SEEN, theirs)
         tl.store(page + _ERROR_PHASE, tl.full((), 0, tl.int64) + phase)
         tl.store(page + _ERROR_BLOCK, tl.program_id(0).to(tl.int64))
+        tell_host(page, kind, peer, word, theirs, tl.full((), 0, tl.int64) + phase)
     tl.atomic_xchg(page + _ABORT, _abort_of(word), sem="release", scope="gpu")
+
+
+@triton.jit
+def tell_host(page, kind, peer, word, theirs, phase):
+    """Repeat the error record where the host can read it while the GPU works; what counts is one word."""
+    record = tl.load(page + _HOST_RECORD)
+    if record != 0:
+        host = record.to(tl.pointer_type(tl.int64))
+        tl.store(host + _HOST_EXPECTED, word)
+        tl.store(host + _HOST_SEEN, theirs)
+        block = tl.program_id(0).to(tl.int64)
+        tl.store(host, kind.to(tl.int64) | (peer.to(tl.int64) << 8) | (phase << 16) | (block << 24))
 
 
 @triton.jit

@@ -19,7 +19,7 @@ Meaning: `all_gather`, `scatter`, `broadcast` and `all_to_all` of `tcomm.referen
 Contract: `docs/memory-model.md`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -33,28 +33,30 @@ from tcomm.kernels.device import (
     page_of,
     pointer_to,
     publish,
+    row_of,
 )
-from tcomm.kernels.launch import grid_of, launch, staging_of, tile_numel
-from tcomm.kernels.partition import as_words, given_part, part_from, part_table, part_to
+from tcomm.kernels.launch import grid_of, launch, rows_of, staging_of, tile_numel
+from tcomm.kernels.partition import as_words, each_rank, given_part, part_from, part_table, part_to
 from tcomm.kernels.tiles import copy_span, spread_span
-from tcomm.memory.arena import Arena
+from tcomm.memory.base import KernelArena
 from tcomm.memory.layout import exchange_pieces
 from tcomm.parts import Parts
 from tcomm.signature import CallDescription
 
 __all__ = ["LAUNCHERS", "pull_exchange", "push_exchange"]
 
-_RUNTIME = ["rank", "signature", "budget"]
+_RUNTIME = ["rank", "signature", "budget", "x_stride", "out_stride"]
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _push_exchange_kernel(
-    x_ptr, out_ptr, parts_ptr,  # [4, W] int64, see part_table
+    x_ptr, out_ptr, x_stride, out_stride,
+    parts_ptr,  # [4, W] int64, see part_table
     staging_ptrs, pad_ptrs,  # [W] int64, symmetric
     signature: tl.int64, rank, budget: tl.int64,
     WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
-    HALF_BYTES: tl.constexpr, SLOT_BYTES: tl.constexpr, SHARED: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    VIRTUAL: tl.constexpr, HALF_BYTES: tl.constexpr, SLOT_BYTES: tl.constexpr, SHARED: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Every rank writes each part of x into its slot of the rank that gets it, which copies it to out.
 
@@ -62,6 +64,9 @@ def _push_exchange_kernel(
     -> out_0=[1, 10], out_1=[2, 20].
     """
     rank = launched_rank(rank)
+    x_ptr = row_of(x_ptr, x_stride, rank, VIRTUAL)
+    out_ptr = row_of(out_ptr, out_stride, rank, VIRTUAL)
+    parts_ptr = row_of(parts_ptr, 4 * WORLD, rank, VIRTUAL)
     page = page_of(pad_ptrs, rank)
     lane_ptr = pointer_to(staging_ptrs, rank, 0, tl.int64)
     word = begin_call(page, lane_ptr, signature, LANE_HALF_BYTES // 8)
@@ -89,8 +94,8 @@ def _push_exchange_kernel(
 def push_exchange(
     x: torch.Tensor,
     out: torch.Tensor,
-    arena: Arena,
-    parts: Parts,
+    arena: KernelArena,
+    parts: Parts | Sequence[Parts],
     *,
     timeout: float | None = 120.0,
     call: CallDescription | None = None,
@@ -103,6 +108,7 @@ def push_exchange(
         out: what it gets, contiguous, of the dtype of x.
         arena: of the group, with staging. A part longer than a slot goes in several pieces.
         parts: which ranges go where, in elements; the tables of all ranks must fit together.
+            Of virtual ranks, all tables.
         timeout: seconds that each piece may wait; None: while the peers live.
         call: what the ranks compare; made from the arguments where None.
         piece_nbytes: bytes of a part in a piece, at most; 0: as many as fit. The same on every rank.
@@ -119,18 +125,22 @@ def push_exchange(
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _pull_exchange_kernel(
-    x_ptr, out_ptr, parts_ptr,  # [4, W] int64, see part_table
+    x_ptr, out_ptr, x_stride, out_stride,
+    parts_ptr,  # [4, W] int64, see part_table
     staging_ptrs, pad_ptrs,  # [W] int64, symmetric
     signature: tl.int64, rank, budget: tl.int64,
     WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
-    HALF_BYTES: tl.constexpr, SLOT_BYTES: tl.constexpr, SHARED: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    VIRTUAL: tl.constexpr, HALF_BYTES: tl.constexpr, SLOT_BYTES: tl.constexpr, SHARED: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Every rank stages the parts of x at home, once where all get the same; their owners fetch them.
 
     Example (all-gather): W=2, x_0=[1, 2], x_1=[10] -> staged [1, 2] on 0, [10] on 1 -> out=[1, 2, 10].
     """
     rank = launched_rank(rank)
+    x_ptr = row_of(x_ptr, x_stride, rank, VIRTUAL)
+    out_ptr = row_of(out_ptr, out_stride, rank, VIRTUAL)
+    parts_ptr = row_of(parts_ptr, 4 * WORLD, rank, VIRTUAL)
     page = page_of(pad_ptrs, rank)
     lane_ptr = pointer_to(staging_ptrs, rank, 0, tl.int64)
     word = begin_call(page, lane_ptr, signature, LANE_HALF_BYTES // 8)
@@ -162,8 +172,8 @@ def _pull_exchange_kernel(
 def pull_exchange(
     x: torch.Tensor,
     out: torch.Tensor,
-    arena: Arena,
-    parts: Parts,
+    arena: KernelArena,
+    parts: Parts | Sequence[Parts],
     *,
     timeout: float | None = 120.0,
     call: CallDescription | None = None,
@@ -190,26 +200,29 @@ def _run(
     algorithm: str,
     x: torch.Tensor,
     out: torch.Tensor,
-    arena: Arena,
-    parts: Parts,
+    arena: KernelArena,
+    parts: Parts | Sequence[Parts],
     timeout: float | None,
     call: CallDescription | None,
     piece_nbytes: int,
 ) -> torch.Tensor:
     """Launch each piece as one call of the group."""
     layout = staging_of(arena).layout
-    words, out_words = as_words(x), as_words(out)
+    words, out_words = as_words(rows_of(x, arena)), as_words(rows_of(out, arena))
     size, tile = words.itemsize, tile_numel(words.itemsize)
     if call is None:
         name = str(x.dtype).removeprefix("torch.")
         call = CallDescription("exchange", name, algorithm=f"triton:{algorithm}")
-    for piece in exchange_pieces(algorithm, layout, parts.scaled(x.itemsize), piece_nbytes):
-        table, unit = part_table(piece, size, x.device)
+    tables = [
+        exchange_pieces(algorithm, layout, one.scaled(x.itemsize), piece_nbytes) for one in each_rank(parts)
+    ]
+    for pieces in zip(*tables, strict=True):
+        table, unit = part_table(pieces, size, arena)
         launch(
-            _KERNELS[algorithm], grid_of(triton.cdiv(piece.longest, tile * size)), arena, call, timeout,
-            words, out_words, table,
+            _KERNELS[algorithm], grid_of(triton.cdiv(pieces[0].longest, tile * size)), arena, call, timeout,
+            words, out_words, words.stride(0), out_words.stride(0), table,
             HALF_BYTES=layout.half_bytes, SLOT_BYTES=layout.slot_bytes, UNIT=unit,
-            SHARED=_is_shared(algorithm, piece),
+            SHARED=all(_is_shared(algorithm, piece) for piece in pieces),
             BLOCK=tile,
         )  # fmt: skip
     return out

@@ -13,11 +13,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["Waiter", "interpreting", "pause"]
+__all__ = ["Waiter", "axis_rank", "interpreting", "pause"]
 
 
 class Waiter(Protocol):
-    """Waits on behalf of an interpreted kernel: a `Channel`, or a `PairWait`."""
+    """Waits on behalf of an interpreted kernel: a `Channel`, a `PairWait`, or all `VirtualRanks`."""
+
+    @property
+    def axis_rank(self) -> int:
+        """Which of the ranks of this launch runs."""
+        ...
 
     def kernel_pause(self, phase: int, block: int, word: int) -> int:
         """Let peers run between two polls; 0 to poll again, 1 to give the wait up."""
@@ -41,6 +46,11 @@ def interpreting(waiter: Waiter) -> Iterator[None]:
                 yield
         finally:
             _waiter = None
+
+
+def axis_rank() -> int:
+    """Which of the ranks of one launch is interpreted now; 0 where each launch is one rank's."""
+    return 0 if _waiter is None else _waiter.axis_rank
 
 
 def pause(phase: Any, block: Any, word: Any) -> int:

@@ -7,7 +7,7 @@ them in time, so a lane that carries the epoch of a call was written in that cal
 import triton
 import triton.language as tl
 
-from tcomm.kernels.device import accumulate, is_aborted, pause, pointer_to, record_late, rounded
+from tcomm.kernels.device import accumulate, is_aborted, pause, pointer_to, record_late, rounded, started
 from tcomm.memory import control
 
 __all__ = ["push_lanes", "reduce_lanes"]
@@ -99,12 +99,12 @@ def _await_lanes(ptrs, mask, page, source, word, budget, ATOMIC_POLL: tl.constex
     """The lanes at `ptrs`, once all of them carry the epoch of this call. Bounded, as `await_peers` is."""
     lanes = _poll_lanes(ptrs, mask, ATOMIC_POLL)
     waiting = _count_stale(lanes, mask, word)
+    since = started(ATOMIC_POLL)
     polls = tl.full((), 0, tl.int64)
     given_up = tl.full((), 0, tl.int32)
     while (waiting > 0) & (given_up == 0):
-        given_up = pause(_LANES_OF + source, tl.program_id(0), word)
+        given_up = pause(_LANES_OF + source, tl.program_id(0), word, page, polls, since, budget, ATOMIC_POLL)
         polls += 1
-        given_up = tl.where(polls >= budget, 1, given_up)
         given_up = tl.where(is_aborted(page, word), 1, given_up)
         waiting = _count_stale(_poll_lanes(ptrs, mask, ATOMIC_POLL), mask, word)
     if waiting > 0:

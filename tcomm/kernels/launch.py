@@ -1,46 +1,43 @@
-"""Launching a kernel that waits: counted, hooked up when interpreted, its error raised afterwards."""
+"""Launching a kernel that waits: counted, by whatever runs kernels here, its error raised afterwards."""
 
 from __future__ import annotations
 
-import collections
 import functools
 from typing import Any
 
 import torch
 import triton
 
-from tcomm.errors import CapabilityError
+from tcomm.errors import CapabilityError, ConfigError
 from tcomm.interpret import is_interpreted
+from tcomm.kernels.bound import COMPILED_THREADS, launch_compiled, launches
 from tcomm.kernels.hooks import interpreting
-from tcomm.memory.arena import Arena, Staging
+from tcomm.kernels.schedule import run_in_turns
+from tcomm.memory.base import KernelArena, Staging
 from tcomm.memory.control import MAX_BLOCKS
 from tcomm.signature import CallDescription
 
 __all__ = [
-    "COMPILED_MAX_REGISTERS",
-    "COMPILED_THREADS",
+    "budget_of",
     "common_constants",
     "grid_of",
+    "is_dense",
     "launch",
     "launches",
     "refuse_host_memory",
+    "rows_of",
     "staging_of",
     "tile_numel",
 ]
 
-launches: collections.Counter[str] = collections.Counter()
-"""How often each kernel was launched in this process, by name."""
-
-COMPILED_THREADS = 256
-"""Threads of a compiled program: 8 warps of 32, 4 waves of 64."""
-COMPILED_MAX_REGISTERS = 128
-"""`maxnreg` of a compiled kernel: without it ptxas spills of its own accord, to fit more blocks on an SM."""
 # One 16-byte access per thread and source: with 16 sources in flight nothing spills.
 _COMPILED_TILE_BYTES = 16 * COMPILED_THREADS
 _COMPILED_BLOCKS = 16
-_COMPILED_POLLS = 1 << 31
+_POLLS_WITHOUT_A_CLOCK = 1 << 31
+_FOR_EVER = 1 << 62
 _INTERPRETED_BLOCKS = 2
 _INTERPRETED_TILE = 65536
+_ROW_BYTES = 16
 
 
 @functools.cache
@@ -55,7 +52,7 @@ def grid_of(num_tiles: int) -> int:
     return max(1, min(num_tiles, limit, MAX_BLOCKS))
 
 
-def staging_of(arena: Arena) -> Staging:
+def staging_of(arena: KernelArena) -> Staging:
     """The staging memory of a group.
 
     Raises:
@@ -66,13 +63,47 @@ def staging_of(arena: Arena) -> Staging:
     return arena.staging
 
 
-def common_constants(arena: Arena, staging: Staging) -> dict[str, Any]:
+def rows_of(x: torch.Tensor, arena: KernelArena) -> torch.Tensor:
+    """[rows, numel] view of x: a row for each rank that a launch works for, which is one unless virtual.
+
+    Args:
+        x: contiguous; of virtual ranks [W, ...], where each rank's tensor is.
+        arena: of the group.
+
+    Raises:
+        ConfigError: when rows are missing, or do not begin at multiples of 16 bytes.
+    """
+    if not arena.is_virtual:
+        return x.as_strided((1, x.numel()), (x.numel(), 1))
+    if x.dim() == 0 or x.shape[0] != arena.world_size:
+        raise ConfigError(
+            f"a tensor {list(x.shape)} has not one row for each of {arena.world_size} virtual ranks"
+        )
+    step = x.stride(0) * x.itemsize
+    if x[0].numel() and (step % _ROW_BYTES or x.data_ptr() % _ROW_BYTES):
+        raise ConfigError(
+            f"rows {step} bytes apart: those of virtual ranks begin at multiples of {_ROW_BYTES} bytes; "
+            "make the tensor by VirtualRanks.empty()"
+        )
+    # A row may be followed by padding, so the whole need not be contiguous.
+    return x.as_strided((arena.world_size, x[0].numel()), (x.stride(0), 1))
+
+
+def is_dense(x: torch.Tensor, arena: KernelArena) -> bool:
+    """Whether each rank's tensor is contiguous."""
+    return (
+        x.is_contiguous() if not arena.is_virtual or x.dim() == 0 else all(map(torch.Tensor.is_contiguous, x))
+    )
+
+
+def common_constants(arena: KernelArena, staging: Staging) -> dict[str, Any]:
     """Compile-time arguments that every kernel takes."""
     return {
         "WORLD": arena.world_size,
         "LANES": triton.next_power_of_2(arena.world_size),
         "LANE_HALF_BYTES": staging.layout.lane_half_bytes,
         "ATOMIC_POLL": torch.version.hip is not None,
+        "VIRTUAL": arena.is_virtual,
     }
 
 
@@ -89,16 +120,23 @@ def refuse_host_memory() -> None:
         )
 
 
+def budget_of(timeout: float | None) -> int:
+    """What a compiled kernel may spend in one wait: nanoseconds, or polls where it has no clock."""
+    if torch.version.hip is not None:
+        return _POLLS_WITHOUT_A_CLOCK
+    return _FOR_EVER if timeout is None else min(int(timeout * 1e9), _FOR_EVER)
+
+
 def launch(
     kernel: Any,
     num_blocks: int,
-    arena: Arena,
+    arena: KernelArena,
     call: CallDescription,
     timeout: float | None,
     *args: Any,
     **constants: Any,
 ) -> None:
-    """Launch `kernel` on `num_blocks` programs as the next call of the group. **Collective.**
+    """Launch `kernel` on `num_blocks` programs a rank as the next call of the group. **Collective.**
 
     Args:
         kernel: takes args, then the staging and pad tables, signature, rank and budget, then constants.
@@ -106,7 +144,7 @@ def launch(
         arena: whose epoch it advances.
         call: what it does, for the signature.
         timeout: seconds that it may wait; None: while the peers live.
-        *args: of the kernel, ahead of those that every kernel takes.
+        *args: of the kernel, ahead of those that every kernel takes: x, out and their strides first.
         **constants: of the kernel, besides `common_constants`.
 
     Raises:
@@ -114,19 +152,22 @@ def launch(
         CapabilityError: when there is nothing to run it on.
     """
     staging = staging_of(arena)
-    refuse_host_memory()
+    if arena.device.type == "cpu":
+        refuse_host_memory()
     channel = arena.channel
     epoch = channel.begin(call, timeout)
-    launches[kernel.__name__] += 1
-    with interpreting(channel):
-        kernel[(num_blocks,)](
-            *args,
-            staging.buffer.table,
-            arena.control.table,
-            call.signature,
-            arena.rank,
-            _COMPILED_POLLS,
-            **common_constants(arena, staging),
-            **constants,
-        )
+    given = {**common_constants(arena, staging), **constants}
+    values = (*args, staging.buffer.table, arena.control.table, call.signature)
+
+    def interpret(rank: int) -> None:
+        launches[kernel.__name__] += 1
+        kernel[(num_blocks,)](*values, rank, 0, **given)
+
+    if not is_interpreted():
+        launch_compiled(kernel, num_blocks, arena, call, values, budget_of(timeout), given)
+    elif arena.is_virtual:
+        run_in_turns(arena.launch_parts, interpret, timeout)
+    else:
+        with interpreting(channel):
+            interpret(arena.rank)
     channel.after_kernel(epoch)

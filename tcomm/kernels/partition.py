@@ -1,39 +1,65 @@
 """The table of parts: made on the host, read by the kernels that move ranges."""
 
-import functools
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
+from tcomm.memory.base import KernelArena
 from tcomm.parts import Parts
 
-__all__ = ["as_words", "given_part", "part_from", "part_table", "part_to"]
+__all__ = ["as_words", "each_rank", "given_part", "part_from", "part_table", "part_to"]
 
 _VECTOR_BYTES = 16
+_MAX_TABLES = 1024
+_Key = tuple[tuple[Parts, ...], int, torch.device]
+_tables: dict[_Key, tuple[torch.Tensor, int]] = {}
+"""The tables used last, in order of use: they are the same in every call of a kind."""
+_captured: dict[_Key, tuple[torch.Tensor, int]] = {}
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
 def as_words(x: torch.Tensor) -> torch.Tensor:
-    """Contiguous x, flat, as integers: what only moves needs no type."""
-    # A single element may have any stride and be contiguous, and could not be seen as smaller words.
-    return x.as_strided((x.numel(),), (1,)).view(_WORDS[x.itemsize])
+    """x, whose last dimension has stride 1, as integers: what only moves needs no type."""
+    return x.view(_WORDS[x.itemsize])
 
 
-@functools.lru_cache(1024)
-def part_table(parts: Parts, itemsize: int, device: torch.device) -> tuple[torch.Tensor, int]:
-    """What a kernel needs to know of `parts`, which are in bytes.
+def each_rank(parts: Parts | Sequence[Parts]) -> tuple[Parts, ...]:
+    """The table of this rank, or those of all virtual ranks."""
+    return (parts,) if isinstance(parts, Parts) else tuple(parts)
+
+
+def part_table(parts: tuple[Parts, ...], itemsize: int, arena: KernelArena) -> tuple[torch.Tensor, int]:
+    """What a kernel needs to know of `parts` (of each rank that a launch works for), which are in bytes.
+
+    Raises:
+        CapabilityError: while a graph is captured, when the table has yet to be made.
 
     Returns:
-        [4, W] int64 (first word and number of words of what is sent to each rank, then of what is received
-        from each), and a number of words that divides every first one: a whole vector, or 1.
+        [ranks, 4, W] int64 (first word and number of words of what is sent to each rank, then of what is
+        received from each), and a number of words that divides every first one: a whole vector, or 1.
     """
-    ranges = (*parts.sends, *parts.receives)
+    key = (parts, itemsize, arena.device)
+    found = _tables.pop(key, None)
+    if found is None:
+        arena.runtime.refuse_in_capture("a table of parts has to be made")
+        found = _make_table(parts, itemsize, arena.device)
+    elif arena.runtime.capture_id(arena.runtime.current_stream()):
+        # The graph has its address for as long as it lives.
+        _captured[key] = found
+    _tables[key] = found
+    if len(_tables) > _MAX_TABLES:
+        del _tables[next(iter(_tables))]
+    return found
+
+
+def _make_table(parts: tuple[Parts, ...], itemsize: int, device: torch.device) -> tuple[torch.Tensor, int]:
+    ranges = [part for one in parts for part in (*one.sends, *one.receives)]
     aligned = all(first % _VECTOR_BYTES == 0 for first, nbytes in ranges if nbytes)
     rows = [
-        [part[field] // itemsize for part in side]
-        for side in (parts.sends, parts.receives)
-        for field in (0, 1)
+        [[part[field] // itemsize for part in side] for side in (one.sends, one.receives) for field in (0, 1)]
+        for one in parts
     ]
     return torch.tensor(rows, dtype=torch.int64, device=device), _VECTOR_BYTES // itemsize if aligned else 1
 

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from tcomm.errors import ConfigError
 from tcomm.interpret import is_interpreted
-from tcomm.kernels.device import launched_rank, page_of, pause, pointer_to
+from tcomm.kernels.device import launched_rank, page_of, pause, pointer_to, started, tell_host
 from tcomm.kernels.hooks import interpreting
 from tcomm.kernels.launch import grid_of, launches, refuse_host_memory, tile_numel
 from tcomm.kernels.partition import as_words
@@ -68,7 +68,7 @@ def _send_kernel(
     Example: slots of 8 bytes, 3 sent before, x=[7, 8] int64 -> slot 3: header, [7]; slot 0: [8]; head 5.
     """
     rank = launched_rank(rank)
-    peer = launched_rank(peer)
+    peer = peer.to(tl.int64)
     page = page_of(pad_ptrs, rank)
     head_ptr = page_of(pad_ptrs, peer) + _HEADS + rank * _LINE
     sent = tl.load(page + _SENT + peer)
@@ -128,7 +128,7 @@ def _recv_kernel(
     Example: slots of 8 bytes, 3 received before; slot 3: header, [7]; slot 0: [8] -> out=[7, 8]; tail 5.
     """
     rank = launched_rank(rank)
-    peer = launched_rank(peer)
+    peer = peer.to(tl.int64)
     page = page_of(pad_ptrs, rank)
     tail_ptr = page_of(pad_ptrs, peer) + _TAILS + rank * _LINE
     received = tl.load(page + _RECEIVED + peer)
@@ -202,12 +202,12 @@ def _await_count(page, index, CREDITS: tl.constexpr, wanted, peer, budget, ATOMI
     # Not polled ahead of the loop: LLVM (Triton 3.6, AMD) would merge both polls into a loop with two
     # entries, where one lane waits for the rest of its wave.
     state = tl.full((), 1, tl.int32)
+    since = started(ATOMIC_POLL)
     polls = tl.full((), 0, tl.int64)
     given_up = tl.full((), 0, tl.int32)
     while (state == 1) & (given_up == 0):
-        given_up = pause(0, tl.program_id(0), wanted)
+        given_up = pause(0, tl.program_id(0), wanted, page, polls, since, budget, ATOMIC_POLL)
         polls += 1
-        given_up = tl.where(polls >= budget, 1, given_up)
         state = _poll(words, lanes, least, ATOMIC_POLL)
     # The polls above order nothing; this reads the count again, with acquire.
     seen = tl.atomic_add(words, 0, sem="acquire", scope="sys")
@@ -240,6 +240,7 @@ def _record(page, kind: tl.constexpr, peer, expected, seen):
         tl.store(page + _ERROR_EXPECTED, expected)
         tl.store(page + _ERROR_SEEN, seen)
         tl.store(page + _ERROR_BLOCK, tl.program_id(0).to(tl.int64))
+        tell_host(page, claim, peer, expected, seen, tl.full((), 0, tl.int64))
 
 
 @triton.jit
@@ -279,7 +280,8 @@ def _bytes_of(x: torch.Tensor) -> torch.Tensor:
     """[nbytes] uint8 over x, or over a copy of it where x lies at an odd address."""
     if not x.is_contiguous():
         raise ConfigError("a kernel needs a contiguous tensor; call .contiguous() first")
-    flat = as_words(x).view(torch.uint8)
+    # A single element may have any stride and be contiguous, and could not be seen as smaller words.
+    flat = as_words(x.as_strided((x.numel(),), (1,))).view(torch.uint8)
     return flat if flat.data_ptr() % _ALIGNMENT == 0 else flat.clone()
 
 

@@ -20,7 +20,7 @@ Triton-distributed, with the barrier before their reuse replaced by double buffe
 Meaning: `tcomm.reference.reduce_scatter`. Contract: `docs/memory-model.md`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -34,29 +34,31 @@ from tcomm.kernels.device import (
     page_of,
     pointer_to,
     publish,
+    row_of,
 )
-from tcomm.kernels.launch import grid_of, launch, staging_of, tile_numel
+from tcomm.kernels.launch import grid_of, launch, rows_of, staging_of, tile_numel
 from tcomm.kernels.numerics import accumulator_of, check_reduction
-from tcomm.kernels.partition import part_from, part_table, part_to
+from tcomm.kernels.partition import each_rank, part_from, part_table, part_to
 from tcomm.kernels.tiles import copy_span, reduce_span
-from tcomm.memory.arena import Arena
+from tcomm.memory.base import KernelArena
 from tcomm.memory.layout import exchange_pieces
 from tcomm.parts import Parts
 from tcomm.signature import CallDescription
 
 __all__ = ["LAUNCHERS", "pull_reduce_scatter", "push_reduce_scatter"]
 
-_RUNTIME = ["rank", "signature", "budget"]
+_RUNTIME = ["rank", "signature", "budget", "x_stride", "out_stride"]
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _push_reduce_scatter_kernel(
-    x_ptr, out_ptr, parts_ptr, # [4, W] int64, see part_table
+    x_ptr, out_ptr, x_stride, out_stride,
+    parts_ptr,  # [4, W] int64, see part_table
     staging_ptrs, pad_ptrs,  # [W] int64, symmetric
     signature: tl.int64, rank, budget: tl.int64,
     WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
-    HALF_BYTES: tl.constexpr, SLOT_BYTES: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
-    OP: tl.constexpr, ACC: tl.constexpr,
+    VIRTUAL: tl.constexpr, HALF_BYTES: tl.constexpr, SLOT_BYTES: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK: tl.constexpr, OP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Every rank writes each part of x into its slot of the rank whose part it is, which reduces its slots.
 
@@ -64,6 +66,9 @@ def _push_reduce_scatter_kernel(
     -> out_0=[11], out_1=[22].
     """
     rank = launched_rank(rank)
+    x_ptr = row_of(x_ptr, x_stride, rank, VIRTUAL)
+    out_ptr = row_of(out_ptr, out_stride, rank, VIRTUAL)
+    parts_ptr = row_of(parts_ptr, 4 * WORLD, rank, VIRTUAL)
     page = page_of(pad_ptrs, rank)
     lane_ptr = pointer_to(staging_ptrs, rank, 0, tl.int64)
     word = begin_call(page, lane_ptr, signature, LANE_HALF_BYTES // 8)
@@ -87,8 +92,8 @@ def _push_reduce_scatter_kernel(
 def push_reduce_scatter(
     x: torch.Tensor,
     out: torch.Tensor,
-    arena: Arena,
-    parts: Parts,
+    arena: KernelArena,
+    parts: Parts | Sequence[Parts],
     op: str = "sum",
     *,
     timeout: float | None = 120.0,
@@ -120,18 +125,22 @@ def push_reduce_scatter(
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _pull_reduce_scatter_kernel(
-    x_ptr, out_ptr, parts_ptr,  # [4, W] int64, see part_table
+    x_ptr, out_ptr, x_stride, out_stride,
+    parts_ptr,  # [4, W] int64, see part_table
     staging_ptrs, pad_ptrs,  # [W] int64, symmetric
     signature: tl.int64, rank, budget: tl.int64,
     WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
-    HALF_BYTES: tl.constexpr, SLOT_BYTES: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
-    OP: tl.constexpr, ACC: tl.constexpr,
+    VIRTUAL: tl.constexpr, HALF_BYTES: tl.constexpr, SLOT_BYTES: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK: tl.constexpr, OP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Every rank stages the parts of x at home; each reduces what all ranks staged for it.
 
     Example: W=2, x_0=[1, 2], x_1=[10, 20] -> staged [1] [2] on 0, [10] [20] on 1 -> out_0=[11], out_1=[22].
     """
     rank = launched_rank(rank)
+    x_ptr = row_of(x_ptr, x_stride, rank, VIRTUAL)
+    out_ptr = row_of(out_ptr, out_stride, rank, VIRTUAL)
+    parts_ptr = row_of(parts_ptr, 4 * WORLD, rank, VIRTUAL)
     page = page_of(pad_ptrs, rank)
     lane_ptr = pointer_to(staging_ptrs, rank, 0, tl.int64)
     word = begin_call(page, lane_ptr, signature, LANE_HALF_BYTES // 8)
@@ -154,8 +163,8 @@ def _pull_reduce_scatter_kernel(
 def pull_reduce_scatter(
     x: torch.Tensor,
     out: torch.Tensor,
-    arena: Arena,
-    parts: Parts,
+    arena: KernelArena,
+    parts: Parts | Sequence[Parts],
     op: str = "sum",
     *,
     timeout: float | None = 120.0,
@@ -187,8 +196,8 @@ def _run(
     algorithm: str,
     x: torch.Tensor,
     out: torch.Tensor,
-    arena: Arena,
-    parts: Parts,
+    arena: KernelArena,
+    parts: Parts | Sequence[Parts],
     op: str,
     timeout: float | None,
     call: CallDescription | None,
@@ -201,11 +210,16 @@ def _run(
         name = str(x.dtype).removeprefix("torch.")
         call = CallDescription("reduce_scatter", name, reduce=op, algorithm=f"triton:{algorithm}")
     tile = tile_numel(x.itemsize)
-    for piece in exchange_pieces(algorithm, layout, parts.scaled(x.itemsize), piece_nbytes):
-        table, unit = part_table(piece, x.itemsize, x.device)
+    rows, out_rows = rows_of(x, arena), rows_of(out, arena)
+    tables = [
+        exchange_pieces(algorithm, layout, one.scaled(x.itemsize), piece_nbytes) for one in each_rank(parts)
+    ]
+    for pieces in zip(*tables, strict=True):
+        table, unit = part_table(pieces, x.itemsize, arena)
+        num_blocks = grid_of(triton.cdiv(pieces[0].longest, tile * x.itemsize))
         launch(
-            _KERNELS[algorithm], grid_of(triton.cdiv(piece.longest, tile * x.itemsize)), arena, call, timeout,
-            x.view(-1), out.view(-1), table,
+            _KERNELS[algorithm], num_blocks, arena, call, timeout,
+            rows, out_rows, rows.stride(0), out_rows.stride(0), table,
             HALF_BYTES=layout.half_bytes, SLOT_BYTES=layout.slot_bytes, UNIT=unit, BLOCK=tile,
             OP=op, ACC=accumulator_of(x.dtype),
         )  # fmt: skip

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import secrets
 import weakref
 from collections.abc import Sequence
 
 import msgspec
+import torch
 
 from tcomm.errors import PeerLostError, RendezvousError
-from tcomm.memory.base import Exchange, NotShared, SymmetricBuffer
+from tcomm.memory.base import Exchange, LaunchPart, NotShared, Staging, SymmetricBuffer
 from tcomm.memory.channel import Channel
 from tcomm.memory.control import CONTROL_BYTES, EPOCH_MASK, MAX_WORLD_SIZE, ControlPage, PoisonCode, Word
 from tcomm.memory.farewell import announce_leaving, cancel_leaving
 from tcomm.memory.layout import StagingLayout
 from tcomm.memory.liveness import Identity, PeerProcess, my_identity
 from tcomm.memory.mailbox import Mailboxes, MailboxLayout
+from tcomm.memory.runtime import HostRuntime
 from tcomm.memory.shm import SharedMemoryTransport
 from tcomm.signature import CallDescription
 
 __all__ = ["Arena", "Staging", "open_arena"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Staging:
-    """Staging memory of all ranks, and where things lie in it. Whoever holds it keeps it alive."""
-
-    buffer: SymmetricBuffer
-    """Every rank's staging, addressable here."""
-    layout: StagingLayout
-    """The same on all ranks."""
 
 
 class Arena:
@@ -40,6 +31,10 @@ class Arena:
     Made by `open_arena`. Addresses never change: `grow` makes new staging and leaves the old one to those
     who hold it; control pages, mailboxes, epochs and arrival words stay.
     """
+
+    is_virtual = False
+    device = torch.device("cpu")
+    runtime = HostRuntime()
 
     def __init__(
         self,
@@ -56,6 +51,7 @@ class Arena:
         self._mailboxes: Mailboxes | None = None
         self._spins = spins
         self.staging: Staging | None = None
+        self.launch_parts = (LaunchPart(channel.rank),)
         self._transport = transport
         # Who drops a group instead of closing it gives its descriptors back, too.
         self._release = weakref.finalize(

@@ -1,14 +1,27 @@
-"""The three contracts of symmetric memory: how ranks exchange bytes, what they get, who makes it."""
+"""The contracts of symmetric memory: how ranks exchange bytes, who makes it, what kernels see of it."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-__all__ = ["Exchange", "NotShared", "SymmetricBuffer", "Transport"]
+from tcomm.memory.layout import StagingLayout
+from tcomm.memory.runtime import Runtime
+from tcomm.signature import CallDescription
+
+__all__ = [
+    "Exchange",
+    "KernelArena",
+    "KernelChannel",
+    "LaunchPart",
+    "NotShared",
+    "Staging",
+    "SymmetricBuffer",
+    "Transport",
+]
 
 
 class Exchange(Protocol):
@@ -58,7 +71,8 @@ class SymmetricBuffer:
         self.world_size = len(buffers)
         self.nbytes = buffers[0].numel()
         self._buffers = tuple(buffers)
-        self.table = torch.tensor([b.data_ptr() for b in buffers], dtype=torch.int64)
+        addresses = [b.data_ptr() for b in buffers]
+        self.table = torch.tensor(addresses, dtype=torch.int64, device=buffers[rank].device)
 
     @property
     def local(self) -> torch.Tensor:
@@ -108,4 +122,96 @@ class Transport(Protocol):
             CapabilityError: on every rank, when one of them lacks the room; says needed and available.
             RendezvousError: when a rank did not come in time.
         """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Staging:
+    """Staging memory of all ranks, and where things lie in it. Whoever holds it keeps it alive."""
+
+    buffer: SymmetricBuffer
+    """Every rank's staging, addressable here."""
+    layout: StagingLayout
+    """The same on all ranks."""
+    multicast: int = 0
+    """Address at which a store reaches the staging of all ranks; 0 where the fabric has none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchPart:
+    """One launch of a call, and the ranks that it works for."""
+
+    rank: int
+    """The first of them."""
+    num_ranks: int = 1
+    """How many there are: the size of the grid's y axis."""
+    stream: Any = None
+    """`torch.cuda.Stream` to launch on; None: the current one."""
+
+
+class KernelChannel(Protocol):
+    """What happens on the host before and after a kernel."""
+
+    axis_rank: int
+    """Which of the ranks of a launch is interpreted now."""
+
+    def begin(self, call: CallDescription, timeout: float | None) -> int:
+        """Take the next epoch, or raise what ended the group."""
+        ...
+
+    def after_kernel(self, epoch: int) -> None:
+        """Raise what the kernel found, as far as it is known by now."""
+        ...
+
+    def kernel_pause(self, phase: int, block: int, word: int) -> int:
+        """Let peers run while an interpreted kernel waits; 1 to give the wait up, else 0."""
+        ...
+
+
+class KernelArena(Protocol):
+    """The memory of a group, as kernels and their launchers see it, on whatever device."""
+
+    @property
+    def rank(self) -> int:
+        """This process, within the group; 0 where it is all of them."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the memory is."""
+        ...
+
+    @property
+    def is_virtual(self) -> bool:
+        """Whether this process is every rank, and a tensor has a row for each."""
+        ...
+
+    @property
+    def staging(self) -> Staging | None:
+        """Where messages pass; None until it is made."""
+        ...
+
+    @property
+    def control(self) -> SymmetricBuffer:
+        """Control pages."""
+        ...
+
+    @property
+    def channel(self) -> KernelChannel:
+        """Of this process."""
+        ...
+
+    @property
+    def runtime(self) -> Runtime:
+        """Streams of the device."""
+        ...
+
+    @property
+    def launch_parts(self) -> Sequence[LaunchPart]:
+        """The launches that make one call in this process."""
         ...

@@ -44,6 +44,9 @@ class Channel:
         spins: polls before a wait begins to yield, and to look at the dead and the clock.
     """
 
+    axis_rank = 0
+    """A launch of this rank works for no other."""
+
     def __init__(
         self,
         group: str,

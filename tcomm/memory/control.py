@@ -18,6 +18,7 @@ __all__ = [
     "DEAD_EPOCH",
     "EPOCH_MASK",
     "HEADS",
+    "HOST_WORDS",
     "LAYOUT_VERSION",
     "MAGIC",
     "MAILBOX_LINE",
@@ -33,6 +34,7 @@ __all__ = [
     "TAILS",
     "ControlPage",
     "ErrorKind",
+    "HostWord",
     "PoisonCode",
     "Word",
     "arrival_index",
@@ -40,7 +42,7 @@ __all__ = [
 ]
 
 MAGIC = 0x74636F6D6D706167  # b"tcommpag"
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 MAX_WORLD_SIZE = 16
 MAX_BLOCKS = 32
 MAX_PHASES = 2
@@ -78,6 +80,8 @@ class Word(enum.IntEnum):
     EPOCH = 24
     BLOCKS_DONE = 25
     ABORT = 26
+    # Address of a `HostWord` record, where the page itself is out of the host's reach; else 0.
+    HOST_RECORD = 27
     # Error record of a kernel; the kind is claimed first.
     ERROR_KIND = 32
     ERROR_PEER = 33
@@ -86,6 +90,21 @@ class Word(enum.IntEnum):
     ERROR_PHASE = 36
     ERROR_BLOCK = 37
 
+
+@enum.unique
+class HostWord(enum.IntEnum):
+    """Index of each word of a record in pinned host memory: an error record, and a word that ends waits."""
+
+    # kind | peer << 8 | phase << 16 | block << 24, in one store.
+    ERROR = 0
+    EXPECTED = 1
+    SEEN = 2
+    # Written by the host: a kernel that waits gives up.
+    ABORT = 8
+
+
+HOST_WORDS = 16
+"""Words of such a record: two cache lines, the second written by the host."""
 
 REASON_WORD, REASON_BYTES = 64, 256
 DESCRIPTIONS, DESCRIPTION_BYTES = 128, 1024

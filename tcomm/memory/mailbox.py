@@ -93,6 +93,8 @@ class PairWait:
         peer: who gives them.
     """
 
+    axis_rank = 0
+
     def __init__(self, channel: Channel, spins: int, op: str, peer: int) -> None:
         self.peer = peer
         self._channel = channel

@@ -15,7 +15,8 @@ from triton.compiler import ASTSource
 
 from tcomm import kernels
 from tcomm.algorithms import acc_dtype
-from tcomm.kernels.launch import COMPILED_MAX_REGISTERS, COMPILED_THREADS, tile_numel
+from tcomm.kernels.bound import COMPILED_MAX_REGISTERS, COMPILED_THREADS
+from tcomm.kernels.launch import tile_numel
 from tcomm.kernels.point_to_point import mailbox_constants
 from tcomm.memory.layout import StagingLayout, slice_numel
 from tcomm.memory.mailbox import MailboxLayout
@@ -36,6 +37,8 @@ TARGETS = {
 PARAMETERS = {
     "x_ptr": "*{dtype}",
     "out_ptr": "*{dtype}",
+    "x_stride": "i32",
+    "out_stride": "i32",
     "parts_ptr": "*i64",
     "numel": "i32",
     "staging_ptrs": "*i64",
@@ -45,8 +48,8 @@ PARAMETERS = {
     "budget": "i64",
 }
 """Run-time arguments of kernels of collectives and their types."""
-USUAL_PARAMETERS = tuple(name for name in PARAMETERS if name != "parts_ptr")
-"""Those of a kernel on whole messages, in order."""
+USUAL_PARAMETERS = tuple(n for n in PARAMETERS if n not in {"parts_ptr", "x_stride", "out_stride"})
+"""Those of the kernels of `broken.py`, in order."""
 MAILBOX_PARAMETERS = {
     "header_ptr": "*i64",
     "nbytes": "i64",
@@ -107,10 +110,12 @@ class Case:
     world_size: int
     op: str
     aligned: bool = True
+    virtual: bool = False
 
     def __str__(self):
         name = self.kernel.removeprefix("_").removesuffix("_kernel").removesuffix("_all_reduce")
         tail = "" if self.aligned else "-unaligned"
+        tail += "-virtual" if self.virtual else ""
         return f"{self.target}-{name}-{self.dtype}-{self.world_size}-{self.op}{tail}"
 
     @property
@@ -133,6 +138,8 @@ def _reducing_cases(kernel, protocol):
     if not protocol.lanes:
         yield Case(kernel, "sm_90", "fp64", 8, "sum")
         yield Case(kernel, "gfx942", "i64", 3, "min")
+    yield Case(kernel, "sm_90", "bf16", 8, "sum", virtual=True)
+    yield Case(kernel, "sm_100", "fp32", 3, "max", virtual=True)
     yield Case(kernel, "sm_90", "bf16", 2, "min", aligned=False)
     yield Case(kernel, "gfx942", "bf16", 2, "min", aligned=False)
 
@@ -146,6 +153,7 @@ def _moving_cases(kernel, protocol):
     if protocol.spans:
         for dtype in ("u8", "i64"):
             yield Case(kernel, "sm_90", dtype, 16, "split")
+        yield Case(kernel, "sm_90", "i16", 8, "split", virtual=True)
         yield Case(kernel, "sm_90", "i32", 2, "split", aligned=False)
         yield Case(kernel, "gfx942", "i32", 2, "split", aligned=False)
 
@@ -209,6 +217,7 @@ def constants_of(case):
         "LANES": triton.next_power_of_2(case.world_size),
         "LANE_HALF_BYTES": layout.lane_half_bytes,
         "ATOMIC_POLL": TARGETS[case.target].backend == "hip",
+        "VIRTUAL": case.virtual,
         "HALF_BYTES": layout.half_bytes,
         "SLOT_BYTES": layout.slot_bytes,
         "SLICE_UNIT": slice_numel(1, dtype.itemsize, 1),

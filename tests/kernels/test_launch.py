@@ -36,7 +36,13 @@ def _constants(member):
 
 def test_kernels_are_told_the_world_and_the_lanes(on_ranks):
     for constants in on_ranks(3, _constants):
-        assert constants == {"WORLD": 3, "LANES": 4, "LANE_HALF_BYTES": 16128, "ATOMIC_POLL": False}
+        assert constants == {
+            "WORLD": 3,
+            "LANES": 4,
+            "LANE_HALF_BYTES": 16128,
+            "ATOMIC_POLL": False,
+            "VIRTUAL": False,
+        }
 
 
 def _counts(member):

@@ -7,8 +7,7 @@ import torch
 import triton.language as tl
 
 from tcomm.kernels import tiles
-from tcomm.memory.arena import Staging
-from tcomm.memory.base import SymmetricBuffer
+from tcomm.memory.base import Staging, SymmetricBuffer
 from tcomm.memory.layout import StagingLayout
 from tests.kernels.test_all_reduce import use_tiles
 from tests.test_algorithms import TRITON, mistake, reduce_by

@@ -1,0 +1,168 @@
+"""Compiled kernels, bound once: what stays the same from call to call is kept, tensors and streams change.
+
+Triton's own launch looks every argument over, which takes longer than a small collective. Here that happens
+once for each kind of call; afterwards a launch is one call into the driver, with addresses.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+
+from tcomm.errors import CapabilityError
+from tcomm.memory.base import KernelArena
+from tcomm.signature import CallDescription
+
+__all__ = [
+    "COMPILED_MAX_REGISTERS",
+    "COMPILED_THREADS",
+    "BoundLaunch",
+    "launch_compiled",
+    "launches",
+    "recording",
+    "replay",
+]
+
+COMPILED_THREADS = 256
+"""Threads of a compiled program: 8 warps of 32, 4 waves of 64."""
+COMPILED_MAX_REGISTERS = 128
+"""`maxnreg` of a compiled kernel: without it ptxas spills of its own accord, to fit more blocks on an SM."""
+
+launches: collections.Counter[str] = collections.Counter()
+"""How often each kernel was launched in this process, by name."""
+
+_VECTOR_BYTES = 16
+_compiled: dict[tuple[object, ...], Any] = {}
+_recorded: list[BoundLaunch] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundLaunch:
+    """A launch of which only the addresses of two tensors, the stream and the time are open."""
+
+    name: str
+    """Of the kernel."""
+    compiled: Any
+    """`triton.compiler.CompiledKernel`, loaded."""
+    num_blocks: int
+    """Programs of each rank."""
+    arena: KernelArena
+    """Of the group."""
+    call: CallDescription
+    """For the signature."""
+    tensors: tuple[int, ...]
+    """Addresses of x and out when it was bound; none for a barrier."""
+    before: tuple[Any, ...]
+    """Arguments behind x and out, up to the rank; tensors among them stay alive with this."""
+    after: tuple[Any, ...]
+    """Constants, in order."""
+
+    def __call__(self, tensors: Sequence[int], budget: int) -> None:
+        """Launch on x and out at these addresses, in the streams of the arena."""
+        kernel = self.compiled
+        launches[self.name] += 1
+        for part in self.arena.launch_parts:
+            stream = self.arena.runtime.current_stream() if part.stream is None else part.stream.cuda_stream
+            kernel.run(
+                self.num_blocks, part.num_ranks, 1, stream, kernel.function, kernel.packed_metadata,
+                None, None, None, *tensors, *self.before, part.rank, budget, *self.after,
+            )  # fmt: skip
+
+
+def launch_compiled(
+    kernel: Any,
+    num_blocks: int,
+    arena: KernelArena,
+    call: CallDescription,
+    values: tuple[Any, ...],
+    budget: int,
+    constants: Mapping[str, Any],
+) -> None:
+    """Launch a kernel, compiled when it was not before.
+
+    Args:
+        kernel: a `@triton.jit` function whose first arguments are x and out, or the tables.
+        num_blocks: programs of each rank.
+        arena: of the group.
+        call: for the signature.
+        values: of all run-time arguments up to the rank.
+        budget: what each wait may take; see `launch.budget_of`.
+        constants: of the kernel, by name.
+
+    Raises:
+        CapabilityError: while a graph is captured, when it has yet to be compiled or loaded.
+    """
+    has_tensors = kernel.arg_names[0] == "x_ptr"
+    compiled = _compiled_for(kernel, arena, (*values, arena.launch_parts[0].rank, budget), constants)
+    ordered = tuple(constants[name] for name in kernel.arg_names if name in constants)
+    split = 2 if has_tensors else 0
+    tensors = tuple(value.data_ptr() for value in values[:split])
+    bound = BoundLaunch(kernel.__name__, compiled, num_blocks, arena, call, tensors, values[split:], ordered)
+    bound(tensors, budget)
+    if _recorded is not None:
+        _recorded.append(bound)
+
+
+def _compiled_for(
+    kernel: Any, arena: KernelArena, values: tuple[Any, ...], constants: Mapping[str, Any]
+) -> Any:
+    """The kernel for arguments of this kind, loaded on the device of the arena."""
+    key = (kernel, arena.device, tuple(map(_kind, values)), tuple(sorted(constants.items(), key=str)))
+    found = _compiled.get(key)
+    if found is None:
+        arena.runtime.refuse_in_capture(f"{kernel.__name__} has to be compiled and loaded")
+        options: dict[str, Any] = {"launch_cooperative_grid": True}
+        target = triton.runtime.driver.active.get_current_target()
+        options["num_warps"] = COMPILED_THREADS // target.warp_size
+        if target.backend == "cuda":
+            options["maxnreg"] = COMPILED_MAX_REGISTERS
+        with arena.runtime.on_device():
+            found = kernel.run(*values, grid=(1, 1, 1), warmup=True, **constants, **options)
+            # Loads the module: later that could wait for a kernel which waits for this rank.
+            if found.run is None or found.function is None:
+                raise CapabilityError(f"Triton gave no launcher for {kernel.__name__}")
+        _compiled[key] = found
+    return found
+
+
+def _kind(value: Any) -> object:
+    """All of an argument that the compiler takes notice of."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % _VECTOR_BYTES == 0
+    return abs(value) >> 31 == 0 if isinstance(value, int) else None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[BoundLaunch]]:
+    """Collect the compiled launches of one call. Calls of a process that are recorded take turns."""
+    global _recorded  # noqa: PLW0603 - guarded by the lock of the communicator
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def replay(bound: Sequence[BoundLaunch], moved: tuple[int, int], budget: int, timeout: float | None) -> None:
+    """Make a call again, of launches that were recorded. **Collective.**
+
+    Args:
+        bound: its launches, in order.
+        moved: bytes by which x and out lie elsewhere now; multiples of 16.
+        budget: what each wait may take.
+        timeout: seconds, for errors.
+
+    Raises:
+        PeerLostError, PeerTimeoutError, CollectiveMismatchError: what an earlier call left behind.
+    """
+    for each in bound:
+        channel = each.arena.channel
+        epoch = channel.begin(each.call, timeout)
+        each([address + by for address, by in zip(each.tensors, moved, strict=False)], budget)
+        channel.after_kernel(epoch)

@@ -1,0 +1,164 @@
+"""The few calls of the CUDA runtime that tcomm makes, so that a test can stand in for them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from typing import Any, Protocol
+
+import torch
+
+from tcomm.errors import CapabilityError
+
+__all__ = ["CudaRuntime", "HostRuntime", "Runtime", "StreamOrder"]
+
+
+class Runtime(Protocol):
+    """Streams and captures of one device."""
+
+    def current_stream(self) -> int:
+        """Handle of the stream that the caller works on."""
+        ...
+
+    def capture_id(self, stream: int) -> int:
+        """Number of the capture that `stream` is in; 0 when it is in none."""
+        ...
+
+    def let_wait(self, waiting: int, awaited: int) -> None:
+        """Make everything on `waiting` from here on come after all that `awaited` has got so far."""
+        ...
+
+    def refuse_in_capture(self, what: str) -> None:
+        """Check that the current stream is not captured, because `what`.
+
+        Raises:
+            CapabilityError: when it is; says how to do it before.
+        """
+        ...
+
+    def on_device(self) -> contextlib.AbstractContextManager[object]:
+        """Make the device current."""
+        ...
+
+
+class HostRuntime:
+    """Of host memory: one stream, no captures."""
+
+    def current_stream(self) -> int:
+        """0."""
+        return 0
+
+    def capture_id(self, stream: int) -> int:
+        """0."""
+        del stream
+        return 0
+
+    def let_wait(self, waiting: int, awaited: int) -> None:
+        """Nothing: everything is done in order."""
+
+    def refuse_in_capture(self, what: str) -> None:
+        """Nothing."""
+
+    def on_device(self) -> contextlib.AbstractContextManager[object]:
+        """Nothing."""
+        return contextlib.nullcontext()
+
+
+class CudaRuntime:
+    """Of one CUDA device.
+
+    Args:
+        device: with an index.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._get_stream = torch._C._cuda_getCurrentRawStream
+
+    def current_stream(self) -> int:
+        """Handle of torch's current stream of the device."""
+        return int(self._get_stream(self.device.index))
+
+    def capture_id(self, stream: int) -> int:
+        """Number of the capture that `stream` is in; 0 when it is in none."""
+        # What torch has looks at the current stream only, and has no number.
+        if not torch.cuda.is_current_stream_capturing() and stream == self.current_stream():
+            return 0
+        status, number = ctypes.c_int(0), ctypes.c_uint64(0)
+        failed = _capture_info()(
+            ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None
+        )
+        return number.value if not failed and status.value == _CAPTURING else 0
+
+    def let_wait(self, waiting: int, awaited: int) -> None:
+        """Make everything on `waiting` from here on come after all that `awaited` has got so far."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.ExternalStream(awaited, device=self.device))
+        event.wait(torch.cuda.ExternalStream(waiting, device=self.device))
+
+    def refuse_in_capture(self, what: str) -> None:
+        """Check that the current stream is not captured, because `what`.
+
+        Raises:
+            CapabilityError: when it is; says how to do it before.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            raise CapabilityError(
+                f"{what}, which cannot be done while a graph is captured; call prepare(max_nbytes, dtypes) "
+                "before the capture, and make calls of this kind once, on every rank"
+            )
+
+    def on_device(self) -> contextlib.AbstractContextManager[object]:
+        """Make the device current."""
+        return torch.cuda.device(self.device)
+
+
+_CAPTURING = 1
+
+
+@functools.cache
+def _capture_info() -> Any:
+    """The driver's own question, in its form of CUDA 12 and 13: stream, state, number, and more."""
+    return ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2
+
+
+class StreamOrder:
+    """One order of the calls of a group, on whatever streams they are made.
+
+    A call on another stream than the last one waits for the last one. Inside a capture that holds for the
+    streams of the capture; between captures, and between them and eager calls, the order of launches and
+    replays counts, since all of them advance the epoch on the device.
+
+    Args:
+        runtime: of the device.
+        group: name, for errors.
+    """
+
+    def __init__(self, runtime: Runtime, group: str) -> None:
+        self._runtime = runtime
+        self._group = group
+        self._stream: int | None = None
+        self._capture = 0
+
+    def enter(self) -> None:
+        """Before a call is launched on the current stream.
+
+        Raises:
+            CapabilityError: when a graph is captured while the capture of another one uses the group.
+        """
+        stream = self._runtime.current_stream()
+        if stream == self._stream and not self._capture and not self._runtime.capture_id(stream):
+            return
+        capture = self._runtime.capture_id(stream)
+        last = self._stream
+        if last is not None and last != stream:
+            ongoing = self._runtime.capture_id(last) if self._capture else 0
+            if capture and ongoing and capture != ongoing:
+                raise CapabilityError(
+                    f"group {self._group!r} is used by two graphs that are captured at the same time; "
+                    "their replays could overlap. Capture one after the other, or give one a group by split()"
+                )
+            if capture == self._capture:
+                self._runtime.let_wait(stream, last)
+        self._stream, self._capture = stream, capture
