@@ -16,6 +16,7 @@ from tcomm.errors import (
     TcommError,
 )
 from tcomm.groups.communicator import Communicator
+from tcomm.groups.virtual import VirtualRanks
 from tcomm.groups.work import Work
 from tcomm.tuning.choose import Decision
 
@@ -35,6 +36,7 @@ __all__ = [
     "QueueFullError",
     "RendezvousError",
     "TcommError",
+    "VirtualRanks",
     "Work",
 ]
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +24,10 @@ __all__ = [
     "COMPILED_MAX_REGISTERS",
     "COMPILED_THREADS",
     "BoundLaunch",
+    "Rebound",
+    "budget_of",
     "launch_compiled",
     "launches",
-    "recording",
-    "replay",
 ]
 
 COMPILED_THREADS = 256
@@ -38,8 +39,9 @@ launches: collections.Counter[str] = collections.Counter()
 """How often each kernel was launched in this process, by name."""
 
 _VECTOR_BYTES = 16
+_POLLS_WITHOUT_A_CLOCK = 1 << 31
+_FOR_EVER = 1 << 62
 _compiled: dict[tuple[object, ...], Any] = {}
-_recorded: list[BoundLaunch] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +107,8 @@ def launch_compiled(
     tensors = tuple(value.data_ptr() for value in values[:split])
     bound = BoundLaunch(kernel.__name__, compiled, num_blocks, arena, call, tensors, values[split:], ordered)
     bound(tensors, budget)
-    if _recorded is not None:
-        _recorded.append(bound)
+    if _recorder.lists:
+        _recorder.lists[-1].append(bound)
 
 
 def _compiled_for(
@@ -138,31 +140,65 @@ def _kind(value: Any) -> object:
     return abs(value) >> 31 == 0 if isinstance(value, int) else None
 
 
-@contextlib.contextmanager
-def recording() -> Iterator[list[BoundLaunch]]:
-    """Collect the compiled launches of one call. Calls of a process that are recorded take turns."""
-    global _recorded  # noqa: PLW0603 - guarded by the lock of the communicator
-    before, _recorded = _recorded, []
-    try:
-        yield _recorded
-    finally:
-        _recorded = before
+def budget_of(timeout: float | None) -> int:
+    """What a compiled kernel may spend in one wait: nanoseconds, or polls where it has no clock."""
+    if torch.version.hip is not None:
+        return _POLLS_WITHOUT_A_CLOCK
+    return _FOR_EVER if timeout is None else min(int(timeout * 1e9), _FOR_EVER)
 
 
-def replay(bound: Sequence[BoundLaunch], moved: tuple[int, int], budget: int, timeout: float | None) -> None:
-    """Make a call again, of launches that were recorded. **Collective.**
+class Rebound:
+    """A call that goes through its launcher the first time, and from then on by what that launched.
 
     Args:
-        bound: its launches, in order.
-        moved: bytes by which x and out lie elsewhere now; multiples of 16.
-        budget: what each wait may take.
-        timeout: seconds, for errors.
-
-    Raises:
-        PeerLostError, PeerTimeoutError, CollectiveMismatchError: what an earlier call left behind.
+        run: makes the call, given x, out and the timeout; always with tensors of one shape and dtype.
     """
-    for each in bound:
-        channel = each.arena.channel
-        epoch = channel.begin(each.call, timeout)
-        each([address + by for address, by in zip(each.tensors, moved, strict=False)], budget)
-        channel.after_kernel(epoch)
+
+    def __init__(self, run: Callable[[torch.Tensor, torch.Tensor, float | None], object]) -> None:
+        self._run = run
+        self._bound: dict[tuple[int, int], tuple[int, int, list[BoundLaunch]]] = {}
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
+        """Make the call. **Collective.**
+
+        Raises:
+            CapabilityError: while a graph is captured, when something has yet to be compiled or made.
+            CollectiveMismatchError, PeerLostError, PeerTimeoutError: what an earlier call left behind.
+        """
+        x_at, out_at = x.data_ptr(), out.data_ptr()
+        # Kernels are compiled for tensors at a multiple of a vector, or for others.
+        kind = (x_at % _VECTOR_BYTES, out_at % _VECTOR_BYTES)
+        known = self._bound.get(kind)
+        if known is None:
+            with _recording() as recorded:
+                self._run(x, out, timeout)
+            if recorded:
+                self._bound[kind] = (x_at, out_at, recorded)
+            return
+        moved = (x_at - known[0], out_at - known[1])
+        budget = budget_of(timeout)
+        for each in known[2]:
+            channel = each.arena.channel
+            epoch = channel.begin(each.call, timeout)
+            each([address + by for address, by in zip(each.tensors, moved, strict=False)], budget)
+            channel.after_kernel(epoch)
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[list[BoundLaunch]]:
+    """Collect the compiled launches of one call."""
+    _recorder.lists.append([])
+    try:
+        yield _recorder.lists[-1]
+    finally:
+        _recorder.lists.pop()
+
+
+class _Recorder(threading.local):
+    """What is being recorded by this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.lists: list[list[BoundLaunch]] = []
+
+
+_recorder = _Recorder()

@@ -10,7 +10,7 @@ import triton
 
 from tcomm.errors import CapabilityError, ConfigError
 from tcomm.interpret import is_interpreted
-from tcomm.kernels.bound import COMPILED_THREADS, launch_compiled, launches
+from tcomm.kernels.bound import COMPILED_THREADS, budget_of, launch_compiled, launches
 from tcomm.kernels.hooks import interpreting
 from tcomm.kernels.schedule import run_in_turns
 from tcomm.memory.base import KernelArena, Staging
@@ -18,7 +18,6 @@ from tcomm.memory.control import MAX_BLOCKS
 from tcomm.signature import CallDescription
 
 __all__ = [
-    "budget_of",
     "common_constants",
     "grid_of",
     "is_dense",
@@ -33,8 +32,6 @@ __all__ = [
 # One 16-byte access per thread and source: with 16 sources in flight nothing spills.
 _COMPILED_TILE_BYTES = 16 * COMPILED_THREADS
 _COMPILED_BLOCKS = 16
-_POLLS_WITHOUT_A_CLOCK = 1 << 31
-_FOR_EVER = 1 << 62
 _INTERPRETED_BLOCKS = 2
 _INTERPRETED_TILE = 65536
 _ROW_BYTES = 16
@@ -79,7 +76,7 @@ def rows_of(x: torch.Tensor, arena: KernelArena) -> torch.Tensor:
         raise ConfigError(
             f"a tensor {list(x.shape)} has not one row for each of {arena.world_size} virtual ranks"
         )
-    step = x.stride(0) * x.itemsize
+    step = x.stride(0) * x.itemsize if len(x) > 1 else 0
     if x[0].numel() and (step % _ROW_BYTES or x.data_ptr() % _ROW_BYTES):
         raise ConfigError(
             f"rows {step} bytes apart: those of virtual ranks begin at multiples of {_ROW_BYTES} bytes; "
@@ -118,13 +115,6 @@ def refuse_host_memory() -> None:
             "kernels are compiled in this process and the tensors are in host memory; set TRITON_INTERPRET=1 "
             "before the first import of triton to interpret them"
         )
-
-
-def budget_of(timeout: float | None) -> int:
-    """What a compiled kernel may spend in one wait: nanoseconds, or polls where it has no clock."""
-    if torch.version.hip is not None:
-        return _POLLS_WITHOUT_A_CLOCK
-    return _FOR_EVER if timeout is None else min(int(timeout * 1e9), _FOR_EVER)
 
 
 def launch(
