@@ -67,6 +67,8 @@ class GroupHandle:
         self.rank = members.exchange.rank
         self.world_size = members.exchange.world_size
         self.global_ranks = members.global_ranks
+        self._members = members
+        self._splits = 0
         self.timeout = resolve_timeout(self.config.timeout if isinstance(timeout, Unset) else timeout)
         self._lock = threading.RLock()
         self._queue_lock = threading.Lock()
@@ -204,7 +206,7 @@ class GroupHandle:
             self._transfers.clear()
             # Whoever else holds the process group decides when it ends, and not a forgotten communicator.
             self._fallback = None
-            del self._agreement, self._planner
+            del self._agreement, self._planner, self._members
             if self._arena is not None:
                 self._arena.close(reason)
         _open.discard(self)

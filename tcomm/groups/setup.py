@@ -24,7 +24,14 @@ from tcomm.memory.control import LAYOUT_VERSION
 from tcomm.memory.exchange import LocalExchange, Store, StoreExchange
 from tcomm.tuning.table import Table, decode_table, load_table
 
-__all__ = ["Membership", "Settlement", "agree_on_settings", "from_process_group", "from_store"]
+__all__ = [
+    "Membership",
+    "Settlement",
+    "agree_on_settings",
+    "from_process_group",
+    "from_store",
+    "split_membership",
+]
 
 logger = logging.getLogger("tcomm")
 
@@ -90,6 +97,12 @@ def from_store(store: Store, rank: int, world_size: int, name: str) -> Membershi
         raise ConfigError(f"rank {rank} of {world_size} ranks: it must be at least 0 and below their number")
     exchange = StoreExchange(store, rank, world_size, _prefix(name))
     return Membership(name, exchange, None, tuple(range(world_size)))
+
+
+def split_membership(members: Membership, name: str) -> Membership:
+    """The same ranks, as another group that reaches them by keys of its own."""
+    name = f"{members.name}/{name}"
+    return dataclasses.replace(members, name=name, exchange=members.exchange.split(_prefix(name)))
 
 
 class _Settings(msgspec.Struct, frozen=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -67,10 +67,24 @@ class VirtualRanks:
         flat = torch.empty(self.world_size, max(padded, 1), dtype=dtype, device=self.device)
         return flat[:, :row].unflatten(1, shape) if shape else flat[:, 0]
 
-    def prepare(self, max_nbytes: int) -> None:
-        """Make staging in which a message of `max_nbytes` goes in one piece; later calls use it."""
+    def prepare(
+        self, max_nbytes: int, dtypes: Sequence[torch.dtype] = (), ops: Sequence[str] = ("sum",)
+    ) -> None:
+        """Do ahead what cannot be done while a graph is captured: as `Communicator.prepare`.
+
+        Args:
+            max_nbytes: of a message that goes in one piece; graphs captured before keep their staging.
+            dtypes: for which kernels are compiled and loaded now.
+            ops: reduce operations, likewise.
+
+        Raises:
+            CapabilityError: while a graph is captured.
+        """
+        from tcomm.kernels.warmup import compile_ahead
+
         self.arena.grow(StagingLayout.for_message(max_nbytes, self.world_size))
         self._plans.clear()
+        compile_ahead(self.arena, dtypes, ops)
 
     def check(self) -> None:
         """Wait until all calls are done, and raise what they found.
