@@ -220,6 +220,10 @@ class VirtualRanks:
         from tcomm.kernels import all_reduce, exchange, reduce_scatter
         from tcomm.kernels.bound import Rebound
 
+        if x.dim() == 0 or len(x) != self.world_size:
+            raise ConfigError(
+                f"x is {list(x.shape)}; it must have a row for each of {self.world_size} virtual ranks"
+            )
         families = {"all_reduce": all_reduce.LAUNCHERS, "reduce_scatter": reduce_scatter.LAUNCHERS}
         launchers = families.get(verb, exchange.LAUNCHERS)
         if algorithm not in launchers:
