@@ -1,7 +1,7 @@
 """What ranks find out about their GPUs, and what they make of it together.
 
 Every rank writes a `DeviceReport`, all ranks get all reports, and `vote` turns them into one `Topology`: the
-same on every rank, for it is pure. A "no" of one rank is a "no" of all, and the reason says which rank it was.
+same on every rank, for it is pure. A "no" of one rank is a "no" of all, and the reason says whose it was.
 """
 
 from __future__ import annotations

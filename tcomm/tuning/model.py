@@ -4,8 +4,8 @@
 
 Every term is data below. The starts of the all-reduces are fitted to what torch's, vLLM's and NCCL's kernels
 take on H100 in CUDA graphs: 3.5 us with flags in the data, 4.5 us one-shot, 6.5 us two-shot and through the
-switch; kernels reach 80 % of a link. A pull costs a round trip more than a push. NCCL's times are measurements
-of others, where there are any for that link: vLLM #42324 and #37756, helion #245, Megatron-LM #5596.
+switch; kernels reach 80 % of a link. A pull costs a round trip more than a push. NCCL's times are those that
+others measured, for links where there are any: vLLM #42324 and #37756, helion #245, Megatron-LM #5596.
 
 Only + - * / of numbers that all ranks agreed on: the same result, to the bit, on every rank.
 """
@@ -30,8 +30,8 @@ _MIB = 1 << 20
 _CACHED_BYTES = _MIB
 """So much of a message is copied inside the caches, in the time that every start has room for."""
 _COPY_GBPS = ((100, 875.0), (90, 1340.0), (80, 800.0), (0, 360.0))
-"""GB/s copied inside a device, from an architecture on. It is what long all-reduces through the switch, with two
-copies, take beyond their time on the wire: vLLM #37756 (B300), #42324 (H100). Older: 40 % of the memory's rate."""
+"""GB/s copied inside a device, from an architecture on: what long all-reduces through the switch, with two
+copies, take beyond their time on the wire (vLLM #37756 on B300, #42324 on H100); older: guessed."""
 
 _Share = tuple[float, float, float]
 """Multiples of the message: a + b * W + c / W for W ranks."""
@@ -116,7 +116,7 @@ def predict_us(algorithm: str, request: Request, topology: Topology) -> float | 
     """Microseconds of `request` by `algorithm`, to the thousandth.
 
     Args:
-        algorithm: `engine:algorithm`; the engine `torch` is NCCL.
+        algorithm: `engine:algorithm`, or `torch:nccl`.
         request: what is asked for.
         topology: of the group, with as many ranks as the request.
 
@@ -125,12 +125,12 @@ def predict_us(algorithm: str, request: Request, topology: Topology) -> float | 
     """
     engine, _, name = algorithm.partition(":")
     family = FAMILIES[request.op]
-    if engine == "torch":
+    if algorithm == "torch:nccl":
         return round(_nccl_us(family, request, topology), 3)
     if name == "hierarchical":
         return round(_hierarchical_us(family, request.nbytes, topology), 3)
     cost = _COSTS[family].get(name)
-    if cost is None:
+    if engine != "triton" or cost is None:
         return None
     wire = _of(cost.wire, request.nbytes, request.world_size) / _link_rate(topology)
     copied = _of(cost.copied, max(0, request.nbytes - _CACHED_BYTES), request.world_size)
