@@ -51,6 +51,11 @@ PAGES = "is no positive multiple of the page size, 4096"
         ("STAGING_BYTES", "5000", f"TCOMM_STAGING_BYTES=5000 {PAGES}"),
         ("STAGING_BYTES", "0", f"TCOMM_STAGING_BYTES=0 {PAGES}"),
         ("STAGING_BYTES", "-4096", f"TCOMM_STAGING_BYTES=-4096 {PAGES}"),
+        (
+            "DETERMINISTIC",
+            "maybe",
+            "a TCOMM_ variable is wrong: Expected `bool`, got `str` - at `$.deterministic`",
+        ),
         ("SPINS", "many", "a TCOMM_ variable is wrong: Expected `int`, got `str` - at `$.spins`"),
         (
             "TIMEOUT",

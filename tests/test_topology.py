@@ -81,11 +81,17 @@ def test_ranks_of_two_hosts_are_two_nodes_and_that_is_no_fault():
     assert topology.no_peer_access == ""
 
 
-def test_one_sided_reachability_between_hosts_is_told():
-    reports = _reports(2, r0={"host": "a", "unreachable": {1: "refused"}}, r1={"host": "b"})
-    topology = vote(reports)
-    assert topology.nodes == (0, 1)
-    assert topology.no_peer_access == "rank 0 cannot write to rank 1: refused"
+def test_reaching_one_another_takes_two_whoever_of_them_fails():
+    for rank in (0, 1):
+        fields = [{"host": str(r), "unreachable": {1 - r: "refused"} if r == rank else {}} for r in range(2)]
+        topology = vote(_reports(2, r0=fields[0], r1=fields[1]))
+        assert topology.nodes == (0, 1)
+        assert topology.no_peer_access == f"rank {rank} cannot write to rank {1 - rank}: refused"
+
+
+def test_a_rank_may_fail_to_write_to_its_own_memory():
+    topology = vote(_reports(2, r1={"unreachable": {1: "it read back zeros"}}))
+    assert topology.no_peer_access == "rank 1 cannot write to its own memory: it read back zeros"
 
 
 def test_nodes_are_connected_sets_also_where_ranks_alternate():

@@ -68,8 +68,9 @@ class Decision:
         """A few lines for people."""
         asked = self.request
         what = " ".join(w for w in (asked.op, asked.reduce, str(asked.dtype).removeprefix("torch.")) if w)
+        where = asked.device + (", deterministic" if asked.deterministic else "")
         lines = [
-            f"{what}, {asked.nbytes} bytes on {asked.world_size} ranks ({asked.device}): {self.algorithm}",
+            f"{what}, {asked.nbytes} bytes on {asked.world_size} ranks ({where}): {self.algorithm}",
             f"  because {self.reason}",
         ]
         lines += [f"  not {name}: {why}" for name, why in self.rejected]

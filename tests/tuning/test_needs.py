@@ -149,6 +149,13 @@ def test_operations_and_types_are_each_algorithms_own(kwargs, refused):
     assert {*LOADS, *MULTIMEM} - _possible(_decide("h100x8", **kwargs)) == refused
 
 
+def test_a_decision_says_what_was_asked_of_it():
+    plain, strict = (str(_decide("h100x8", deterministic=wanted)) for wanted in (False, True))
+    assert plain.startswith("all_reduce sum bfloat16, 4096 bytes on 8 ranks (cuda): triton:one_shot_ll\n")
+    assert strict.startswith("all_reduce sum bfloat16, 4096 bytes on 8 ranks (cuda, deterministic): triton:")
+    assert "  because model, not a measurement: 3.7 us against 4.6 us of triton:one_shot_push\n" in plain
+
+
 def test_deterministic_results_leave_out_what_adds_in_an_order_of_its_own():
     for nbytes in (1 << 10, 1 << 20, 1 << 28):
         decision = _decide("h100x8", nbytes=nbytes, deterministic=True)
