@@ -143,6 +143,7 @@ def agree_on_settings(members: Membership, config: Config, timeout: float) -> Se
         "torch": str(torch.__version__),
         "members": str(members.global_ranks),
         "TCOMM_ALGORITHM": config.algorithm,
+        "TCOMM_DETERMINISTIC": str(int(config.deterministic)),
         "TCOMM_STAGING_BYTES": str(config.staging_bytes),
     }
     claim = secrets.token_hex(8)
