@@ -17,7 +17,10 @@ from tcomm.memory.base import SymmetricBuffer
 from tcomm.memory.layout import ALIGNMENT
 from tcomm.signature import CallDescription
 
-__all__ = ["launch_on_nodes", "near_table", "reduce_regions"]
+__all__ = ["NODES_MAX_REGISTERS", "launch_on_nodes", "near_table", "reduce_regions"]
+
+NODES_MAX_REGISTERS = 168
+"""`maxnreg` of a kernel that NVSHMEM is linked into, which spills at 128. One block on an SM is enough."""
 
 _near: weakref.WeakKeyDictionary[SymmetricBuffer, dict[int, torch.Tensor]] = weakref.WeakKeyDictionary()
 
