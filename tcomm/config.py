@@ -39,6 +39,8 @@ class Config(msgspec.Struct, frozen=True):
     """TCOMM_TABLE: tuning table to use instead of the one that comes with tcomm; rank 0's counts."""
     spins: int = 0
     """TCOMM_SPINS: polls before a CPU wait yields; 0: by the number of cores."""
+    nvshmem_home: str = ""
+    """TCOMM_NVSHMEM_HOME: directory of the NVSHMEM whose bitcode kernels link, with `lib` and `include`."""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Config:

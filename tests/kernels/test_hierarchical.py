@@ -1,5 +1,6 @@
 import random
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from tcomm.kernels import heap, nodes, rails
 from tcomm.kernels.hierarchical import hierarchical_all_gather, hierarchical_all_reduce
 from tcomm.memory.arena import open_arena
 from tcomm.memory.channel import Channel
+from tcomm.memory.control import Word
+from tcomm.memory.wait import SET_SHIFT, Wait
 from tests.kernels.test_all_reduce import poison, use_tiles
 from tests.test_reference import difference, every_ranks_input
 
@@ -206,6 +209,35 @@ def _guard(member):
 
 def test_nothing_is_written_around_the_output(on_ranks):
     on_ranks(4, _guard)
+
+
+def _touched(member):
+    use_tiles(32)
+    arena, numel, found = member.arena(), 77, []
+    layout = arena.staging.layout
+    for collective, used in ((hierarchical_all_reduce, 3 * numel), (hierarchical_all_gather, 2 * numel)):
+        poison(member, arena, collective.__name__, 0x5A)
+        collective(torch.ones(numel), arena, 2)
+        member.meet(f"{collective.__name__}/done")
+        half = layout.half(arena.channel.words[Word.EPOCH] & 1)
+        staged = arena.staging.buffer.local[half : half + layout.half_bytes]
+        found.append((int((staged != 0x5A).sum()), 4 * used))
+    return found
+
+
+def test_nothing_is_staged_but_the_message_and_a_slice_of_each_node(on_ranks):
+    for found in on_ranks(2, _touched):
+        assert all(0.9 * allowed < touched <= allowed for touched, allowed in found), found
+
+
+@pytest.mark.parametrize("in_call", [4, 5])
+def test_whoever_is_late_because_of_another_is_not_to_blame(in_call):
+    """Rank 0 waits for 1, which waits for 2, which waits for 3 in another call or not at all."""
+    pages = [SimpleNamespace(words={Word.WAITING_FOR: w, Word.SEQ: 4}) for w in (2, 3, 4, 0)]
+    pages[2].words[Word.SEQ] = in_call
+    channel = SimpleNamespace(rank=0, peers=(1, 2, 3), pages=pages, deadline=lambda: None)
+    assert Wait(channel, 0b10 << SET_SHIFT, 0, 4 << 32)._culprits([1]) == ([3] if in_call == 4 else [2])
+    assert Wait(channel, 0, 0, 4 << 32)._culprits([1]) == [1]
 
 
 def _traffic(member):
