@@ -19,8 +19,8 @@ from tcomm.signature import CallDescription
 
 __all__ = ["NODES_MAX_REGISTERS", "launch_on_nodes", "near_table", "reduce_regions"]
 
-NODES_MAX_REGISTERS = 168
-"""`maxnreg` of a kernel that NVSHMEM is linked into, which spills at 128. One block on an SM is enough."""
+NODES_MAX_REGISTERS = 248
+"""`maxnreg` of a kernel that NVSHMEM is linked into, which spills at 168. One block on an SM is enough."""
 
 _near: weakref.WeakKeyDictionary[SymmetricBuffer, dict[int, torch.Tensor]] = weakref.WeakKeyDictionary()
 

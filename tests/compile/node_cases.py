@@ -103,7 +103,7 @@ def parameters_of(case):
     return [name for name in discovered_kernels()[case.kernel].arg_names if name in NODE_PARAMETERS]
 
 
-def compile_with(fn, target, dtype, constants, bitcode=None):
+def compile_with(fn, target, dtype, constants, bitcode=None, max_registers=NODES_MAX_REGISTERS):
     """Compile `fn`; up to PTX with its calls unresolved where there is no bitcode to link.
 
     Returns:
@@ -114,7 +114,7 @@ def compile_with(fn, target, dtype, constants, bitcode=None):
     pointers = [name for name in names if signature[name].startswith("*")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
     values = {(names.index(name),): value for name, value in constants.items() if name in names}
-    options = {"num_warps": COMPILED_THREADS // 32, "maxnreg": NODES_MAX_REGISTERS}
+    options = {"num_warps": COMPILED_THREADS // 32, "maxnreg": max_registers}
     said = io.StringIO()
     with contextlib.ExitStack() as stack:
         if bitcode is None:

@@ -67,7 +67,8 @@ def test_what_is_missing_is_told_with_the_places_and_the_remedy(tmp_path, monkey
     assert str(caught.value) == (
         "no NVSHMEM bitcode for sm_120: looked for libnvshmem_device_sm_N.bc of its major, N at most 120, "
         f"and libnvshmem_device.bc in {home}/lib (has libnvshmem_device_sm_80.bc, "
-        "libnvshmem_device_sm_90.bc); install it with `pip install tcomm[nvshmem]`, or name its directory in TCOMM_NVSHMEM_HOME"
+        "libnvshmem_device_sm_90.bc); install it with `pip install tcomm[nvshmem]`, or name its directory in "
+        "TCOMM_NVSHMEM_HOME"
     )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CapabilityError, match="in no NVSHMEM is loaded or installed; install it"):
