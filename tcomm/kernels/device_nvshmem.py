@@ -74,7 +74,13 @@ BINDINGS = (
     Binding("put_signal", "nvshmemx_putmem_signal_block", _PUT_SIGNAL),
     Binding("put_signal_nbi", "nvshmemx_putmem_signal_nbi_block", _PUT_SIGNAL),
     Binding("signal_op", "nvshmemx_signal_op", ("address", "word", "int", "int"), every_thread=False),
-    Binding("signal_wait_until", "nvshmem_signal_wait_until", ("address", "int", "word"), "word"),
+    Binding(
+        "signal_wait_until",
+        "nvshmem_signal_wait_until",
+        ("address", "int", "word"),
+        "word",
+        every_thread=False,
+    ),
     Binding("fence", "nvshmem_fence", (), every_thread=False),
     Binding("quiet", "nvshmem_quiet", (), every_thread=False),
     Binding("barrier", "nvshmemx_barrier_all_block", ()),
@@ -105,13 +111,14 @@ def _extern(binding: Binding):
 
 
 _externs = {binding.name: _extern(binding) for binding in BINDINGS}
-_signal_op, _fence, _quiet = (_externs[name] for name in ("signal_op", "fence", "quiet"))
+_signal_op, _signal_wait_until = _externs["signal_op"], _externs["signal_wait_until"]
+_fence, _quiet = _externs["fence"], _externs["quiet"]
 
 
 @triton.jit
 def _thread():
     """Number of the calling thread within its program."""
-    return tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r", [], tl.int32, is_pure=True, pack=1)
+    return tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r", [], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -121,6 +128,16 @@ def _signal_op_once(signal, value, operation, pe):
     if _thread() == 0:
         _signal_op(signal, value, operation, pe)
     tl.debug_barrier()
+
+
+@triton.jit
+def _signal_wait_until_once(signal, comparison, value):
+    """Wait until the word at `signal` of this PE compares so; returns what it holds."""
+    tl.debug_barrier()
+    if _thread() == 0:
+        _signal_wait_until(signal, comparison, value)
+    tl.debug_barrier()
+    return tl.load(signal.to(tl.pointer_type(tl.int64)), volatile=True)
 
 
 @triton.jit
@@ -141,7 +158,12 @@ def _quiet_once():
     tl.debug_barrier()
 
 
-_once = {"signal_op": _signal_op_once, "fence": _fence_once, "quiet": _quiet_once}
+_once = {
+    "signal_op": _signal_op_once,
+    "signal_wait_until": _signal_wait_until_once,
+    "fence": _fence_once,
+    "quiet": _quiet_once,
+}
 
 
 def _callable(name: str):

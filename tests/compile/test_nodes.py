@@ -48,13 +48,12 @@ def check_puts_follow_barriers(ptx):
 
 
 def check_one_thread_signals(ptx):
-    """A signal and a quiet come from one thread: a branch on its number leads there."""
-    for op in calls_of(ptx, SIGNAL) + calls_of(ptx, QUIET):
-        path = list(ptx.before(op, lambda found: found.is_barrier))
-        assert any(e is not None and re.match(r"setp\.\w+\.\w+", e.opcode) for e in path), (
-            f"{op} has no guard"
-        )
-        assert any(e is not None and "%tid.x" in e.operands for e in ptx.ops), "nobody asks for its number"
+    """A signal, a quiet and a wait come from one thread: a branch on its number leads there."""
+    numbers = {op.operands.partition(",")[0] for op in ptx.matching("mov") if op.operands.endswith("%tid.x")}
+    for op in calls_of(ptx, SIGNAL) + calls_of(ptx, QUIET) + calls_of(ptx, WAIT):
+        path = ptx.before(op, lambda found: found.is_barrier)
+        tests = [e.operands.split(", ") for e in path if e is not None and e.opcode.startswith("setp")]
+        assert any(numbers & set(operands) and "0" in operands for operands in tests), f"{op} by all threads"
 
 
 def check_waits_are_bounded(ptx):
@@ -124,7 +123,7 @@ def test_all_warps_meet_before_a_put(case):
 
 
 @every_case
-def test_one_thread_signals_for_all(case):
+def test_one_thread_signals_and_waits_for_all(case):
     check_one_thread_signals(ptx_of(case))
 
 
@@ -137,7 +136,7 @@ FLAWS = (
     (r"bar\.sync.*", check_puts_follow_barriers, "no barrier between"),
     (r"bar\.sync.*", inspect_asm.check_publish_barriers, "no barrier between"),
     (r"atom\S*acquire[^;]*;", check_waits_are_bounded, "without a poll"),
-    (r"%tid\.x", check_one_thread_signals, "nobody asks"),
+    (r"%tid\.x", check_one_thread_signals, "by all threads"),
     (QUIET, lambda ptx: check_calls(ptx, 2), "nvshmem_quiet': 0"),
     (PUT, lambda ptx: check_calls(ptx, 2), "nbi_block': 0"),
     (r"\.volatile", lambda ptx: inspect_asm.check_spins(ptx, 3, 0), "0 loops wait for words"),

@@ -216,12 +216,13 @@ def _touched(member):
     arena, numel, found = member.arena(), 77, []
     layout = arena.staging.layout
     for collective, used in ((hierarchical_all_reduce, 3 * numel), (hierarchical_all_gather, 2 * numel)):
-        poison(member, arena, collective.__name__, 0x5A)
+        own = 0x5A + member.rank
+        poison(member, arena, collective.__name__, own)
         collective(torch.ones(numel), arena, 2)
         member.meet(f"{collective.__name__}/done")
         half = layout.half(arena.channel.words[Word.EPOCH] & 1)
         staged = arena.staging.buffer.local[half : half + layout.half_bytes]
-        found.append((int((staged != 0x5A).sum()), 4 * used))
+        found.append((int((staged != own).sum()), 4 * used))
     return found
 
 
