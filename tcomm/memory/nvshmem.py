@@ -7,6 +7,7 @@ and a rank that frees while another does not hangs both.
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from tcomm.memory.base import Exchange, SymmetricBuffer
 from tcomm.memory.nvshmem_bitcode import find_bitcode
 
 __all__ = ["Nvshmem4py", "NvshmemBuffer", "NvshmemTransport", "load_nvshmem"]
+
+logger = logging.getLogger("tcomm")
 
 _RUNNING = ("STATUS_IS_INITIALIZED", "STATUS_LIMITED_MPG", "STATUS_FULL_MPG")
 
@@ -54,8 +57,8 @@ class Nvshmem4py:
     @property
     def is_running(self) -> bool:
         """Whether somebody has started NVSHMEM in this process."""
-        status = getattr(self.core.init_status(), "name", "")
-        return status in _RUNNING
+        status = self.core.InitStatus(self.core.init_status())
+        return status.name in _RUNNING
 
     @property
     def host_version(self) -> str:
@@ -83,7 +86,7 @@ class _CudaMemory:
 
 
 def load_nvshmem(device: int) -> Nvshmem4py:
-    """Import nvshmem4py for a CUDA device.
+    """Import nvshmem4py for a CUDA device, and make that the current one.
 
     Raises:
         CapabilityError: when it is not there, or cannot be loaded.
@@ -96,11 +99,13 @@ def load_nvshmem(device: int) -> Nvshmem4py:
         raise CapabilityError(
             f"nvshmem4py cannot be used ({type(error).__name__}: {error}); run `pip install tcomm[nvshmem]`"
         ) from error
+    chosen = cuda.Device(device)
+    chosen.set_current()
     major, minor = torch.cuda.get_device_capability(device)
     return Nvshmem4py(
         core,
         bindings,
-        cuda.Device(device),
+        chosen,
         lambda address, nbytes: torch.as_tensor(_CudaMemory(address, nbytes), device=f"cuda:{device}"),
         lambda: torch.cuda.synchronize(device),
         10 * major + minor,
@@ -182,6 +187,15 @@ class _Hello(msgspec.Struct, frozen=True):
     version: str = ""
 
 
+class _Place(msgspec.Struct, frozen=True):
+    """What a rank tells the others while it starts."""
+
+    problem: str = ""
+    unique_id: bytes = b""
+    pe: int = -1
+    count: int = 0
+
+
 class NvshmemTransport:
     """Symmetric buffers over NVSHMEM, for a group that is all of its PEs.
 
@@ -237,14 +251,16 @@ class NvshmemTransport:
         _refuse_differences(hellos)
         if library is None:
             raise AssertionError("a rank without a library has a problem")
+        place = _Place()
         if not hello.running:
-            mine = library.new_unique_id() if exchange.rank == 0 else b""
-            unique_id = exchange.all_gather(mine, timeout)[0]
-            library.start(unique_id, exchange.rank, exchange.world_size)
-        numbers = f"{library.core.my_pe()} {library.core.n_pes()}".encode()
-        told = [payload.split() for payload in exchange.all_gather(numbers, timeout)]
-        pes = [int(pe) for pe, _ in told]
-        counts = {int(count) for _, count in told}
+            place = _attempt(library.new_unique_id) if exchange.rank == 0 else place
+            unique_id = _agreed(exchange, place, timeout)[0].unique_id
+            place = _attempt(library.start, unique_id, exchange.rank, exchange.world_size)
+        if not place.problem:
+            place = _Place(pe=int(library.core.my_pe()), count=int(library.core.n_pes()))
+        places = _agreed(exchange, place, timeout)
+        pes = [place.pe for place in places]
+        counts = {place.count for place in places}
         if counts != {exchange.world_size} or len(set(pes)) != len(pes):
             raise CapabilityError(
                 f"NVSHMEM runs with {sorted(counts)} PEs, and the {exchange.world_size} ranks of this group "
@@ -267,7 +283,11 @@ class NvshmemTransport:
                 f"the ranks ask for {sorted(sizes)} bytes of NVSHMEM memory; give the same size on all"
             )
         library, rank = self.library, self._exchange.rank
-        address = int(library.bindings.malloc(nbytes))
+        try:
+            address = int(library.bindings.malloc(nbytes))
+        except Exception as error:  # noqa: BLE001 - every rank is told
+            logger.warning("NVSHMEM's malloc: %s", error)
+            address = 0
         got = self._exchange.all_gather(str(address).encode(), timeout)
         lacking = [r for r, payload in enumerate(got) if payload == b"0"]
         if lacking:
@@ -328,6 +348,8 @@ def _prepare(load: Callable[[int], Nvshmem4py], device: int, home: str) -> tuple
         bitcode = find_bitcode(library.capability, home)
     except CapabilityError as error:
         return None, _Hello(problem=str(error))
+    except Exception as error:  # noqa: BLE001 - a rank that raised alone would leave the others waiting
+        return None, _Hello(problem=f"{type(error).__name__}: {error}")
     if bitcode.version != version:
         problem = (
             f"the host library of NVSHMEM is {version} and the bitcode {bitcode.path} is {bitcode.version}, "
@@ -335,6 +357,26 @@ def _prepare(load: Callable[[int], Nvshmem4py], device: int, home: str) -> tuple
         )
         return library, _Hello(problem=problem)
     return library, _Hello(running=library.is_running, version=version)
+
+
+def _attempt(function: Callable[..., bytes | None], *args: Any) -> _Place:
+    """Call a function of NVSHMEM; what it gives, or its error, is for all ranks."""
+    try:
+        return _Place(unique_id=function(*args) or b"")
+    except Exception as error:  # noqa: BLE001 - a rank that raised alone would leave the others waiting
+        return _Place(problem=f"{type(error).__name__}: {error}")
+
+
+def _agreed(exchange: Exchange, place: _Place, timeout: float) -> list[_Place]:
+    """What all ranks tell, when none has a problem."""
+    payloads = exchange.all_gather(msgspec.msgpack.encode(place), timeout)
+    places = [msgspec.msgpack.decode(payload, type=_Place) for payload in payloads]
+    if problems := [f"rank {rank}: {p.problem}" for rank, p in enumerate(places) if p.problem]:
+        raise CapabilityError(
+            f"NVSHMEM did not start; {'; '.join(problems)}; look at NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME, or "
+            "run with NVSHMEM_DEBUG=INFO"
+        )
+    return places
 
 
 def _refuse_differences(hellos: Sequence[_Hello]) -> None:

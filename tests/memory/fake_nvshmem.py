@@ -1,6 +1,7 @@
 """Stands for nvshmem4py: the few functions that tcomm calls, over shared memory of processes."""
 
 import ctypes
+import enum
 import types
 
 import numpy as np
@@ -8,6 +9,12 @@ import torch
 
 from tcomm.memory.nvshmem import Nvshmem4py
 from tcomm.memory.shm import SharedMemoryTransport
+
+
+class _InitStatus(enum.IntEnum):
+    STATUS_NOT_INITIALIZED = 0
+    STATUS_IS_BOOTSTRAPPED = 1
+    STATUS_IS_INITIALIZED = 2
 
 
 class _UniqueId:
@@ -34,12 +41,14 @@ class FakeNvshmem:
         self.pe = exchange.rank if pe is None else pe
         self.count = exchange.world_size if n_pes is None else n_pes
         self.room = room
+        self.init_error = ""
         self.log = []
         self._buffers = {}
 
     def library(self, device=0, capability=90):
         core = types.SimpleNamespace(
-            init_status=self._init_status,
+            InitStatus=_InitStatus,
+            init_status=lambda: 2 if self.running else 0,
             get_version=lambda: types.SimpleNamespace(libnvshmem_version=self.version),
             get_unique_id=lambda empty: _UniqueId(bytes(128) if empty else bytes(range(1, 129))),
             init=self._init,
@@ -60,15 +69,12 @@ class FakeNvshmem:
         assert self.running, f"{what} while NVSHMEM does not run"
         self.log.append(what)
 
-    def _init_status(self):
-        return types.SimpleNamespace(
-            name="STATUS_IS_INITIALIZED" if self.running else "STATUS_NOT_INITIALIZED"
-        )
-
     def _init(self, *, device, uid, rank, nranks, initializer_method):
         assert initializer_method == "uid"
         assert uid._data.tobytes() == bytes(range(1, 129)), "not the unique id of rank 0"
         self.log.append(f"init {device} {rank}/{nranks}")
+        if self.init_error:
+            raise RuntimeError(self.init_error)
         self.exchange.all_gather(b"init", 20.0)
         self.running = True
 

@@ -168,6 +168,36 @@ def test_what_cannot_work_is_refused_on_every_rank_with_the_same_words(on_ranks,
     assert first.startswith(told)
 
 
+def _broken_start(member, home, broken):
+    fake = FakeNvshmem(member.exchange("fake"))
+    fake.init_error = "no interface" if broken == "init" else ""
+    load = fake.library
+    if broken == "load" and member.rank:
+
+        def load(device):
+            raise OSError("libnvshmem_host.so.3: cannot open")
+
+    with pytest.raises(CapabilityError) as caught:
+        NvshmemTransport.start(member.exchange("group"), 0, 20.0, load=load, home=home)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        (
+            "init",
+            "NVSHMEM did not start; rank 0: RuntimeError: no interface; rank 1: RuntimeError: no interface; ",
+        ),
+        ("load", "NVSHMEM cannot be used; rank 1: OSError: libnvshmem_host.so.3: cannot open"),
+    ],
+)
+def test_what_raises_on_some_ranks_is_an_error_on_all(on_ranks, tmp_path, broken, told):
+    first, second = on_ranks(2, _broken_start, install(tmp_path / "nvshmem"), broken)
+    assert first == second
+    assert first.startswith(told)
+
+
 def _different_homes(member, homes):
     fake = FakeNvshmem(member.exchange("fake"), version=["3.8.0", "3.7.2"][member.rank])
     with pytest.raises(CapabilityError) as caught:
