@@ -180,7 +180,8 @@ class Ptx(Flow):
         return not self._origins(_address(op)).isdisjoint(places)
 
     def is_payload(self, op):
-        return _is_plain_access(op) and self.touches(op, "x", "out", "*staging")
+        plain = _is_plain_access(op) and self.touches(op, "x", "out", "*staging")
+        return plain or _is_multimem(op)
 
     @functools.cached_property
     def _known(self):
@@ -242,7 +243,7 @@ def _parsed(line):
 
 
 def _destination(op):
-    if op.opcode.startswith(("st.", "bar", "bra", "ret", "red.")):
+    if op.opcode.startswith(("st.", "multimem.st", "bar", "bra", "ret", "red.")):
         return ""
     return op.operands.partition("}")[0] if op.operands.startswith("{") else op.operands.partition(",")[0]
 
@@ -256,9 +257,22 @@ def _is_plain_access(op):
     return re.match(r"(ld|st)\.(volatile\.)?global", op.opcode) is not None
 
 
+def _is_multimem(op):
+    return op.opcode.startswith("multimem.")
+
+
+def _is_load(op):
+    return op.opcode.startswith(("ld.", "multimem.ld"))
+
+
+def _is_store(op):
+    return op.opcode.startswith(("st.", "multimem.st"))
+
+
 def _bits(op):
-    """Bits of one element and of the whole access."""
-    element = int(re.search(r"\.[bufs](\d+)$", op.opcode)[1])
+    """Bits of one element, or of a pair, and of the whole access."""
+    number, pair = re.search(r"\.b?[bufs](\d+)(x2)?$", op.opcode).groups()
+    element = int(number) * (2 if pair else 1)
     vector = re.search(r"\.v(\d)", op.opcode)
     return element, element * (int(vector[1]) if vector else 1)
 
@@ -284,7 +298,7 @@ def check_publish_barriers(ptx):
     for op in _publishes(ptx):
         for earlier in ptx.before(op, lambda found: found.is_barrier):
             assert earlier is not None, f"no barrier between the entry and {op}"
-            late = earlier.opcode.startswith("st.") and ptx.is_payload(earlier)
+            late = _is_store(earlier) and ptx.is_payload(earlier)
             assert not late, f"no barrier between {earlier} and {op}"
 
 
@@ -312,6 +326,7 @@ def check_loads_follow_acquires(ptx):
     """What peers wrote is read only after an acquire of the phase that published it."""
     acquires, publishes = set(_acquires(ptx)), set(_publishes(ptx))
     loads = [op for op in ptx.matching(r"ld\.(volatile\.)?global") if ptx.touches(op, "*staging")]
+    loads += ptx.matching(r"multimem\.ld")
     assert loads, "no staging memory is read"
     for load in loads:
         for earlier in ptx.before(load, acquires.__contains__):
@@ -383,10 +398,10 @@ def check_mailbox_spins(ptx):
 def check_vectors(ptx, loops):
     """Unmasked loops move the payload by 128 bits; there are at least `loops` that load and store it."""
     payloads = [[op for op in loop if ptx.is_payload(op) and not op.guarded] for loop in ptx.loops]
-    payloads = [ops for ops in payloads if any(op.opcode.startswith("ld.") for op in ops)]
+    payloads = [ops for ops in payloads if any(map(_is_load, ops))]
     narrow = [op for ops in payloads for op in ops if _bits(op)[1] < 128]
     assert not narrow, f"narrower than 128 bits in a loop: {_show(narrow[:4])}"
-    moving = [ops for ops in payloads if any(op.opcode.startswith("st.") for op in ops)]
+    moving = [ops for ops in payloads if any(map(_is_store, ops))]
     assert len(moving) >= loops, f"{len(moving)} loops move the payload, not {loops}"
 
 
