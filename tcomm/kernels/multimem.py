@@ -9,8 +9,8 @@ all-gather      multimem            (W - 1) parts, sends 1  1       where sendin
 reduce-scatter  multimem            1 part, summed          1       everywhere
 ==============  ==================  ======================  ======  ======================================
 
-Needs: GPUs of sm_90 or later behind a switch that has multicast for the group (`Staging.multicast`); the same
-numel, dtype and op on every rank; x and out contiguous. Real ranks only, compiled only.
+Needs: GPUs of sm_90 or later behind a switch that has multicast for the group: `Staging.multicast`, which is
+the kernels' `multicast_ptr`; the same numel, dtype and op on every rank; x and out contiguous.
 
 Numerics: sum of float32, float16 and bfloat16; avg of float32 only, times fp32(1/W), since a 16-bit sum comes
 rounded from the switch and an average would be rounded twice. 16-bit types are added in fp32. The switch
@@ -62,14 +62,12 @@ __all__ = [
 ]
 
 _RUNTIME = ["rank", "signature", "budget", "x_stride", "out_stride", "numel", "multicast_ptr"]
-_VECTOR_BYTES = 16
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _multimem_one_shot_all_reduce_kernel(
     x_ptr, out_ptr, x_stride, out_stride,  # [numel]
-    numel, multicast_ptr: tl.int64,  # of the staging of all ranks
-    staging_ptrs, pad_ptrs,  # [W] int64, symmetric
+    numel, multicast_ptr: tl.int64, staging_ptrs, pad_ptrs,  # [W] int64, symmetric
     signature: tl.int64, rank, budget: tl.int64,
     WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
     VIRTUAL: tl.constexpr, HALF_BYTES: tl.constexpr, BLOCK: tl.constexpr, OP: tl.constexpr,
@@ -107,8 +105,7 @@ def multimem_one_shot_all_reduce(
 
     Args:
         x: any shape, contiguous; float32, float16 or bfloat16.
-        arena: of the group, with staging that has a multicast address. A message longer than a half goes in
-            several pieces.
+        arena: of the group, with multicast staging. A message longer than a half goes in several pieces.
         op: `sum`, or of float32 `avg`.
         out: like x, contiguous; may be x itself.
         timeout: seconds that each piece may wait; None: while the peers live.
@@ -129,8 +126,7 @@ def multimem_one_shot_all_reduce(
 @triton.jit(do_not_specialize=_RUNTIME)
 def _multimem_two_shot_all_reduce_kernel(
     x_ptr, out_ptr, x_stride, out_stride,  # [numel]
-    numel, multicast_ptr: tl.int64,  # of the staging of all ranks
-    staging_ptrs, pad_ptrs,  # [W] int64, symmetric
+    numel, multicast_ptr: tl.int64, staging_ptrs, pad_ptrs,  # [W] int64, symmetric
     signature: tl.int64, rank, budget: tl.int64,
     WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
     VIRTUAL: tl.constexpr, HALF_BYTES: tl.constexpr, SLICE_UNIT: tl.constexpr, BLOCK: tl.constexpr,
@@ -197,8 +193,8 @@ def multimem_two_shot_all_reduce(
 @triton.jit(do_not_specialize=[*_RUNTIME, "part_units"])
 def _multimem_all_gather_kernel(
     x_ptr, out_ptr, x_stride, out_stride,  # [numel]; [W, part_units * UNIT]
-    numel, part_units: tl.int64, multicast_ptr: tl.int64,  # of the staging of all ranks
-    staging_ptrs, pad_ptrs,  # [W] int64, symmetric
+    numel, part_units: tl.int64,
+    multicast_ptr: tl.int64, staging_ptrs, pad_ptrs,  # [W] int64, symmetric
     signature: tl.int64, rank, budget: tl.int64,
     WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
     VIRTUAL: tl.constexpr, HALF_BYTES: tl.constexpr, SLOT_BYTES: tl.constexpr, UNIT: tl.constexpr,
@@ -241,8 +237,7 @@ def multimem_all_gather(
     Args:
         x: what this rank gives, contiguous; any dtype.
         out: what all give, in rank order, contiguous, of the dtype of x.
-        arena: of the group, with staging that has a multicast address. A part longer than a slot goes in
-            several pieces.
+        arena: of the group, with multicast staging. A part longer than a slot goes in several pieces.
         parts: one range of equal length for each rank, as `gather_parts` makes it of equal sizes.
         timeout: seconds that each piece may wait; None: while the peers live.
         call: what the ranks compare; made from the arguments where None.
@@ -263,7 +258,7 @@ def multimem_all_gather(
     words, out_words = as_small_words(rows_of(x, arena)), as_small_words(rows_of(out, arena))
     size, tile, slot_bytes = words.itemsize, tile_numel(words.itemsize), staging.layout.slot_bytes
     part = numel * x.itemsize // size
-    unit = _VECTOR_BYTES // size if part * size % _VECTOR_BYTES == 0 else 1
+    unit = 16 // size if part * size % 16 == 0 else 1
     for start, length in cut(part, size, min(slot_bytes, piece_nbytes or slot_bytes)):
         launch(
             _multimem_all_gather_kernel, grid_of(triton.cdiv(length, tile)), arena, call, timeout,
@@ -278,8 +273,7 @@ def multimem_all_gather(
 def _multimem_reduce_scatter_kernel(
     x_ptr, out_ptr, x_stride, out_stride,
     parts_ptr,  # [4, W] int64, see part_table
-    multicast_ptr: tl.int64,  # of the staging of all ranks
-    staging_ptrs, pad_ptrs,  # [W] int64, symmetric
+    multicast_ptr: tl.int64, staging_ptrs, pad_ptrs,  # [W] int64, symmetric
     signature: tl.int64, rank, budget: tl.int64,
     WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
     VIRTUAL: tl.constexpr, HALF_BYTES: tl.constexpr, SLOT_BYTES: tl.constexpr, UNIT: tl.constexpr,
@@ -328,8 +322,7 @@ def multimem_reduce_scatter(
     Args:
         x: all parts, contiguous; float32, float16 or bfloat16.
         out: this rank's part, contiguous, of the dtype of x.
-        arena: of the group, with staging that has a multicast address. A part longer than a slot goes in
-            several pieces.
+        arena: of the group, with multicast staging. A part longer than a slot goes in several pieces.
         parts: which part is whose, in elements, as `scatter_parts` makes it; all ranks' must fit together.
         op: `sum`, or of float32 `avg`.
         timeout: seconds that each piece may wait; None: while the peers live.

@@ -53,6 +53,8 @@ PARAMETERS = {
 UNUSUAL_PARAMETERS = {"parts_ptr", "part_units", "multicast_ptr", "x_stride", "out_stride"}
 USUAL_PARAMETERS = tuple(n for n in PARAMETERS if n not in UNUSUAL_PARAMETERS)
 """Those of the kernels of `broken.py`, in order."""
+MULTIMEM_PARAMETERS = tuple(n for n in PARAMETERS if n in {*USUAL_PARAMETERS, "multicast_ptr"})
+"""Those of the one among them that has multimem accesses."""
 MAILBOX_PARAMETERS = {
     "header_ptr": "*i64",
     "nbytes": "i64",
