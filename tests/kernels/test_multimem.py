@@ -128,11 +128,11 @@ def _staged(member):
     staged = {}
     for name, launcher in LAUNCHERS["all_reduce"].items():
         for numel in (5, 64, 67, 72):
-            poison(member, arena, f"{name}/{numel}")
+            poison(member, arena, f"{name}/{numel}", 0x11)
             launcher(torch.ones(numel, dtype=torch.bfloat16), arena)
             member.meet(f"{name}/{numel}/done")
             halves = arena.staging.buffer.local[layout.half_offset :].view(2, -1)
-            (half,) = [half for half in halves if (half != 0xFF).any()]
+            (half,) = [half for half in halves if (half != 0x11).any()]
             staged[name, numel] = half.view(torch.int16)[numel : numel + 16].tolist()
     return staged
 
@@ -142,7 +142,7 @@ def test_staging_is_filled_up_with_zeros_to_16_bytes_and_not_beyond(on_ranks):
         assert len(staged) == 8
         for (name, numel), behind in staged.items():
             zeros = -numel % 8
-            assert behind == [0] * zeros + [-1] * (16 - zeros), (name, numel)
+            assert behind == [0] * zeros + [0x1111] * (16 - zeros), (name, numel)
 
 
 def _long_messages(member):
@@ -153,10 +153,14 @@ def _long_messages(member):
     numel = 2 * capacity // 4 + 3
     assert len(cut(numel, 4, capacity)) == 3
     found = [mistake(member, arena, seed, name, shape=(numel,)) for seed, name in enumerate(ALL_REDUCE)]
+    unit = 2 * switch.staging.layout.slot_bytes // 4 + 3
+    found += mistakes_of_moves(member, arena, 7, "triton:multimem", unit=unit, wanted="all_gather even")
+    inputs_of = functools.partial(_inputs, 7, member.world_size, torch.float32)
+    found += mistakes_of_reductions(member, arena, "triton:multimem", inputs_of, unit=unit, wanted="even")
     assert not any(found), "\n".join(filter(None, found))
 
 
-def test_what_exceeds_a_half_goes_in_pieces(on_ranks):
+def test_what_exceeds_a_half_or_a_slot_goes_in_pieces(on_ranks):
     on_ranks(2, _long_messages)
 
 
