@@ -1,12 +1,12 @@
 """All-reduce, all-gather and reduce-scatter by the switch: multimem instructions on a multicast address.
 
 ==============  ==================  ======================  ======  ======================================
-verb            algorithm           bytes in, per rank      rounds  wins
+verb            algorithm           bytes in, per rank      rounds  meant for; none has been measured yet
 ==============  ==================  ======================  ======  ======================================
 all-reduce      multimem_one_shot   S, summed on the way    1       small
 all-reduce      multimem_two_shot   (1 + 1 / W) S           2       large: each element is summed once
-all-gather      multimem            (W - 1) parts, sends 1  1       where sending is what takes long
-reduce-scatter  multimem            1 part, summed          1       everywhere
+all-gather      multimem            (W - 1) parts, sends 1  1       all sizes: each part is sent once
+reduce-scatter  multimem            1 part, summed          1       all sizes
 ==============  ==================  ======================  ======  ======================================
 
 Needs: GPUs of sm_90 or later behind a switch that has multicast for the group: `Staging.multicast`, which is
@@ -15,8 +15,8 @@ the kernels' `multicast_ptr`; the same numel, dtype and op on every rank; x and 
 Numerics: sum of float32, float16 and bfloat16; avg of float32 only, times fp32(1/W), since a 16-bit sum comes
 rounded from the switch and an average would be rounded twice. 16-bit types are added in fp32. The switch
 settles in which order the ranks are added: the bits need not be those of other algorithms, nor the same from
-run to run. In one-shot and reduce-scatter nothing promises that ranks see the same bits of one sum; in
-two-shot each element has one producer, so all ranks get the same bits. The all-gather moves any dtype.
+run to run. In one-shot nothing promises that ranks see the same bits of one sum; in two-shot each element
+has one producer, so all ranks get the same bits. The all-gather moves any dtype.
 
 Source: the multimem collectives of PyTorch symmetric memory and NCCL's NVLS kernels, with the trailing
 barrier replaced by double buffering (DeepEP's argument).
