@@ -79,21 +79,25 @@ def _kernel_sources(path):
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("all_reduce", 4), ("exchange", 2), ("reduce_scatter", 2), ("barrier", 1), ("hierarchical", 2)],
+    [
+        ("all_reduce", 4),
+        ("exchange", 2),
+        ("reduce_scatter", 2),
+        ("barrier", 1),
+        ("multimem", 4),
+        ("hierarchical", 2),
+    ],
 )
 def test_launchers_are_typed_and_say_what_they_raise(name, count):
     tree = ast.parse((ROOT / f"tcomm/kernels/{name}.py").read_text())
-    launchers = [n for n in tree.body if isinstance(n, ast.FunctionDef) and _is_launcher(n, name)]
+    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef) and not _is_kernel(n)]
+    launchers = [n for n in functions if n.name.endswith(f"_{name}") or n.name.startswith(f"{name}_")]
     assert len(launchers) == count
     for launcher in launchers:
         arguments = launcher.args.args + launcher.args.kwonlyargs
         assert all(argument.annotation is not None for argument in arguments), launcher.name
         assert launcher.returns is not None
         assert "Raises:" in ast.get_docstring(launcher)
-
-
-def _is_launcher(function, name):
-    return function.name.endswith(f"_{name}") or (name, function.name[:5]) == ("hierarchical", "hiera")
 
 
 def test_every_kernel_shows_an_example():
