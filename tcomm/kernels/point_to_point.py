@@ -34,7 +34,8 @@ from tcomm.memory.mailbox import HEADER_BYTES, MailboxLayout, Message, PairWait
 __all__ = ["mailbox_constants", "recv", "send"]
 
 _RUNTIME = ["nbytes", "signature", "peer", "rank", "budget"]
-_BUDGET = 1 << 31
+_BUDGET = 0
+"""Polls of a wait; 0: only the host's clock counts."""
 
 _HEADS = tl.constexpr(control.HEADS)
 _TAILS = tl.constexpr(control.TAILS)
