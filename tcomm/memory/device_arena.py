@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from tcomm.errors import CapabilityError, GroupClosedError, PeerLostError, TcommError
-from tcomm.memory.base import Exchange, LaunchPart, NotShared, Staging
+from tcomm.memory.base import Exchange, LaunchPart, NotShared, Staging, SymmetricBuffer
 from tcomm.memory.channel import Channel
 from tcomm.memory.control import (
     ARRIVALS,
@@ -37,6 +37,12 @@ __all__ = ["DeviceArena", "open_device_arena"]
 
 _LAST_CALLS_SECONDS = 5.0
 """How long a closing group waits for what it launched, and for peers that read through multicast."""
+
+
+ProveAccess = Callable[
+    [Exchange, SymmetricBuffer, Callable[[], None], float, Callable[[], None]], dict[int, str]
+]
+"""`tcomm.memory.probe.prove_access`."""
 
 
 class DeviceArena:
@@ -135,6 +141,15 @@ class DeviceArena:
             raise
         self._staging = staging
         return staging
+
+    def prove_access(self, prove: ProveAccess, timeout: float) -> None:
+        """Find out whom this rank really reaches. **Collective**, with nothing in flight.
+
+        Raises:
+            RendezvousError, PeerLostError: when a rank did not come.
+        """
+        settle, check = self._transport.memory.settle, self._refuse_the_gone
+        self.unreachable = prove(self._exchange, self.control, settle, timeout, check)
 
     def set_epoch(self, epoch: int) -> None:
         """Go on from `epoch`, with nothing in flight; the same on every rank. For tests of the wrap."""
