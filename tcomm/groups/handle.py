@@ -188,6 +188,20 @@ class GroupHandle:
             topology = self._devices.open(device, call, self._agreement, seconds)
             self.capabilities = dataclasses.replace(self.capabilities, topology=topology)
 
+    def synchronize(self) -> None:
+        """Wait until this rank's GPU has done all that it was given, and raise what calls found.
+
+        Not collective. On a CPU every call has raised what it found.
+
+        Raises:
+            CapabilityError: while a graph is captured.
+            CollectiveMismatchError: the ranks called different things; the group stays usable.
+            PeerLostError, PeerTimeoutError: a peer did not come; the group is given up.
+        """
+        self._refuse_foreign()
+        if self._devices.arena is not None:
+            self._devices.arena.channel.synchronize()
+
     def _explain_delay(self, told: str) -> PeerTimeoutError:
         waiting: list[int] = []
         if self._arena is not None and (word := self._arena.channel.words[Word.WAITING_FOR]):

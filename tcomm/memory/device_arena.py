@@ -123,12 +123,13 @@ class DeviceArena:
         Raises:
             CapabilityError: while a graph is captured; on every rank, when one lacks the room, and the old
                 staging stays.
-            PeerLostError: when a peer died meanwhile.
+            PeerLostError, PeerTimeoutError: when the group was given up, or a peer died meanwhile.
+            CollectiveMismatchError: what an earlier call left behind; the new staging is there.
         """
         self._refuse_closed()
         self.runtime.refuse_in_capture("staging has to be made")
         layout = StagingLayout(nbytes, self.world_size)
-        self.channel.synchronize()
+        self._transport.memory.settle()
         try:
             made = self._transport.allocate(layout.nbytes, timeout, self._refuse_the_gone)
             if isinstance(made, NotShared):
@@ -140,6 +141,8 @@ class DeviceArena:
                 self._host.give_up(PoisonCode.PEER_LOST, lost.peers[0], lost.seq)
             raise
         self._staging = staging
+        # Not before: a rank that raised would leave the others waiting.
+        self.channel.raise_recorded()
         return staging
 
     def prove_access(self, prove: ProveAccess, timeout: float) -> None:
@@ -209,9 +212,12 @@ class DeviceArena:
 
     def _refuse_the_gone(self) -> None:
         host = self._host
-        if host is not None and (gone := host.find_gone()):
+        if host is not None:
             host.name_call(CallDescription("set-up on GPUs"))
-            raise host.lost(gone, self.channel.calls)
+            if host.words[Word.POISON_CODE]:
+                host.raise_poison()
+            if gone := host.find_gone():
+                raise host.lost(gone, self.channel.calls)
 
 
 def open_device_arena(

@@ -197,10 +197,10 @@ class DeviceChannel:
         error, host = self._record[HostWord.ERROR], self._host
         if error & 0xFF == ErrorKind.TIMEOUT:
             self._failure = self._timed_out(error >> 8 & 0xFF)
-        elif self._gone:
-            self._failure = self._lost(self._gone, self.calls)
         elif host is not None and host.words[Word.POISON_CODE]:
             self._failure = self._given_up_by_another(host)
+        elif self._gone:
+            self._failure = self._lost(self._gone, self.calls)
         else:
             return
         self.abort()
@@ -210,10 +210,11 @@ class DeviceChannel:
         """The error for a wait that ended without `peer`."""
         seq, host = self._seen_words()[0] >> 32, self._host
         if host is not None:
-            if gone := self._gone or host.find_gone():
-                return self._lost(gone, seq)
+            # Whoever gave the group up knew why, and may have left since.
             if host.words[Word.POISON_CODE]:
                 return self._given_up_by_another(host)
+            if gone := self._gone or host.find_gone():
+                return self._lost(gone, seq)
             host.give_up(PoisonCode.PEER_TIMEOUT, peer, seq)
         what = host.blame(peer) if host is not None else f"rank {peer} is silent"
         limit = "being told to stop" if self._timeout is None else f"{self._timeout:g} s"

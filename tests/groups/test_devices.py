@@ -65,6 +65,7 @@ def _verbs(member):
         parts = comm.reduce_scatter_single(torch.ones(6))
         assert parts.tolist() == [2.0] * 3
         comm.barrier()
+        comm.synchronize()
         arena = comm._devices.arena
         assert len(comm.opened) == 1
         assert comm.capabilities.topology.kind == "h100"
@@ -76,8 +77,9 @@ def _verbs(member):
         for name in ("one_shot_push", "two_shot"):
             assert comm.all_reduce(torch.ones(9), algorithm=name).tolist() == [2.0] * 9
     assert arena._is_closed
-    with pytest.raises(GroupClosedError):
-        comm.all_reduce(torch.ones(3))
+    for use in (lambda: comm.all_reduce(torch.ones(3)), comm.synchronize):
+        with pytest.raises(GroupClosedError):
+            use()
 
 
 def test_the_first_collective_on_gpus_makes_the_memory_and_kernels_do_the_rest(on_ranks):

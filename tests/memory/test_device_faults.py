@@ -167,6 +167,23 @@ def test_the_next_call_after_the_watch_saw_a_death_is_not_launched(on_ranks):
     assert lost.seconds < 0.2
 
 
+def _grows_over_an_error(member):
+    """One rank has an error to tell when staging is made: it comes along, and tells it afterwards."""
+    with on_device(member) as arena:
+        if member.rank == 0:
+            _put_down(arena.channel, ErrorKind.MISMATCH, 1)
+            with pytest.raises(CollectiveMismatchError):
+                arena.grow(1 << 21, 5.0)
+        else:
+            arena.grow(1 << 21, 5.0)
+        assert arena.staging.layout.nbytes == 1 << 21
+        assert _reduce(arena)[0] == 2
+
+
+def test_growing_raises_what_is_known_behind_it_so_that_nobody_waits(on_ranks):
+    on_ranks(2, _grows_over_an_error)
+
+
 def _dropped(member):
     host = member.arena(name="host")
     arena = device_arena(member, host=host.channel)
