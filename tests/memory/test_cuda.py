@@ -124,11 +124,20 @@ def test_a_part_of_a_buffer_has_its_part_of_the_multicast_address():
 
 def test_handles_outlive_whoever_made_them_until_they_are_released(torch_memory):
     _, memory = torch_memory()
-    transport = CudaTransport(LocalExchange(), memory)
+    waits = []
+
+    class Timed(LocalExchange):
+        def all_gather(self, payload, timeout, check=None):
+            waits.append(timeout)
+            return [payload]
+
+    transport = CudaTransport(Timed(), memory)
     memory.identity, real = lambda: "this one", memory.rendezvous
     memory.rendezvous = lambda tensor, rank, world, timeout: real(tensor, rank, 2, timeout)
     made = transport.allocate(4096, 5.0)
     assert made.nbytes == 4096
+    # Who failed at once waits for who is still in torch's rendezvous.
+    assert waits == [5.0, 10.0]
     held = list(transport._mine)
     assert all(key in cuda._never_collected for key in held)
     transport.release()

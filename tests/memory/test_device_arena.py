@@ -128,6 +128,25 @@ def test_epochs_pass_the_wrap_and_growing_keeps_lanes_nobodys(on_ranks, epoch):
     on_ranks(2, _wrap, epoch)
 
 
+def _grows_half_a_wrap_away(member):
+    """What is nobody's at epoch 0 is somebody's half a wrap later, so new lanes follow the epoch."""
+    use_tiles(64)
+    with on_device(member) as arena:
+        arena.set_epoch((1 << 31) - 2)
+        member.meet("set")
+        staging = arena.grow(1 << 17, 20.0)
+        lanes = staging.buffer.peer(member.rank, dtype=torch.int64)[: staging.layout.half_offset // 8]
+        assert bool((lanes == dead_word((1 << 31) - 2)).all())
+        member.meet("looked")
+        for call in range(3):
+            x = torch.ones(50) * (member.rank + 1 + call)
+            assert LAUNCHERS["one_shot_ll"](x, arena).tolist() == [3.0 + 2 * call] * 50
+
+
+def test_new_lanes_are_nobodys_at_the_epoch_at_which_they_are_made(on_ranks):
+    on_ranks(2, _grows_half_a_wrap_away)
+
+
 def _closed(member):
     host = member.arena(name="host")
     memory = FakeSymmetricMemory(member.exchange("memory"))
@@ -212,7 +231,7 @@ def test_a_rendezvous_that_fails_or_hangs_is_everyones_reason_within_the_deadlin
     told = on_ranks(2, _alone_in_the_rendezvous)
     assert told[0] == told[1]
     assert "rank 1: cuMemMap failed" in told[0][0]
-    told = on_ranks(2, _not_shared, {"stuck": 5.0}, False, 0, timeout=20.0)
+    told = on_ranks(2, _not_shared, {"stuck": 8.0}, False, 0, timeout=20.0)
     assert told[0][0] == told[1][0]
     assert "rank 0: torch's rendezvous did not end within 2 s" in told[0][0]
 
