@@ -236,6 +236,11 @@ class CudaTransport:
             return NotShared("the GPUs share no memory (" + "; ".join(reasons) + ")")
         return DeviceBuffer(self._exchange.rank, mapped.buffers, mapped.multicast)
 
+    def keep(self, thing: object) -> None:
+        """Keep what kernels may use from the garbage collector, until `release`."""
+        _never_collected[id(thing)] = thing
+        self._mine.append(id(thing))
+
     def release(self) -> None:
         """Give everything back, with nothing in flight on the device. May be called twice."""
         for key in self._mine:
@@ -255,7 +260,7 @@ class CudaTransport:
             return None, _Offer(
                 nbytes, lacking=f"{first}: needed {nbytes} bytes, available {self.memory.room()}"
             )
-        self._keep(tensor)
+        self.keep(tensor)
         return tensor, _Offer(nbytes, self.memory.identity())
 
     def _enter(self, tensor: torch.Tensor, timeout: float) -> tuple[Mapped | None, str]:
@@ -267,8 +272,8 @@ class CudaTransport:
         def enter() -> None:
             try:
                 mapped = self.memory.rendezvous(tensor, rank, world_size, timeout)
-                self._keep(mapped.handle)
-                self._keep(mapped)
+                self.keep(mapped.handle)
+                self.keep(mapped)
                 done.append(mapped)
             except Exception as error:  # noqa: BLE001 - told to every rank, which raises
                 problems.append(str(error).strip().partition("\n")[0] or type(error).__name__)
@@ -279,10 +284,6 @@ class CudaTransport:
         if done:
             return done[0], ""
         return None, problems[0] if problems else f"torch's rendezvous did not end within {timeout:g} s"
-
-    def _keep(self, thing: object) -> None:
-        _never_collected[id(thing)] = thing
-        self._mine.append(id(thing))
 
     def _refuse(self, offers: Sequence[_Offer], nbytes: int) -> None:
         if len({offer.nbytes for offer in offers}) > 1:

@@ -6,6 +6,7 @@ nothing is in flight. What the host and a kernel have to tell one another is in 
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from collections.abc import Callable
@@ -35,8 +36,12 @@ from tcomm.signature import CallDescription
 
 __all__ = ["DeviceArena", "open_device_arena"]
 
-_LAST_CALLS_SECONDS = 5.0
-"""How long a closing group waits for what it launched, and for peers that read through multicast."""
+logger = logging.getLogger("tcomm")
+
+_LAST_CALLS_SECONDS = 120.0
+"""How long a closing group waits for what it launched without a deadline."""
+_OTHERS_SECONDS = 5.0
+"""How long it waits for the others, where memory is bound to an address that they use."""
 
 
 ProveAccess = Callable[
@@ -89,6 +94,7 @@ class DeviceArena:
         self._is_closed = False
         settle = transport.memory.settle
         self.channel = DeviceChannel(group, self.rank, self.world_size, self._page, runtime, settle, host)
+        transport.keep(self.channel.record)
 
     @property
     def staging(self) -> Staging | None:
@@ -108,7 +114,7 @@ class DeviceArena:
         page[Word.RANK] = self.rank
         page[Word.WORLD_SIZE] = self.world_size
         page[Word.NONCE] = secrets.randbits(63)
-        page[Word.HOST_RECORD] = self.channel.record_address
+        page[Word.HOST_RECORD] = self.channel.record.data_ptr()
         page[Word.MAGIC] = MAGIC
         self._page.copy_(page)
         self._adopt(staging, 0)
@@ -177,19 +183,25 @@ class DeviceArena:
         abort = threading.Timer(_LAST_CALLS_SECONDS, self.channel.abort)
         abort.daemon = True
         abort.start()
+        broken = False
         try:
             self._transport.memory.settle()
+        except RuntimeError as error:
+            broken = True
+            logger.warning("group %r: %s failed before its end: %s", self.channel.group, self.device, error)
         finally:
             abort.cancel()
             self.channel.close(reason)
-        if self.multicast:
-            self._await_the_others()
         self._staging = None
-        self._transport.release()
+        if not broken:
+            if self.multicast:
+                self._await_the_others()
+            # Torch's destructors would end the process where the device answers no more.
+            self._transport.release()
 
     def _await_the_others(self) -> None:
         try:
-            self._exchange.all_gather(b"", _LAST_CALLS_SECONDS, self._refuse_the_gone)
+            self._exchange.all_gather(b"", _OTHERS_SECONDS, self._refuse_the_gone)
         except TcommError:
             return  # they are gone, or busy elsewhere, and have their own deadlines
 

@@ -66,8 +66,9 @@ class DeviceChannel:
         self.calls = 0
         """Calls that this host has launched; replays of graphs are not among them."""
         on_gpu = page.device.type != "cpu"
-        self._record_memory = torch.zeros(HOST_WORDS, dtype=torch.int64, pin_memory=on_gpu)
-        self._record: memoryview[int] = self._record_memory.numpy().data.cast("B").cast("Q")
+        self.record = torch.zeros(HOST_WORDS, dtype=torch.int64, pin_memory=on_gpu)
+        """What kernels and this host tell one another."""
+        self._record: memoryview[int] = self.record.numpy().data.cast("B").cast("Q")
         self._page = page
         self._waits_for_kernels = not on_gpu
         self._runtime = runtime
@@ -84,11 +85,6 @@ class DeviceChannel:
         self._waiting_on: tuple[int, int, int] | None = None
         self._began = 0.0
         self._watch = Watch(self, f"tcomm-watch-{group}") if host is not None else None
-
-    @property
-    def record_address(self) -> int:
-        """For `Word.HOST_RECORD` of this rank's page."""
-        return self._record_memory.data_ptr()
 
     # Around a launch -----------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """The real kernels, interpreted by real processes, over device memory that a fake made."""
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def _layout(member):
         words = _words(arena)
         assert int(words[Word.MAGIC]) == MAGIC
         assert [int(_words(arena, r)[Word.RANK]) for r in range(2)] == [0, 1]
-        assert int(words[Word.HOST_RECORD]) == arena.channel.record_address
+        assert int(words[Word.HOST_RECORD]) == arena.channel.record.data_ptr()
         dead = dead_word(0) - (1 << 64)
         assert bool((words[ARRIVALS:MAILBOXES] == dead).all())
         staging = arena.staging
@@ -170,6 +171,50 @@ def _closed(member):
 
 def test_closing_twice_gives_back_once_and_what_follows_is_refused(on_ranks):
     on_ranks(2, _closed)
+
+
+def _broken_device(member):
+    from tcomm.memory import cuda
+
+    host = member.arena(name="host")
+    memory = FakeSymmetricMemory(member.exchange("memory"))
+    arena = device_arena(member, memory, host.channel)
+    assert id(arena.channel.record) in cuda._never_collected
+
+    def settle():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    memory.settle = settle
+    arena.close()
+    arena.close()
+    with pytest.raises(GroupClosedError):
+        arena.channel.begin(None, 1.0)
+    host.close("done")
+    return len(cuda._never_collected)
+
+
+def test_a_broken_device_can_be_left_and_its_handles_are_not_destroyed(on_ranks):
+    assert all(kept > 2 for kept in on_ranks(2, _broken_device))
+
+
+def _slow_last_call(member):
+    """What was launched without a deadline, and never ends, is aborted by the one who leaves."""
+    from tcomm.memory import device_arena as module
+
+    module._LAST_CALLS_SECONDS = 0.2
+    memory = FakeSymmetricMemory(member.exchange("memory"))
+    arena = device_arena(member, memory)
+
+    def settle():
+        while not arena.channel.record[HostWord.ABORT]:
+            time.sleep(0.01)
+
+    memory.settle = settle
+    arena.close()
+
+
+def test_closing_is_bounded(on_ranks):
+    on_ranks(1, _slow_last_call, timeout=20.0)
 
 
 def _no_room(member):
