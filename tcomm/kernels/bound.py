@@ -70,6 +70,10 @@ class BoundLaunch:
 
     def __call__(self, tensors: Sequence[int], budget: int) -> None:
         """Launch on x and out at these addresses, in the streams of the arena."""
+        if not self.arena.runtime.is_current():
+            with self.arena.runtime.on_device():
+                self(tensors, budget)
+            return
         kernel = self.compiled
         launches[self.name] += 1
         for part in self.arena.launch_parts:

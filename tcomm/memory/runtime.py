@@ -37,6 +37,10 @@ class Runtime(Protocol):
         """
         ...
 
+    def is_current(self) -> bool:
+        """Whether the device is the one that launches go to."""
+        ...
+
     def on_device(self) -> contextlib.AbstractContextManager[object]:
         """Make the device current."""
         ...
@@ -59,6 +63,10 @@ class HostRuntime:
 
     def refuse_in_capture(self, what: str) -> None:
         """Nothing."""
+
+    def is_current(self) -> bool:
+        """True."""
+        return True
 
     def on_device(self) -> contextlib.AbstractContextManager[object]:
         """Nothing."""
@@ -108,6 +116,10 @@ class CudaRuntime:
                 f"{what}, which cannot be done while a graph is captured; call prepare(max_nbytes, dtypes) "
                 "before the capture, and make calls of this kind once, on every rank"
             )
+
+    def is_current(self) -> bool:
+        """Whether the device is torch's current one."""
+        return bool(torch._C._cuda_getDevice() == self.device.index)
 
     def on_device(self) -> contextlib.AbstractContextManager[object]:
         """Make the device current."""

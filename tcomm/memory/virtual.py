@@ -131,6 +131,7 @@ class VirtualChannel:
         self._op = ""
         self._timeout: float | None = None
         self._failure: CommError | None = None
+        self._errors = arena.records[:, HostWord.ERROR].numpy()
 
     def begin(self, call: CallDescription, timeout: float | None) -> int:
         """Count the call; order it after those before it.
@@ -172,10 +173,9 @@ class VirtualChannel:
         Raises:
             PeerTimeoutError: when a virtual rank waited in vain; the ranks are of no use any more.
         """
-        records = self._arena.records
-        if self._failure is None and bool(records[:, HostWord.ERROR].any()):
-            rank = int(records[:, HostWord.ERROR].nonzero()[0])
-            error = int(records[rank, HostWord.ERROR])
+        if self._failure is None and self._errors.any():
+            rank = int(self._errors.nonzero()[0][0])
+            error = int(self._errors[rank])
             kind, peer = error & 0xFF, error >> 8 & 0xFF
             found = "called something else" if kind == ErrorKind.MISMATCH else "did not come in time"
             limit = "no deadline" if self._timeout is None else f"{self._timeout:g} s"

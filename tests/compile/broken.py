@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from tcomm.kernels.device import page_of
+from tcomm.kernels.device import page_of, pause, started
+from tcomm.kernels.device_cuda import alias_fence, multimem_load_sum, nanoseconds
 from tcomm.memory.control import ARRIVALS, Word
 
 _ARRIVALS = tl.constexpr(ARRIVALS)
@@ -19,12 +20,21 @@ SOUND = {
     "PUBLISH_SCOPE": "sys",
     "PUBLISH_BARRIER": True,
     "POLL": "volatile",
+    "CLOCK": "pause",
     "ACQUIRE_SEM": "acquire",
     "ACQUIRE_SCOPE": "sys",
     "ACQUIRE_BARRIER": True,
     "LOAD_LATE": True,
     "ALIGNED": True,
     "DONE_SCOPE": "gpu",
+}
+SOUND_MULTIMEM = {
+    "WORLD": 4,
+    "BLOCK": 1024,
+    "ADDRESS": "multicast",
+    "MASKED": True,
+    "FENCE": "between",
+    "LOAD_LATE": True,
 }
 SOUND_LANES = {"WORLD": 2, "BLOCK": 1024, "SPLIT": False, "CACHED": False}
 SOUND_ARITHMETIC = {"BLOCK": 1024, "SORT": "sound"}
@@ -59,11 +69,18 @@ def _absent(inbox, word, POLL: tl.constexpr):
 
 
 @triton.jit
-def _spin(page, inbox, word, POLL: tl.constexpr):
+def _spin(page, inbox, word, budget, POLL: tl.constexpr, CLOCK: tl.constexpr):
     waiting = _absent(inbox, word, POLL)
     given_up = tl.full((), False, tl.int1)
+    polls = tl.full((), 0, tl.int64)
+    since = started(CLOCK == "none")
     while (waiting > 0) & (given_up == 0):
         given_up = tl.load(page + _ABORT, volatile=POLL != "plain") == word
+        if CLOCK == "pause":
+            given_up |= pause(0, 0, word, page, polls, since, budget, False) != 0
+        elif CLOCK == "no abort":
+            given_up |= nanoseconds() - since >= budget
+        polls += 1
         waiting = _absent(inbox, word, POLL)
 
 
@@ -82,7 +99,7 @@ def model_kernel(
     x_ptr, out_ptr, numel, staging_ptrs, pad_ptrs, signature, rank, budget,
     WORLD: tl.constexpr, BLOCK: tl.constexpr,
     PUBLISH_SEM: tl.constexpr, PUBLISH_SCOPE: tl.constexpr, PUBLISH_BARRIER: tl.constexpr,
-    POLL: tl.constexpr, ACQUIRE_SEM: tl.constexpr, ACQUIRE_SCOPE: tl.constexpr,
+    POLL: tl.constexpr, CLOCK: tl.constexpr, ACQUIRE_SEM: tl.constexpr, ACQUIRE_SCOPE: tl.constexpr,
     ACQUIRE_BARRIER: tl.constexpr, LOAD_LATE: tl.constexpr, ALIGNED: tl.constexpr, DONE_SCOPE: tl.constexpr,
 ):  # fmt: skip
     page = page_of(pad_ptrs, rank)
@@ -98,7 +115,7 @@ def model_kernel(
     pages = tl.load(pad_ptrs + peers).to(tl.pointer_type(tl.int64))
     words = tl.full((WORLD,), 0, tl.int64) + word
     tl.atomic_xchg(pages + _ARRIVALS + rank, words, sem=PUBLISH_SEM, scope=PUBLISH_SCOPE)
-    _spin(page, page + _ARRIVALS + peers, word, POLL)
+    _spin(page, page + _ARRIVALS + peers, word, budget, POLL, CLOCK)
     _acquire(page, page + _ARRIVALS + peers, word, ACQUIRE_SEM, ACQUIRE_SCOPE, ACQUIRE_BARRIER)
     if LOAD_LATE:
         _copy(theirs, out_ptr, numel, BLOCK)
@@ -163,3 +180,61 @@ def crowded_kernel(
     tl.debug_barrier()
     scale = tl.load(x_ptr + tl.sum((value > 0).to(tl.int32), axis=0))
     tl.store(out_ptr + offs, value * scale)
+
+
+@triton.jit
+def _sum_vectors(multicast_ptr, staging_ptrs, out_ptr, numel, BLOCK: tl.constexpr, ADDRESS, MASKED):
+    """16 bytes of every vector: full tiles in a loop, and what is left over."""
+    base = multicast_ptr
+    if ADDRESS == "staging":
+        base = tl.load(staging_ptrs)
+    tile = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK // 4)
+    while tile < numel // BLOCK:
+        _sum_vector(base + (tile * BLOCK + lanes * 4) * 4, lanes, out_ptr, tile * BLOCK, ADDRESS, True)
+        tile += tl.num_programs(0)
+    _sum_vector(
+        base + (tile * BLOCK + lanes * 4) * 4, tile * BLOCK + lanes * 4 < numel, out_ptr, tile * BLOCK,
+        ADDRESS, not MASKED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _sum_vector(address, mask, out_ptr, start, ADDRESS: tl.constexpr, FULL: tl.constexpr):
+    if ADDRESS == "none":
+        a = mask.to(tl.int32)
+    else:
+        a, _, _, _ = multimem_load_sum(address, mask, tl.float32, FULL)
+    if ADDRESS == "plain":
+        a += tl.load(address.to(tl.pointer_type(tl.int32)))
+    offs = start + tl.arange(0, address.shape[0])
+    tl.store(out_ptr + offs, a.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def multimem_kernel(
+    x_ptr, out_ptr, numel, multicast_ptr, staging_ptrs, pad_ptrs, signature, rank, budget,
+    WORLD: tl.constexpr, BLOCK: tl.constexpr, ADDRESS: tl.constexpr, MASKED: tl.constexpr,
+    FENCE: tl.constexpr, LOAD_LATE: tl.constexpr,
+):  # fmt: skip
+    page = page_of(pad_ptrs, rank)
+    word = ((tl.load(page + _EPOCH) + 1) << 32) | signature
+    peers = tl.arange(0, WORLD)
+    _copy(x_ptr, _staged(staging_ptrs, rank, x_ptr.dtype.element_ty, True), numel, BLOCK)
+    if not LOAD_LATE:
+        _sum_vectors(multicast_ptr, staging_ptrs, out_ptr, numel, BLOCK, ADDRESS, MASKED)
+    tl.debug_barrier()
+    if FENCE == "early":
+        alias_fence()
+    pages = tl.load(pad_ptrs + peers).to(tl.pointer_type(tl.int64))
+    words = tl.full((WORLD,), 0, tl.int64) + word
+    tl.atomic_xchg(pages + _ARRIVALS + rank, words, sem="release", scope="sys")
+    _spin(page, page + _ARRIVALS + peers, word, "volatile")
+    _acquire(page, page + _ARRIVALS + peers, word, "acquire", "sys", True)
+    if FENCE == "between":
+        alias_fence()
+    if LOAD_LATE:
+        _sum_vectors(multicast_ptr, staging_ptrs, out_ptr, numel, BLOCK, ADDRESS, MASKED)
+    tl.debug_barrier()
+    if FENCE == "late":
+        alias_fence()

@@ -12,6 +12,7 @@ from tests.compile.cases import (
     discovered_kernels,
     parameters_of,
 )
+from tests.compile.node_cases import NODE_KERNELS
 
 every_case = pytest.mark.parametrize("case", cases_of("cuda"), ids=str)
 span_case = pytest.mark.parametrize("case", cases_of("cuda", aligned=True, spans=True), ids=str)
@@ -29,7 +30,7 @@ def lane_spins_of(case):
 
 
 def test_every_kernel_has_a_case():
-    assert discovered_kernels().keys() == PROTOCOLS.keys() | set(MAILBOX_KERNELS)
+    assert discovered_kernels().keys() == PROTOCOLS.keys() | set(MAILBOX_KERNELS) | set(NODE_KERNELS)
 
 
 @every_case
@@ -65,6 +66,11 @@ def test_gpu_scope_is_for_own_words_only(case):
 @every_case
 def test_no_spin_loop_is_deleted(case):
     inspect_asm.check_spins(ptx_of(case), case.protocol.phases, lane_spins_of(case))
+
+
+@every_case
+def test_every_wait_has_a_deadline_and_can_be_aborted(case):
+    inspect_asm.check_deadlines(ptx_of(case), case.protocol.phases + lane_spins_of(case))
 
 
 @span_case
