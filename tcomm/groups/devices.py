@@ -149,7 +149,11 @@ class DeviceMemory:
             self.arena = made
             no_multicast = "" if made.multicast else self._why_no_multicast(transport)
             report = self.devices.describe(device, no_multicast, made.unreachable)
-        report = msgspec.structs.replace(report, no_kernels=_why_no_kernels(device))
+        report = msgspec.structs.replace(
+            report,
+            no_kernels=_why_no_kernels(device),
+            no_nvshmem="the memory of the group is torch's and not NVSHMEM's",
+        )
         reports = exchange.all_gather(msgspec.msgpack.encode(report), self._seconds)
         return vote([msgspec.msgpack.decode(data, type=DeviceReport) for data in reports])
 

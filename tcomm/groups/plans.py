@@ -158,19 +158,20 @@ def _plan_kernel(
     job: Job, algorithm: str, arena: KernelArena, call: CallDescription, piece_nbytes: int
 ) -> Plan:
     # Triton costs most of a second to import, and must not be imported before it is asked for.
-    from tcomm.kernels import all_reduce, barrier, exchange, reduce_scatter
+    from tcomm.kernels import all_reduce, barrier, exchange, multimem, reduce_scatter
 
+    by_switch = multimem.LAUNCHERS
     parts, op = job.parts, call.reduce
     if call.op == "barrier":
         return lambda _x, _out, timeout: barrier.arrival_barrier(arena, timeout=timeout, call=call)
     if parts is None:
-        launch = all_reduce.LAUNCHERS[algorithm]
+        launch = (all_reduce.LAUNCHERS | by_switch["all_reduce"])[algorithm]
         return lambda x, out, timeout: launch(x, arena, op, out=out, timeout=timeout, call=call)
     options = {"call": call, "piece_nbytes": piece_nbytes}
     if op:
-        launch = reduce_scatter.LAUNCHERS[algorithm]
+        launch = (reduce_scatter.LAUNCHERS | by_switch["reduce_scatter"])[algorithm]
         return lambda x, out, timeout: launch(x, out, arena, parts, op, timeout=timeout, **options)
-    launch = exchange.LAUNCHERS[algorithm]
+    launch = (exchange.LAUNCHERS | by_switch["all_gather"])[algorithm]
     return lambda x, out, timeout: launch(x, out, arena, parts, timeout=timeout, **options)
 
 

@@ -86,6 +86,30 @@ def test_the_first_collective_on_gpus_makes_the_memory_and_kernels_do_the_rest(o
     on_ranks(2, _verbs)
 
 
+def _by_switch(member):
+    """Multimem has no form here; which launcher is called shows nevertheless."""
+    from tcomm.kernels import multimem
+
+    called = []
+    for name in ("multimem_one_shot", "multimem_two_shot"):
+        multimem.LAUNCHERS["all_reduce"][name] = lambda x, arena, op, out, **kw: called.append(kw["call"])
+    for verb in ("all_gather", "reduce_scatter"):
+        multimem.LAUNCHERS[verb]["multimem"] = lambda *args, call, **kw: called.append(call)
+    memory = FakeSymmetricMemory(member.exchange("memory"), multicast=1 << 40)
+    with _as_if_on_gpus(member, memory) as comm:
+        comm.all_reduce(torch.ones(3), algorithm="multimem_two_shot")
+        comm.all_gather_single(torch.ones(4), algorithm="triton:multimem")
+        comm.reduce_scatter_single(torch.ones(4), algorithm="triton:multimem")
+        assert comm.capabilities.topology.no_multicast == ""
+        assert "torch's and not NVSHMEM's" in comm.capabilities.topology.no_nvshmem
+    return [call.algorithm for call in called]
+
+
+def test_where_there_is_multicast_the_switch_can_be_asked(on_ranks):
+    wanted = ["triton:multimem_two_shot", "triton:multimem", "triton:multimem"]
+    assert on_ranks(2, _by_switch) == [wanted] * 2
+
+
 def _prepared(member):
     from tcomm.groups import communicator
 
