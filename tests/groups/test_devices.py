@@ -239,3 +239,13 @@ def test_a_group_of_one_needs_no_memory_on_gpus():
 
 def test_the_host_runtime_never_captures():
     assert HostRuntime().capture_id(0) == 0
+
+
+def _variables_differ(member):
+    if member.rank == 1:
+        os.environ["TCOMM_ALLOW_SHARED_DEVICE"] = "1"
+    return failure_of(member.communicator).text
+
+
+def test_variables_of_gpus_are_compared(on_ranks):
+    assert all("TCOMM_ALLOW_SHARED_DEVICE" in text for text in on_ranks(2, _variables_differ))
