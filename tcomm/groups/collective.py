@@ -171,6 +171,8 @@ class Collective(GroupHandle):
 
     def _refuse_algorithm(self, verb: str, x: torch.Tensor, algorithm: str) -> None:
         """Raise what the choice would, before the ranks have told one another anything."""
+        if x.is_cuda and self.capabilities.topology is None:
+            return  # what the GPUs can do is found out by the call itself, together
         if algorithm or not x.is_cpu:
             self.explain(verb, dtype=x.dtype, device=x.device.type, algorithm=algorithm)
 

@@ -54,7 +54,7 @@ class Planner:
         self._fallback = fallback
         self._agreement = agreement
         self._setup_seconds = setup_seconds
-        self._logged: set[str] = set()
+        self._logged: set[tuple[str, str]] = set()
 
     def plan(self, job: Job, decision: Decision, seconds: float | None, pool: ResultPool) -> Plan:
         """The plan for `job` by `decision`. **Collective** when staging has to be made.
@@ -107,8 +107,10 @@ class Planner:
         fallback, agreement = self._fallback, self._agreement
         if fallback is None:
             raise AssertionError("torch was chosen without a process group")
-        if decision.reason not in self._logged:
-            self._logged.add(decision.reason)
+        # Reasons from a model or a table say microseconds, which differ from size to size.
+        why = "speed" if decision.predicted_us or decision.measured_us else decision.reason
+        if (call.op, why) not in self._logged:
+            self._logged.add((call.op, why))
             logger.info(
                 "group %r: %s goes to %s: %s", self._group, call.op, decision.algorithm, decision.reason
             )

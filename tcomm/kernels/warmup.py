@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from tcomm.algorithms import ALGORITHMS
-from tcomm.kernels import all_reduce, barrier, exchange, reduce_scatter
+from tcomm.algorithms import ALGORITHMS, GPU_ALGORITHMS
+from tcomm.kernels import all_reduce, barrier, exchange, multimem, reduce_scatter
 from tcomm.kernels.bound import compiling_only
 from tcomm.memory.base import KernelArena
 from tcomm.parts import broadcast_parts, exchange_parts, gather_parts, scatter_parts
@@ -51,19 +51,28 @@ def compile_ahead(arena: KernelArena, dtypes: Sequence[torch.dtype], ops: Sequen
             for parts in tables.values():
                 for launcher in exchange.LAUNCHERS.values():
                     launcher(x, x, arena, parts)
+            for launcher in _by_switch(arena).get("all_gather", {}).values():
+                launcher(x, x, arena, gather_parts(sizes, rank))
 
 
 def _compile_reductions(arena: KernelArena, x: torch.Tensor, op: str) -> None:
     ranks = range(arena.world_size) if arena.is_virtual else [arena.rank]
     parts = [scatter_parts([_NUMEL] * arena.world_size, r) for r in ranks]
-    for name, launcher in all_reduce.LAUNCHERS.items():
+    by_switch = _by_switch(arena)
+    for name, launcher in (all_reduce.LAUNCHERS | by_switch.get("all_reduce", {})).items():
         if _does("all_reduce", name, op, x.dtype):
             launcher(x, arena, op, out=x)
-    for name, launcher in reduce_scatter.LAUNCHERS.items():
+    for name, launcher in (reduce_scatter.LAUNCHERS | by_switch.get("reduce_scatter", {})).items():
         if _does("reduce_scatter", name, op, x.dtype):
             launcher(x, x, arena, parts, op)
 
 
+def _by_switch(arena: KernelArena) -> dict[str, dict[str, Callable[..., torch.Tensor]]]:
+    """Launchers of what a switch does, by family; none where there is none."""
+    has_switch = arena.staging is not None and arena.staging.multicast != 0
+    return multimem.LAUNCHERS if has_switch else {}
+
+
 def _does(family: str, name: str, op: str, dtype: torch.dtype) -> bool:
-    known = {algorithm.name: algorithm for algorithm in ALGORITHMS[family]}
+    known = {algorithm.name: algorithm for algorithm in (*ALGORITHMS[family], *GPU_ALGORITHMS[family])}
     return not known[f"triton:{name}"].refusal(op, dtype)

@@ -249,3 +249,16 @@ def _variables_differ(member):
 
 def test_variables_of_gpus_are_compared(on_ranks):
     assert all("TCOMM_ALLOW_SHARED_DEVICE" in text for text in on_ranks(2, _variables_differ))
+
+
+def _coalesced_first(member):
+    with _as_if_on_gpus(member) as comm:
+        assert comm.capabilities.topology is None
+        with comm.coalescing() as batch:
+            total = batch.all_reduce(torch.ones(5))
+        assert total.tolist() == [2.0] * 5
+        assert comm.capabilities.topology is not None
+
+
+def test_the_first_call_of_a_group_on_gpus_may_be_coalesced(on_ranks):
+    on_ranks(2, _coalesced_first)
