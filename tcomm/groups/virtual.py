@@ -186,11 +186,12 @@ class VirtualRanks:
         key = (verb, algorithm, op, root, x.dtype, x.shape, x.stride(), None if out is None else out.stride())
         plan = self._plans.get(key)
         if plan is None:
+            self._check_rows(x if out is None else out, x)
             plan = self._plans[key] = self._plan(verb, x, algorithm, op, root)
         run, shape = plan
         if out is None:
             out = self.empty(*shape, dtype=x.dtype)
-        elif out.dtype != x.dtype or out.shape[1:] != shape:
+        elif out.dtype != x.dtype or out.shape != (self.world_size, *shape):
             raise ConfigError(
                 f"out is {dtype_name(out.dtype)} {list(out.shape)}; it must be {dtype_name(x.dtype)} "
                 f"{[self.world_size, *shape]}"
@@ -200,6 +201,15 @@ class VirtualRanks:
                 raise ConfigError(f"{name} is on {tensor.device}; these virtual ranks are on {self.device}")
         run(x, out, self._seconds(timeout))
         return out
+
+    def _check_rows(self, *tensors: torch.Tensor) -> None:
+        """Check that each has a dense row for each rank."""
+        from tcomm.kernels.launch import is_dense, rows_of
+
+        for tensor in tensors:
+            rows_of(tensor, self.arena)
+            if not is_dense(tensor, self.arena):
+                raise ConfigError("a kernel needs contiguous rows; call .contiguous() first")
 
     def _plan(self, verb: str, x: torch.Tensor, algorithm: str, op: str, root: int) -> _Plan:
         """What makes calls of a kind, and the shape of a rank's result."""

@@ -41,6 +41,8 @@ launches: collections.Counter[str] = collections.Counter()
 _VECTOR_BYTES = 16
 _POLLS_WITHOUT_A_CLOCK = 1 << 31
 _FOR_EVER = 1 << 62
+_ALWAYS_LONG = {"signature", "budget"}
+"""Arguments that are 64 bits wide whatever their value."""
 _compiled: dict[tuple[object, ...], Any] = {}
 
 
@@ -67,14 +69,15 @@ class BoundLaunch:
 
     def __call__(self, tensors: Sequence[int], budget: int) -> None:
         """Launch on x and out at these addresses, in the streams of the arena."""
-        kernel = self.compiled
+        kernel, runtime = self.compiled, self.arena.runtime
         launches[self.name] += 1
-        for part in self.arena.launch_parts:
-            stream = self.arena.runtime.current_stream() if part.stream is None else part.stream.cuda_stream
-            kernel.run(
-                self.num_blocks, part.num_ranks, 1, stream, kernel.function, kernel.packed_metadata,
-                None, None, None, *tensors, *self.before, part.rank, budget, *self.after,
-            )  # fmt: skip
+        with runtime.on_device():
+            for part in self.arena.launch_parts:
+                stream = runtime.current_stream() if part.stream is None else part.stream.cuda_stream
+                kernel.run(
+                    self.num_blocks, part.num_ranks, 1, stream, kernel.function, kernel.packed_metadata,
+                    None, None, None, *tensors, *self.before, part.rank, budget, *self.after,
+                )  # fmt: skip
 
 
 def launch_compiled(
@@ -115,11 +118,15 @@ def _compiled_for(
     kernel: Any, arena: KernelArena, values: tuple[Any, ...], constants: Mapping[str, Any]
 ) -> Any:
     """The kernel for arguments of this kind, loaded on the device of the arena."""
-    key = (kernel, arena.device, tuple(map(_kind, values)), tuple(sorted(constants.items(), key=str)))
+    named = zip(kernel.arg_names, values, strict=False)
+    kinds = tuple(_kind(value) for name, value in named if name not in _ALWAYS_LONG)
+    # Whether launches that are not one may overlap is said nowhere for cooperative ones.
+    is_one = all(part.stream is None for part in arena.launch_parts)
+    key = (kernel, arena.device, is_one, kinds, tuple(sorted(constants.items(), key=str)))
     found = _compiled.get(key)
     if found is None:
         arena.runtime.refuse_in_capture(f"{kernel.__name__} has to be compiled and loaded")
-        options: dict[str, Any] = {"launch_cooperative_grid": True}
+        options: dict[str, Any] = {"launch_cooperative_grid": is_one}
         target = triton.runtime.driver.active.get_current_target()
         options["num_warps"] = COMPILED_THREADS // target.warp_size
         if target.backend == "cuda":

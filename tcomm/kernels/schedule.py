@@ -6,11 +6,12 @@ keeps the grid index in one object, so whoever gets the turn back sets its own a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from triton.runtime.interpreter import interpreter_builder
 from tcomm.kernels.hooks import interpreting
 from tcomm.memory.base import LaunchPart
 
-__all__ = ["run_in_turns"]
+__all__ = ["run_in_turns", "turns_drawn_by"]
+
+_Look = Callable[[int, int, int], int]
 
 _seconds_between_looks = 0.0005
 _held: Callable[[], None] | None = None
@@ -44,7 +47,8 @@ def _holder():
 class _Turns:
     """Threads of which one runs at a time. What an interpreted kernel waits by."""
 
-    def __init__(self, timeout: float | None, order: random.Random | None) -> None:
+    def __init__(self, timeout: float | None, look: _Look, order: random.Random | None) -> None:
+        self._look = look
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._order = order
         self._local = threading.local()
@@ -98,7 +102,8 @@ class _Turns:
 
     def kernel_pause(self, phase: int, block: int, word: int) -> int:
         """Let another rank run; 1 past the deadline, or when a rank has failed."""
-        del phase, word
+        if self._look(phase, block, word):
+            return 1
         index: int = self._local.index
         if self.failure is not None or (self._deadline is not None and time.monotonic() > self._deadline):
             return 1
@@ -115,7 +120,7 @@ def run_in_turns(
     parts: Sequence[LaunchPart],
     launch: Callable[[int], Any],
     timeout: float | None,
-    order: random.Random | None = None,
+    look: _Look,
 ) -> None:
     """Interpret the launches of all virtual ranks, in one process.
 
@@ -123,10 +128,10 @@ def run_in_turns(
         parts: the launches, and how many ranks each is for.
         launch: launches for the ranks from the given one on.
         timeout: seconds that all waits may take together; None: for ever.
-        order: draws who is next; round robin without it.
+        look: given phase, block and word of each poll; 1 when waits are to end.
     """
     global _held  # noqa: PLW0603 - guarded by `interpreting`
-    turns = _Turns(timeout, order or _order)
+    turns = _Turns(timeout, look, _order)
 
     def run_all() -> None:
         turns.run(
@@ -142,3 +147,14 @@ def run_in_turns(
 
 
 _order: random.Random | None = None
+
+
+@contextlib.contextmanager
+def turns_drawn_by(order: random.Random) -> Iterator[None]:
+    """Within, `order` draws who is next, in place of round robin. For tests of the interleaving."""
+    global _order  # noqa: PLW0603 - one test at a time
+    _order = order
+    try:
+        yield
+    finally:
+        _order = None
