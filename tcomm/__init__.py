@@ -16,6 +16,7 @@ from tcomm.errors import (
     TcommError,
 )
 from tcomm.groups.communicator import Communicator
+from tcomm.groups.graphs import GraphCaptureContext, graph_capture
 from tcomm.groups.virtual import VirtualRanks
 from tcomm.groups.work import Work
 from tcomm.tuning.choose import Decision
@@ -29,6 +30,7 @@ __all__ = [
     "Decision",
     "DecodeError",
     "DuplicateRankError",
+    "GraphCaptureContext",
     "GroupClosedError",
     "GroupMismatchError",
     "PeerLostError",
@@ -38,6 +40,7 @@ __all__ = [
     "TcommError",
     "VirtualRanks",
     "Work",
+    "graph_capture",
 ]
 
 __version__ = "0.1.0"

@@ -14,9 +14,11 @@ from tcomm.errors import ConfigError
 __all__ = [
     "ALGORITHMS",
     "FAMILIES",
+    "GPU_ALGORITHMS",
     "REDUCE_OPS",
     "REDUCING",
     "Algorithm",
+    "Needs",
     "acc_dtype",
     "combine_of",
     "reduce_op_name",
@@ -33,6 +35,20 @@ _FALLBACK_OPS = ("product", "band", "bor", "bxor")
 
 
 @dataclasses.dataclass(frozen=True)
+class Needs:
+    """What a kernel needs of the GPUs that it runs on. All need peer access inside a node."""
+
+    multicast: bool = False
+    """Multicast addresses on every rank, each with a device of its own."""
+    nvshmem: bool = False
+    """NVSHMEM on every rank."""
+    several_nodes: bool = False
+    """Several nodes of equally many ranks; otherwise exactly one node."""
+    min_sm: int = 80
+    """The oldest NVIDIA architecture it is compiled for, as in `sm_80`."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Algorithm:
     """One way to do a collective, and what it can be asked for."""
 
@@ -40,6 +56,12 @@ class Algorithm:
     """`engine:algorithm`, as it is forced, explained and signed."""
     dtypes: tuple[torch.dtype, ...]
     """Element types it reduces; none where data only moves and any type will do."""
+    ops: tuple[str, ...] = REDUCE_OPS
+    """Reduce operations it knows, where it reduces."""
+    needs: Needs = Needs()
+    """What it needs of GPUs."""
+    fixed_order: bool = True
+    """Whether it adds in an order that it says itself, so that bits repeat; a switch adds as it likes."""
 
     @property
     def engine(self) -> str:
@@ -50,8 +72,8 @@ class Algorithm:
         """Why it cannot reduce `dtype` by `op`; empty when it can."""
         if not self.dtypes:
             return ""
-        if op not in REDUCE_OPS:
-            return f"{op} is not among {', '.join(REDUCE_OPS)}"
+        if op not in self.ops:
+            return f"{op} is not among {', '.join(self.ops)}"
         if op == "avg" and not dtype.is_floating_point:
             return f"the average of {dtype} is not a {dtype}"
         if dtype not in self.dtypes:
@@ -84,6 +106,23 @@ ALGORITHMS = {
     "point_to_point": (Algorithm("cpu:mailbox", ()), Algorithm("triton:mailbox", ())),
 }
 """All that can be done besides by torch.distributed, by family: equal and unequal parts are one."""
+
+_MULTIMEM = Needs(multicast=True, min_sm=90)
+_HIERARCHICAL = Needs(nvshmem=True, several_nodes=True)
+
+GPU_ALGORITHMS = {
+    "all_reduce": (
+        Algorithm("triton:multimem_one_shot", _FLOATS, ("sum",), _MULTIMEM, fixed_order=False),
+        Algorithm("triton:multimem_two_shot", _FLOATS, ("sum",), _MULTIMEM, fixed_order=False),
+        Algorithm("triton:hierarchical", _REDUCIBLE, needs=_HIERARCHICAL),
+    ),
+    "reduce_scatter": (Algorithm("triton:multimem", _FLOATS, ("sum",), _MULTIMEM, fixed_order=False),),
+    "all_gather": (
+        Algorithm("triton:multimem", (), needs=_MULTIMEM),
+        Algorithm("triton:hierarchical", (), needs=_HIERARCHICAL),
+    ),
+}
+"""What only GPUs have instructions for, by family; it has no form on host memory, interpreted or not."""
 
 FAMILIES = {
     "all_reduce": "all_reduce",

@@ -39,6 +39,8 @@ class Config(msgspec.Struct, frozen=True):
     """TCOMM_TABLE: tuning table to use instead of the one that comes with tcomm; rank 0's counts."""
     spins: int = 0
     """TCOMM_SPINS: polls before a CPU wait yields; 0: by the number of cores."""
+    deterministic: bool = False
+    """TCOMM_DETERMINISTIC: use nothing that adds in an order of its own, as the switch does."""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Config:

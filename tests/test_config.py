@@ -24,9 +24,12 @@ def test_every_variable_is_read():
         "TCOMM_SHM_DIR": "/tmp/shm",
         "TCOMM_TABLE": "table.json",
         "TCOMM_SPINS": "7",
+        "TCOMM_DETERMINISTIC": "1",
     }
     assert {f"TCOMM_{field.upper()}" for field in Config.__struct_fields__} == set(given)
-    assert Config.from_environment(given) == Config("two_shot", "2.5", 131072, "/tmp/shm", "table.json", 7)
+    assert Config.from_environment(given) == Config(
+        "two_shot", "2.5", 131072, "/tmp/shm", "table.json", 7, True
+    )
 
 
 def test_the_environment_is_the_process_s_own(monkeypatch):
@@ -48,6 +51,11 @@ PAGES = "is no positive multiple of the page size, 4096"
         ("STAGING_BYTES", "5000", f"TCOMM_STAGING_BYTES=5000 {PAGES}"),
         ("STAGING_BYTES", "0", f"TCOMM_STAGING_BYTES=0 {PAGES}"),
         ("STAGING_BYTES", "-4096", f"TCOMM_STAGING_BYTES=-4096 {PAGES}"),
+        (
+            "DETERMINISTIC",
+            "maybe",
+            "a TCOMM_ variable is wrong: Expected `bool`, got `str` - at `$.deterministic`",
+        ),
         ("SPINS", "many", "a TCOMM_ variable is wrong: Expected `int`, got `str` - at `$.spins`"),
         (
             "TIMEOUT",

@@ -10,19 +10,21 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from tcomm.algorithms import reduce_op_name
 from tcomm.cli.bench import HEADER, BenchRequest, columns, parse_sizes, run_bench
 from tcomm.cli.cases import VERBS
 from tcomm.cli.demo import run_demo
+from tcomm.cli.explain import EXPLAIN_HEADER, Question, answers, explain_columns, title_of
 from tcomm.cli.inspection import inspect_process
 from tcomm.cli.workers import why_no_mpi
 from tcomm.config import Config
 from tcomm.errors import ConfigError, TcommError
-from tcomm.tuning.choose import Capabilities, asked_of, choose, make_request
+from tcomm.presets import PRESETS
+from tcomm.tuning.decision import encode_decisions
 from tcomm.tuning.measure import Schedule
-from tcomm.tuning.table import load_table
 
 __all__ = ["main"]
 
@@ -34,12 +36,15 @@ def _console() -> Console:
     return Console() if Console().is_terminal else Console(width=240)
 
 
+_TEXT = frozenset({"algorithm", "reason", "why not"})
+
+
 def _table(title: str, header: tuple[str, ...], rows: list[list[str]]) -> None:
     table = RichTable(title=title, box=None)
     for name in header:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="left" if name in _TEXT else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     _console().print(table)
 
 
@@ -117,21 +122,31 @@ def demo(
 @app.command()
 def explain(
     op: Annotated[str, typer.Argument(help="collective, such as all_gather")],
-    nbytes: Annotated[str, typer.Option(help="bytes, as nccl-tests counts them")],
-    ranks: Annotated[int, typer.Option(min=1, help="number of ranks")] = 2,
+    sizes: Annotated[
+        str,
+        typer.Option("--sizes", "--nbytes", help="bytes, as nccl-tests counts them: 1KiB,1MiB or 1KiB..1MiB"),
+    ],
+    topology: Annotated[
+        str, typer.Option(help=f"GPUs: {', '.join(PRESETS)}, ...; empty: processes of this machine")
+    ] = "",
+    ranks: Annotated[int, typer.Option(min=0, help="number of ranks; 0: the topology's, or 2")] = 0,
     dtype: Annotated[str, typer.Option(help="element type")] = "float32",
     redop: Annotated[str, typer.Option(help="reduce operation")] = "sum",
     algorithm: Annotated[str, typer.Option(help="engine, algorithm or both")] = "",
+    deterministic: Annotated[bool, typer.Option(help="nothing that adds in an order of its own")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the decisions themselves")] = False,
 ) -> None:
-    """Say which algorithm a group on this machine would use, and why not the others."""
-    config = Config.from_environment()
-    capabilities = Capabilities(torch_backends=(("cpu", "gloo"),))
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ConfigError(f"{dtype!r} is no dtype of torch")
-    for size in parse_sizes(nbytes):
-        request = make_request(VERBS.get(op, op), redop, getattr(torch, dtype), size, ranks)
-        forced = algorithm or asked_of(request.op, config.algorithm)
-        typer.echo(choose(request, capabilities, load_table(config.table), forced))
+    """Say which algorithm a group would use, here or on GPUs that are not at hand, and why not the others."""
+    question = Question(op, parse_sizes(sizes), topology, ranks, dtype, redop, algorithm, deterministic)
+    decisions = answers(question, Config.from_environment())
+    if as_json:
+        typer.echo(encode_decisions(decisions).decode())
+    elif not topology:
+        typer.echo("\n".join(str(decision) for decision in decisions))
+    else:
+        _table(title_of(question, decisions[0]), EXPLAIN_HEADER, explain_columns(decisions))
+        if len(decisions) == 1:
+            _table("not used", ("algorithm", "why not"), [list(row) for row in decisions[0].rejected])
 
 
 @app.command()

@@ -86,18 +86,28 @@ class Measurement:
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:
-    """Bytes of `1KiB,16KiB,1M,100`.
+    """Bytes of `1KiB,16KiB,1M,100`; `1KiB..1MiB` doubles from the first while it is at most the last.
 
     Raises:
         ConfigError: when a size makes no sense.
     """
-    sizes = []
+    sizes: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", part)
-        if match is None or match[2].upper() not in _UNITS:
-            raise ConfigError(f"{part!r} is not a size; give bytes, or a number with KiB, MiB or GiB")
-        sizes.append(int(match[1]) * _UNITS[match[2].upper()])
+        first, dots, last = part.partition("..")
+        low, high = _parse_size(first), _parse_size(last if dots else first)
+        if dots and not 0 < low <= high:
+            raise ConfigError(f"{part!r} is not a range of sizes; give a positive one and a larger one")
+        while low <= high:
+            sizes.append(low)
+            low = 2 * low if dots else high + 1
     return tuple(sizes)
+
+
+def _parse_size(text: str) -> int:
+    match = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ConfigError(f"{text!r} is not a size; give bytes, or a number with KiB, MiB or GiB")
+    return int(match[1]) * _UNITS[match[2].upper()]
 
 
 def check_request(request: BenchRequest) -> BenchRequest:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from tcomm.algorithms import reduce_op_name
 from tcomm.errors import ConfigError
 from tcomm.groups.aliases import Aliases
-from tcomm.groups.arguments import UNSET, Timeout, Unset
+from tcomm.groups.arguments import UNSET, Timeout, Unset, dtype_name
 from tcomm.groups.coalescing import Coalescing
 from tcomm.groups.handle import SETUP_SECONDS
 from tcomm.groups.point_to_point import PointToPoint
-from tcomm.groups.setup import from_process_group, from_store
+from tcomm.groups.setup import from_process_group, from_store, split_membership
 from tcomm.memory.exchange import Store
 from tcomm.memory.layout import StagingLayout
 from tcomm.signature import CallDescription
@@ -73,20 +75,65 @@ class Communicator(Aliases, PointToPoint):
         """Several collectives on small tensors in one call: see `Coalescing`. Collective when it ends."""
         return Coalescing(self)
 
-    def prepare(self, max_nbytes: int, timeout: Timeout | Unset = UNSET) -> None:
-        """Make staging in which a message of `max_nbytes` goes in one piece. **Collective.**
+    def split(self, name: str = "", *, timeout: Timeout | Unset = UNSET) -> Communicator:
+        """Another communicator of the same ranks, with its own memory and order of calls. **Collective.**
 
-        It is never made smaller than TCOMM_STAGING_BYTES.
+        For calls that overlap with those of this one: on another stream, in another thread, or in a graph
+        that is replayed at the same time.
 
-        Memory that somebody still holds stays as it is; addresses never change under anybody's hands.
+        Args:
+            name: for errors and logs, behind the name of this one; the same on every rank.
+            timeout: for calls that give none; None given here is as for the constructor.
 
         Raises:
-            ConfigError: when max_nbytes is not positive.
-            CapabilityError: on every rank, when there is too little shared memory; the old staging stays.
+            CollectiveMismatchError: when ranks give different names.
+            ConfigError, CapabilityError, RendezvousError: as the constructor does.
+        """
+        name = name or f"split{self._splits}"
+        call = CallDescription("split", contents=name)
+        seconds = self._seconds(timeout)
+
+        def run() -> Communicator:
+            self._agreement.agree(call, seconds)
+            self._splits += 1
+            other = Communicator.__new__(Communicator)
+            other._start(split_membership(self._members, name), timeout)
+            return other
+
+        other = self._in_order(run, False)
+        assert isinstance(other, Communicator)
+        return other
+
+    def prepare(
+        self,
+        max_nbytes: int,
+        dtypes: Sequence[torch.dtype] = (),
+        ops: Sequence[str] = ("sum",),
+        *,
+        timeout: Timeout | Unset = UNSET,
+    ) -> None:
+        """Do ahead what must not happen while a graph is captured or a peer waits. **Collective.**
+
+        Makes staging in which a message of `max_nbytes` goes in one piece, never smaller than
+        TCOMM_STAGING_BYTES; on GPUs compiles and loads the kernels for `dtypes`. Ends when every rank has.
+        Memory that somebody still holds stays as it is; addresses never change under anybody's hands.
+
+        Args:
+            max_nbytes: of a message.
+            dtypes: of tensors on GPUs.
+            ops: reduce operations, likewise.
+            timeout: as of every collective.
+
+        Raises:
+            ConfigError: when an argument is wrong.
+            CapabilityError: on every rank, when there is too little memory; the old staging stays.
         """
         if not isinstance(max_nbytes, int) or not 0 < max_nbytes < _MAX_PREPARED_BYTES:
             raise ConfigError(f"max_nbytes={max_nbytes!r} is not a positive number of bytes")
-        call = CallDescription("prepare", shape=(max_nbytes,))
+        if wrong := [dtype for dtype in dtypes if not isinstance(dtype, torch.dtype)]:
+            raise ConfigError(f"dtypes has {wrong[0]!r}, which is no torch.dtype")
+        kinds = [*map(dtype_name, dtypes), *map(reduce_op_name, ops)]
+        call = CallDescription("prepare", shape=(max_nbytes,), contents=" ".join(kinds))
         seconds = self._seconds(timeout)
         nbytes = max(StagingLayout.for_message(max_nbytes, self.world_size), self.config.staging_bytes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import concurrent.futures
 import contextlib
+import dataclasses
 import logging
 import os
 import threading
@@ -28,7 +29,7 @@ from tcomm.groups.work import Work
 from tcomm.memory.arena import Arena, open_arena
 from tcomm.memory.base import Exchange, NotShared
 from tcomm.memory.control import Word
-from tcomm.tuning.choose import Capabilities, Decision, Request, asked_of, choose
+from tcomm.tuning.choose import Capabilities, Decision, Request, decide
 
 __all__ = ["SETUP_SECONDS", "GroupHandle"]
 
@@ -67,6 +68,8 @@ class GroupHandle:
         self.rank = members.exchange.rank
         self.world_size = members.exchange.world_size
         self.global_ranks = members.global_ranks
+        self._members = members
+        self._splits = 0
         self.timeout = resolve_timeout(self.config.timeout if isinstance(timeout, Unset) else timeout)
         self._lock = threading.RLock()
         self._queue_lock = threading.Lock()
@@ -173,8 +176,8 @@ class GroupHandle:
 
     def _choose(self, request: Request, algorithm: str) -> Decision:
         """The decision for a call: by what it asks for, by the environment, or by the table."""
-        forced = algorithm or asked_of(request.op, self.config.algorithm)
-        return choose(request, self.capabilities, self.table, forced)
+        request = dataclasses.replace(request, deterministic=self.config.deterministic)
+        return decide(request, self.capabilities, self.table, algorithm, self.config.algorithm)
 
     def _explain_delay(self, told: str) -> PeerTimeoutError:
         waiting: list[int] = []
@@ -204,7 +207,7 @@ class GroupHandle:
             self._transfers.clear()
             # Whoever else holds the process group decides when it ends, and not a forgotten communicator.
             self._fallback = None
-            del self._agreement, self._planner
+            del self._agreement, self._planner, self._members
             if self._arena is not None:
                 self._arena.close(reason)
         _open.discard(self)

@@ -24,7 +24,14 @@ from tcomm.memory.control import LAYOUT_VERSION
 from tcomm.memory.exchange import LocalExchange, Store, StoreExchange
 from tcomm.tuning.table import Table, decode_table, load_table
 
-__all__ = ["Membership", "Settlement", "agree_on_settings", "from_process_group", "from_store"]
+__all__ = [
+    "Membership",
+    "Settlement",
+    "agree_on_settings",
+    "from_process_group",
+    "from_store",
+    "split_membership",
+]
 
 logger = logging.getLogger("tcomm")
 
@@ -92,6 +99,12 @@ def from_store(store: Store, rank: int, world_size: int, name: str) -> Membershi
     return Membership(name, exchange, None, tuple(range(world_size)))
 
 
+def split_membership(members: Membership, name: str) -> Membership:
+    """The same ranks, as another group that reaches them by keys of its own."""
+    name = f"{members.name}/{name}"
+    return dataclasses.replace(members, name=name, exchange=members.exchange.split(_prefix(name)))
+
+
 class _Settings(msgspec.Struct, frozen=True):
     """What a rank tells the others when a group is made."""
 
@@ -130,6 +143,7 @@ def agree_on_settings(members: Membership, config: Config, timeout: float) -> Se
         "torch": str(torch.__version__),
         "members": str(members.global_ranks),
         "TCOMM_ALGORITHM": config.algorithm,
+        "TCOMM_DETERMINISTIC": str(int(config.deterministic)),
         "TCOMM_STAGING_BYTES": str(config.staging_bytes),
     }
     claim = secrets.token_hex(8)

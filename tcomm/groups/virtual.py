@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -59,6 +59,7 @@ class VirtualRanks:
         )
         self.arena = VirtualArena(world_size, self.device, staging_bytes, mode)
         self._plans: dict[tuple[object, ...], _Plan] = {}
+        self._retired: list[dict[tuple[object, ...], _Plan]] = []
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[W, *shape], uninitialised, each row at a multiple of 16 bytes as kernels want it."""
@@ -67,10 +68,26 @@ class VirtualRanks:
         flat = torch.empty(self.world_size, max(padded, 1), dtype=dtype, device=self.device)
         return flat[:, :row].unflatten(1, shape) if shape else flat[:, 0]
 
-    def prepare(self, max_nbytes: int) -> None:
-        """Make staging in which a message of `max_nbytes` goes in one piece; later calls use it."""
+    def prepare(
+        self, max_nbytes: int, dtypes: Sequence[torch.dtype] = (), ops: Sequence[str] = ("sum",)
+    ) -> None:
+        """Do ahead what cannot be done while a graph is captured: as `Communicator.prepare`.
+
+        Args:
+            max_nbytes: of a message that goes in one piece; graphs captured before keep their staging.
+            dtypes: for which kernels are compiled and loaded now.
+            ops: reduce operations, likewise.
+
+        Raises:
+            CapabilityError: while a graph is captured.
+        """
+        from tcomm.kernels.warmup import compile_ahead
+
         self.arena.grow(StagingLayout.for_message(max_nbytes, self.world_size))
-        self._plans.clear()
+        # Graphs that were captured read the tables that these hold.
+        self._retired.append(self._plans)
+        self._plans = {}
+        compile_ahead(self.arena, dtypes, ops)
 
     def check(self) -> None:
         """Wait until all calls are done, and raise what they found.
@@ -185,10 +202,7 @@ class VirtualRanks:
         """Make a call, by what an earlier one of its kind has bound."""
         key = (verb, algorithm, op, root, x.dtype, x.shape, x.stride(), None if out is None else out.stride())
         plan = self._plans.get(key)
-        if plan is None:
-            self._check_rows(x if out is None else out, x)
-            plan = self._plans[key] = self._plan(verb, x, algorithm, op, root)
-        run, shape = plan
+        run, shape = plan or self._plan(verb, x, algorithm, op, root)
         if out is None:
             out = self.empty(*shape, dtype=x.dtype)
         elif out.dtype != x.dtype or out.shape != (self.world_size, *shape):
@@ -199,23 +213,28 @@ class VirtualRanks:
         for name, tensor in (("x", x), ("out", out)):
             if tensor.device != self.device:
                 raise ConfigError(f"{name} is on {tensor.device}; these virtual ranks are on {self.device}")
+        if plan is None:
+            self._check_dense(x, out)
+            self._plans[key] = (run, shape)
         run(x, out, self._seconds(timeout))
         return out
 
-    def _check_rows(self, *tensors: torch.Tensor) -> None:
-        """Check that each has a dense row for each rank."""
-        from tcomm.kernels.launch import is_dense, rows_of
+    def _check_dense(self, *tensors: torch.Tensor) -> None:
+        """Check that rows are contiguous; which of them there are is checked by whoever launches."""
+        from tcomm.kernels.launch import is_dense
 
-        for tensor in tensors:
-            rows_of(tensor, self.arena)
-            if not is_dense(tensor, self.arena):
-                raise ConfigError("a kernel needs contiguous rows; call .contiguous() first")
+        if not all(is_dense(tensor, self.arena) for tensor in tensors):
+            raise ConfigError("a kernel needs contiguous rows; call .contiguous() first")
 
     def _plan(self, verb: str, x: torch.Tensor, algorithm: str, op: str, root: int) -> _Plan:
         """What makes calls of a kind, and the shape of a rank's result."""
         from tcomm.kernels import all_reduce, exchange, reduce_scatter
         from tcomm.kernels.bound import Rebound
 
+        if x.dim() == 0 or len(x) != self.world_size:
+            raise ConfigError(
+                f"x is {list(x.shape)}; it must have a row for each of {self.world_size} virtual ranks"
+            )
         families = {"all_reduce": all_reduce.LAUNCHERS, "reduce_scatter": reduce_scatter.LAUNCHERS}
         launchers = families.get(verb, exchange.LAUNCHERS)
         if algorithm not in launchers:

@@ -26,6 +26,9 @@ __all__ = [
     "BoundLaunch",
     "Rebound",
     "budget_of",
+    "compile_and_load",
+    "compiles_only",
+    "compiling_only",
     "launch_compiled",
     "launches",
 ]
@@ -69,15 +72,33 @@ class BoundLaunch:
 
     def __call__(self, tensors: Sequence[int], budget: int) -> None:
         """Launch on x and out at these addresses, in the streams of the arena."""
-        kernel, runtime = self.compiled, self.arena.runtime
+        if not self.arena.runtime.is_current():
+            with self.arena.runtime.on_device():
+                self(tensors, budget)
+            return
+        kernel = self.compiled
         launches[self.name] += 1
-        with runtime.on_device():
-            for part in self.arena.launch_parts:
-                stream = runtime.current_stream() if part.stream is None else part.stream.cuda_stream
-                kernel.run(
-                    self.num_blocks, part.num_ranks, 1, stream, kernel.function, kernel.packed_metadata,
-                    None, None, None, *tensors, *self.before, part.rank, budget, *self.after,
-                )  # fmt: skip
+        for part in self.arena.launch_parts:
+            stream = self.arena.runtime.current_stream() if part.stream is None else part.stream.cuda_stream
+            kernel.run(
+                self.num_blocks, part.num_ranks, 1, stream, kernel.function, kernel.packed_metadata,
+                None, None, None, *tensors, *self.before, part.rank, budget, *self.after,
+            )  # fmt: skip
+
+
+@contextlib.contextmanager
+def compiling_only() -> Iterator[None]:
+    """Launchers called inside compile and load their kernels, and launch nothing."""
+    before, _recorder.compiles_only = _recorder.compiles_only, True
+    try:
+        yield
+    finally:
+        _recorder.compiles_only = before
+
+
+def compiles_only() -> bool:
+    """Whether this thread is inside `compiling_only`."""
+    return _recorder.compiles_only
 
 
 def launch_compiled(
@@ -104,7 +125,7 @@ def launch_compiled(
         CapabilityError: while a graph is captured, when it has yet to be compiled or loaded.
     """
     has_tensors = kernel.arg_names[0] == "x_ptr"
-    compiled = _compiled_for(kernel, arena, (*values, arena.launch_parts[0].rank, budget), constants)
+    compiled = compile_and_load(kernel, arena, values, constants)
     ordered = tuple(constants[name] for name in kernel.arg_names if name in constants)
     split = 2 if has_tensors else 0
     tensors = tuple(value.data_ptr() for value in values[:split])
@@ -114,10 +135,21 @@ def launch_compiled(
         _recorder.lists[-1].append(bound)
 
 
-def _compiled_for(
-    kernel: Any, arena: KernelArena, values: tuple[Any, ...], constants: Mapping[str, Any]
+def compile_and_load(
+    kernel: Any, arena: KernelArena, arguments: tuple[Any, ...], constants: Mapping[str, Any]
 ) -> Any:
-    """The kernel for arguments of this kind, loaded on the device of the arena."""
+    """The kernel for arguments of this kind, compiled and loaded on the device of the arena.
+
+    Args:
+        kernel: a `@triton.jit` function.
+        arena: of the group.
+        arguments: run-time arguments up to the rank.
+        constants: of the kernel, by name.
+
+    Raises:
+        CapabilityError: while a graph is captured, when it has yet to be compiled or loaded.
+    """
+    values = (*arguments, arena.launch_parts[0].rank, _FOR_EVER)
     named = zip(kernel.arg_names, values, strict=False)
     kinds = tuple(_kind(value) for name, value in named if name not in _ALWAYS_LONG)
     # Whether launches that are not one may overlap is said nowhere for cooperative ones.
@@ -202,10 +234,11 @@ def _recording() -> Iterator[list[BoundLaunch]]:
 
 
 class _Recorder(threading.local):
-    """What is being recorded by this thread, innermost last."""
+    """What this thread does besides launching: lists being recorded, innermost last."""
 
     def __init__(self) -> None:
         self.lists: list[list[BoundLaunch]] = []
+        self.compiles_only = False
 
 
 _recorder = _Recorder()

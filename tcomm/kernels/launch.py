@@ -10,7 +10,14 @@ import triton
 
 from tcomm.errors import CapabilityError, ConfigError
 from tcomm.interpret import is_interpreted
-from tcomm.kernels.bound import COMPILED_THREADS, budget_of, launch_compiled, launches
+from tcomm.kernels.bound import (
+    COMPILED_THREADS,
+    budget_of,
+    compile_and_load,
+    compiles_only,
+    launch_compiled,
+    launches,
+)
 from tcomm.kernels.hooks import interpreting
 from tcomm.kernels.schedule import run_in_turns
 from tcomm.memory.base import KernelArena, Staging
@@ -144,10 +151,14 @@ def launch(
     staging = staging_of(arena)
     if arena.device.type == "cpu":
         refuse_host_memory()
-    channel = arena.channel
-    epoch = channel.begin(call, timeout)
     given = {**common_constants(arena, staging), **constants}
     values = (*args, staging.buffer.table, arena.control.table, call.signature)
+    if compiles_only():
+        if not is_interpreted():
+            compile_and_load(kernel, arena, values, given)
+        return
+    channel = arena.channel
+    epoch = channel.begin(call, timeout)
 
     def interpret(rank: int) -> None:
         launches[kernel.__name__] += 1
@@ -156,7 +167,7 @@ def launch(
     if not is_interpreted():
         launch_compiled(kernel, num_blocks, arena, call, values, budget_of(timeout), given)
     elif arena.is_virtual:
-        run_in_turns(arena.launch_parts, interpret, timeout, channel.kernel_pause)
+        run_in_turns(arena.launch_parts, interpret, timeout, look=channel.kernel_pause)
     else:
         with interpreting(channel):
             interpret(arena.rank)

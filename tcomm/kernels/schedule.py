@@ -6,12 +6,11 @@ keeps the grid index in one object, so whoever gets the turn back sets its own a
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from triton.runtime.interpreter import interpreter_builder
 from tcomm.kernels.hooks import interpreting
 from tcomm.memory.base import LaunchPart
 
-__all__ = ["run_in_turns", "turns_drawn_by"]
+__all__ = ["run_in_turns"]
 
 _Look = Callable[[int, int, int], int]
 
@@ -47,7 +46,7 @@ def _holder():
 class _Turns:
     """Threads of which one runs at a time. What an interpreted kernel waits by."""
 
-    def __init__(self, timeout: float | None, look: _Look, order: random.Random | None) -> None:
+    def __init__(self, timeout: float | None, order: random.Random | None, look: _Look | None) -> None:
         self._look = look
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._order = order
@@ -102,7 +101,7 @@ class _Turns:
 
     def kernel_pause(self, phase: int, block: int, word: int) -> int:
         """Let another rank run; 1 past the deadline, or when a rank has failed."""
-        if self._look(phase, block, word):
+        if self._look is not None and self._look(phase, block, word):
             return 1
         index: int = self._local.index
         if self.failure is not None or (self._deadline is not None and time.monotonic() > self._deadline):
@@ -120,7 +119,8 @@ def run_in_turns(
     parts: Sequence[LaunchPart],
     launch: Callable[[int], Any],
     timeout: float | None,
-    look: _Look,
+    order: random.Random | None = None,
+    look: _Look | None = None,
 ) -> None:
     """Interpret the launches of all virtual ranks, in one process.
 
@@ -128,10 +128,11 @@ def run_in_turns(
         parts: the launches, and how many ranks each is for.
         launch: launches for the ranks from the given one on.
         timeout: seconds that all waits may take together; None: for ever.
+        order: draws who is next; round robin without it.
         look: given phase, block and word of each poll; 1 when waits are to end.
     """
     global _held  # noqa: PLW0603 - guarded by `interpreting`
-    turns = _Turns(timeout, look, _order)
+    turns = _Turns(timeout, order or _order, look)
 
     def run_all() -> None:
         turns.run(
@@ -147,14 +148,3 @@ def run_in_turns(
 
 
 _order: random.Random | None = None
-
-
-@contextlib.contextmanager
-def turns_drawn_by(order: random.Random) -> Iterator[None]:
-    """Within, `order` draws who is next, in place of round robin. For tests of the interleaving."""
-    global _order  # noqa: PLW0603 - one test at a time
-    _order = order
-    try:
-        yield
-    finally:
-        _order = None

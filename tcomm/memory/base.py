@@ -47,6 +47,10 @@ class Exchange(Protocol):
         """
         ...
 
+    def split(self, prefix: str) -> Exchange:
+        """Another exchange of the same ranks, which does not meet this one; the same prefix on every rank."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class NotShared:

@@ -40,6 +40,11 @@ class LocalExchange:
     rank = 0
     world_size = 1
 
+    def split(self, prefix: str) -> LocalExchange:
+        """Itself: it keeps nothing."""
+        del prefix
+        return self
+
     def all_gather(
         self, payload: bytes, timeout: float, check: Callable[[], None] | None = None
     ) -> list[bytes]:
@@ -68,6 +73,10 @@ class StoreExchange:
         self._store = store
         self._prefix = prefix
         self._round = 0
+
+    def split(self, prefix: str) -> StoreExchange:
+        """Another exchange of the same ranks, by keys below `prefix`."""
+        return StoreExchange(self._store, self.rank, self.world_size, prefix)
 
     def all_gather(
         self, payload: bytes, timeout: float, check: Callable[[], None] | None = None

@@ -37,6 +37,10 @@ class Runtime(Protocol):
         """
         ...
 
+    def is_current(self) -> bool:
+        """Whether the device is the one that launches go to."""
+        ...
+
     def on_device(self) -> contextlib.AbstractContextManager[object]:
         """Make the device current."""
         ...
@@ -63,6 +67,10 @@ class HostRuntime:
 
     def refuse_in_capture(self, what: str) -> None:
         """Nothing."""
+
+    def is_current(self) -> bool:
+        """True."""
+        return True
 
     def on_device(self) -> contextlib.AbstractContextManager[object]:
         """Nothing."""
@@ -122,10 +130,12 @@ class CudaRuntime:
                 "before the capture, and make calls of this kind once, on every rank"
             )
 
+    def is_current(self) -> bool:
+        """Whether the device is torch's current one."""
+        return bool(torch._C._cuda_getDevice() == self.device.index)
+
     def on_device(self) -> contextlib.AbstractContextManager[object]:
-        """Make the device current; nothing where it is."""
-        if torch.cuda.current_device() == self.device.index:
-            return contextlib.nullcontext()
+        """Make the device current."""
         return torch.cuda.device(self.device)
 
     def synchronise(self) -> None:

@@ -142,9 +142,8 @@ class VirtualChannel:
         self._op = ""
         self._timeout: float | None = None
         self._failure: CommError | None = None
-        # A slice of memory, since every call looks: a torch operation takes as long as all the rest.
-        words = arena.records.view(-1).numpy().data
-        self._errors, self._aborts = words[HostWord.ERROR :: HOST_WORDS], words[HostWord.ABORT :: HOST_WORDS]
+        self._errors = arena.records[:, HostWord.ERROR].numpy()
+        self._aborts = arena.records[:, HostWord.ABORT].numpy()
 
     def begin(self, call: CallDescription, timeout: float | None) -> int:
         """Count the call; order it after those before it.
@@ -181,7 +180,7 @@ class VirtualChannel:
     def kernel_pause(self, phase: int, block: int, word: int) -> int:
         """Whether the wait is to end: 1 after `abort`. The turns themselves are not taken here."""
         del phase, block, word
-        return int(any(self._aborts))
+        return int(self._aborts.any())
 
     def raise_recorded(self) -> None:
         """Raise what kernels have put down so far. Reads host memory only, and waits for nothing.
@@ -189,10 +188,9 @@ class VirtualChannel:
         Raises:
             PeerTimeoutError: when a virtual rank waited in vain; the ranks are of no use any more.
         """
-        records = self._arena.records
-        if self._failure is None and any(self._errors):
-            rank = int(records[:, HostWord.ERROR].nonzero()[0])
-            error = int(records[rank, HostWord.ERROR])
+        if self._failure is None and self._errors.any():
+            rank = int(self._errors.nonzero()[0][0])
+            error = int(self._errors[rank])
             kind, peer = error & 0xFF, error >> 8 & 0xFF
             found = "called something else" if kind == ErrorKind.MISMATCH else "did not come in time"
             limit = "no deadline" if self._timeout is None else f"{self._timeout:g} s"

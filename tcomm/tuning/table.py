@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import pathlib
+from collections.abc import Sequence
 
 import msgspec
 
 from tcomm.errors import ConfigError
 
-__all__ = ["Row", "Table", "decode_table", "load_table"]
+__all__ = ["Row", "Table", "decode_table", "joined", "load_table"]
 
 _FORMAT = 1
 
@@ -34,23 +35,26 @@ class Row(msgspec.Struct, frozen=True):
     """Median microseconds of each candidate where this row was measured, by algorithm."""
     measured_at: str = ""
     """Ranks and bytes of that measurement."""
+    device: str = ""
+    """Kind of GPU that this row is for, as `Topology.kind` says it; empty: host memory."""
 
     @property
     def engine(self) -> str:
         """`cpu` or `triton`."""
         return self.algorithm.partition(":")[0]
 
-    def covers(self, op: str, engine: str, world_size: int, nbytes: int) -> bool:
-        """Whether this row speaks of such a call."""
+    def covers(self, op: str, engine: str, world_size: int, nbytes: int, device: str = "") -> bool:
+        """Whether this row speaks of such a call, by that engine (empty: any) on that kind of device."""
         return (
-            (self.op, self.engine) == (op, engine)
+            (self.op, self.device) == (op, device)
+            and engine in ("", self.engine)
             and self.min_ranks <= world_size <= self.max_ranks
             and (self.max_nbytes is None or nbytes <= self.max_nbytes)
         )
 
 
 class Table(msgspec.Struct, frozen=True):
-    """All rows of one kind of machine; the first that covers a call decides."""
+    """Rows of one kind of machine or several; the first that covers a call decides."""
 
     format: int
     """Version of this file format."""
@@ -65,10 +69,10 @@ class Table(msgspec.Struct, frozen=True):
     rows: tuple[Row, ...]
     """In order of precedence."""
 
-    def pick(self, op: str, engine: str, world_size: int, nbytes: int) -> Row | None:
-        """The first row that covers such a call, or None."""
+    def pick(self, op: str, engine: str, world_size: int, nbytes: int, device: str = "") -> Row | None:
+        """The first row that covers such a call, or None; arguments as of `Row.covers`."""
         for row in self.rows:
-            if row.covers(op, engine, world_size, nbytes):
+            if row.covers(op, engine, world_size, nbytes, device):
                 return row
         return None
 
@@ -97,15 +101,30 @@ def decode_table(data: bytes, source: str) -> Table:
     return table
 
 
+def joined(tables: Sequence[Table]) -> Table:
+    """One table of the rows of several, in that order."""
+    if len(tables) == 1:
+        return tables[0]
+    return Table(
+        _FORMAT,
+        "; ".join(table.machine for table in tables),
+        "; ".join(table.versions for table in tables),
+        "; ".join(table.date for table in tables),
+        "; ".join(table.command for table in tables),
+        tuple(row for table in tables for row in table.rows),
+    )
+
+
 def load_table(path: str = "") -> Table:
-    """The table at `path`, or the one that comes with tcomm.
+    """The table at `path`, or those that come with tcomm, one after another.
 
     Raises:
         ConfigError: when there is none, or it cannot be read.
     """
     if not path:
-        shipped = importlib.resources.files("tcomm.tuning") / "tables" / "cpu.json"
-        return decode_table(shipped.read_bytes(), "the table that comes with tcomm")
+        folder = importlib.resources.files("tcomm.tuning") / "tables"
+        files = sorted((f for f in folder.iterdir() if f.name.endswith(".json")), key=lambda f: f.name)
+        return joined([decode_table(f.read_bytes(), f"{f.name}, which comes with tcomm,") for f in files])
     try:
         data = pathlib.Path(path).read_bytes()
     except OSError as error:

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from tcomm.kernels.device import page_of
+from tcomm.kernels.device import page_of, pause, started
+from tcomm.kernels.device_cuda import nanoseconds
 from tcomm.memory.control import ARRIVALS, Word
 
 _ARRIVALS = tl.constexpr(ARRIVALS)
@@ -19,6 +20,7 @@ SOUND = {
     "PUBLISH_SCOPE": "sys",
     "PUBLISH_BARRIER": True,
     "POLL": "volatile",
+    "CLOCK": "pause",
     "ACQUIRE_SEM": "acquire",
     "ACQUIRE_SCOPE": "sys",
     "ACQUIRE_BARRIER": True,
@@ -59,11 +61,18 @@ def _absent(inbox, word, POLL: tl.constexpr):
 
 
 @triton.jit
-def _spin(page, inbox, word, POLL: tl.constexpr):
+def _spin(page, inbox, word, budget, POLL: tl.constexpr, CLOCK: tl.constexpr):
     waiting = _absent(inbox, word, POLL)
     given_up = tl.full((), False, tl.int1)
+    polls = tl.full((), 0, tl.int64)
+    since = started(CLOCK == "none")
     while (waiting > 0) & (given_up == 0):
         given_up = tl.load(page + _ABORT, volatile=POLL != "plain") == word
+        if CLOCK == "pause":
+            given_up |= pause(0, 0, word, page, polls, since, budget, False) != 0
+        elif CLOCK == "no abort":
+            given_up |= nanoseconds() - since >= budget
+        polls += 1
         waiting = _absent(inbox, word, POLL)
 
 
@@ -82,7 +91,7 @@ def model_kernel(
     x_ptr, out_ptr, numel, staging_ptrs, pad_ptrs, signature, rank, budget,
     WORLD: tl.constexpr, BLOCK: tl.constexpr,
     PUBLISH_SEM: tl.constexpr, PUBLISH_SCOPE: tl.constexpr, PUBLISH_BARRIER: tl.constexpr,
-    POLL: tl.constexpr, ACQUIRE_SEM: tl.constexpr, ACQUIRE_SCOPE: tl.constexpr,
+    POLL: tl.constexpr, CLOCK: tl.constexpr, ACQUIRE_SEM: tl.constexpr, ACQUIRE_SCOPE: tl.constexpr,
     ACQUIRE_BARRIER: tl.constexpr, LOAD_LATE: tl.constexpr, ALIGNED: tl.constexpr, DONE_SCOPE: tl.constexpr,
 ):  # fmt: skip
     page = page_of(pad_ptrs, rank)
@@ -98,7 +107,7 @@ def model_kernel(
     pages = tl.load(pad_ptrs + peers).to(tl.pointer_type(tl.int64))
     words = tl.full((WORLD,), 0, tl.int64) + word
     tl.atomic_xchg(pages + _ARRIVALS + rank, words, sem=PUBLISH_SEM, scope=PUBLISH_SCOPE)
-    _spin(page, page + _ARRIVALS + peers, word, POLL)
+    _spin(page, page + _ARRIVALS + peers, word, budget, POLL, CLOCK)
     _acquire(page, page + _ARRIVALS + peers, word, ACQUIRE_SEM, ACQUIRE_SCOPE, ACQUIRE_BARRIER)
     if LOAD_LATE:
         _copy(theirs, out_ptr, numel, BLOCK)

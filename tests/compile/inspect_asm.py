@@ -13,7 +13,7 @@ import tempfile
 
 import triton.backends.nvidia
 
-from tcomm.memory.control import Word
+from tcomm.memory.control import HostWord, Word
 from tests.compile.cases import USUAL_PARAMETERS
 
 _REGISTER = re.compile(r"%(?!p\d)[a-z]+\d+")
@@ -369,6 +369,20 @@ def check_spins(ptx, phases, lane_spins):
         assert words.count(Word.ABORT) == 1, f"words read while waiting: {words}"
         assert len(loop) > 1, "only the abort word is read while waiting"
     assert len(lanes) == lane_spins, f"{len(lanes)} loops wait for lanes, not {lane_spins}"
+
+
+def check_deadlines(ptx, waits):
+    """Every loop that waits reads the clock, and an abort word that is not in this rank's page."""
+    spins = [loop for loop in ptx.loops if any(_is_volatile_load(op) for op in loop)]
+    assert len(spins) == waits, f"{len(spins)} loops wait, not {waits}"
+    for loop in spins:
+        assert any("%globaltimer" in op.operands for op in loop), "a loop that waits does not read the clock"
+        elsewhere = [op for op in loop if _is_volatile_load(op) and ptx.word(op) == HostWord.ABORT]
+        assert any(not ptx.touches(op, "*pad[rank]", "*staging") for op in elsewhere), "no abort word"
+
+
+def _is_volatile_load(op):
+    return op.opcode.startswith("ld.volatile.global")
 
 
 def check_mailbox_spins(ptx):

@@ -13,6 +13,7 @@ PTX_CHECKS = {
     "loads follow acquires": inspect_asm.check_loads_follow_acquires,
     "atomics": lambda ptx: inspect_asm.check_atomics(ptx, 1),
     "spins": lambda ptx: inspect_asm.check_spins(ptx, 1, 0),
+    "deadlines": lambda ptx: inspect_asm.check_deadlines(ptx, 1),
     "vectors": lambda ptx: inspect_asm.check_vectors(ptx, 2),
 }
 PTX_FLAWS = (
@@ -25,6 +26,8 @@ PTX_FLAWS = (
     ({"LOAD_LATE": False}, "loads follow acquires", "has no acquire before it"),
     ({"DONE_SCOPE": "sys"}, "atomics", "atomics are"),
     ({"POLL": "plain"}, "spins", "loops wait for words"),
+    ({"CLOCK": "none"}, "deadlines", "does not read the clock"),
+    ({"CLOCK": "no abort"}, "deadlines", "no abort word"),
     ({"ALIGNED": False}, "vectors", "narrower than 128 bits"),
 )
 """Relaxed where a barrier is missing: Triton 3.9 puts one before a release and after an acquire by itself."""
@@ -53,7 +56,7 @@ def kernel(fn, target, constants, max_registers=MAX_REGISTERS):
 
 @functools.cache
 def model_on(target, changes):
-    poll = {} if target != "gfx942" else {"POLL": "atomic"}
+    poll = {} if target != "gfx942" else {"POLL": "atomic", "CLOCK": "none"}
     return kernel(broken.model_kernel, target, broken.SOUND | poll | dict(changes)).asm
 
 

@@ -67,6 +67,11 @@ def test_no_spin_loop_is_deleted(case):
     inspect_asm.check_spins(ptx_of(case), case.protocol.phases, lane_spins_of(case))
 
 
+@every_case
+def test_every_wait_has_a_deadline_and_can_be_aborted(case):
+    inspect_asm.check_deadlines(ptx_of(case), case.protocol.phases + lane_spins_of(case))
+
+
 @span_case
 def test_loops_move_128_bits(case):
     inspect_asm.check_vectors(ptx_of(case), case.protocol.spans)

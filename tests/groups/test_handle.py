@@ -168,7 +168,11 @@ def test_variables_set_the_algorithm_and_the_staging(on_ranks):
 
 @pytest.mark.parametrize(
     ("name", "values"),
-    [("TCOMM_ALGORITHM", ["", "two_shot", ""]), ("TCOMM_STAGING_BYTES", ["65536", "65536", "131072"])],
+    [
+        ("TCOMM_ALGORITHM", ["", "two_shot", ""]),
+        ("TCOMM_STAGING_BYTES", ["65536", "65536", "131072"]),
+        ("TCOMM_DETERMINISTIC", ["0", "1", "0"]),
+    ],
 )
 def test_ranks_with_other_settings_are_told_so_in_a_table(on_ranks, name, values):
     lines = [f"    rank {rank}: {value!r}" for rank, value in enumerate(values)]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tcomm.algorithms import ALGORITHMS
 from tcomm.errors import ConfigError
-from tcomm.tuning.table import Row, Table, decode_table, load_table
+from tcomm.tuning.table import Row, Table, decode_table, joined, load_table
 
 GOOD = {"format": 1, "machine": "", "versions": "", "date": "", "command": "", "rows": []}
 ROW = {"op": "all_reduce", "algorithm": "cpu:two_shot", "max_nbytes": 4096}
@@ -77,6 +77,36 @@ def test_the_first_row_that_covers_a_call_decides():
     assert table.pick("all_reduce", "triton", 16, 1) is rows[1]
     assert table.pick("all_reduce", "triton", 17, 1) is None
     assert table.pick("broadcast", "cpu", 2, 1) is rows[4]
+
+
+def test_rows_of_a_kind_of_gpu_speak_of_no_other_and_not_of_host_memory():
+    rows = [
+        Row("all_reduce", "triton:two_shot", 100, device="h100"),
+        Row("all_reduce", "torch:nccl", None, device="h100"),
+        Row("all_reduce", "cpu:two_shot", None),
+        Row("all_reduce", "triton:one_shot_ll", None),
+    ]
+    table = _table(rows)
+    assert table.pick("all_reduce", "", 8, 100, "h100") is rows[0]
+    assert table.pick("all_reduce", "", 8, 101, "h100") is rows[1]
+    assert table.pick("all_reduce", "triton", 8, 101, "h100") is None
+    assert table.pick("all_reduce", "", 8, 1, "h200") is None
+    assert table.pick("all_reduce", "triton", 8, 100) is rows[3]
+    assert table.pick("all_reduce", "cpu", 8, 100) is rows[2]
+
+
+def test_a_table_without_devices_is_one_of_host_memory():
+    table = decode_table(json.dumps(GOOD | {"rows": [ROW]}).encode(), "here")
+    assert table.rows[0].device == ""
+
+
+def test_tables_that_come_along_are_joined_in_order():
+    first, second = _table([Row("all_reduce", "cpu:two_shot", 1)]), _table([Row("broadcast", "cpu:pull", 2)])
+    assert joined([first]) is first
+    both = joined([first, second])
+    assert both.rows == (*first.rows, *second.rows)
+    assert (both.machine, both.date) == ("m; m", "d; d")
+    assert decode_table(both.encode(), "memory") == both
 
 
 @given(
