@@ -8,7 +8,7 @@ INTERPRETED := tests/kernels
 BENCH_JSON ?= .benchmarks/collectives.json
 BENCH ?=
 
-.PHONY: install demo short-demo test lint type compile bench
+.PHONY: install demo short-demo test lint type compile bench bench-gpu
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -59,3 +59,9 @@ compile: install $(OLD_TRITONS:%=.envs/triton-%)
 bench: install
 	mkdir -p $(dir $(BENCH_JSON))
 	$(BIN)/python -m pytest perf --benchmark-quiet --benchmark-json=$(BENCH_JSON) $(BENCH)
+
+# Tests and figures of one GPU, in eight minutes. GPU_PYTHON runs it where torch for CUDA is already installed.
+GPU_PYTHON ?= $(BIN)/python
+GPU ?=
+bench-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),install)
+	$(GPU_PYTHON) -m perf.gpu $(GPU)
