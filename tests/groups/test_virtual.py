@@ -10,7 +10,7 @@ import torch
 from tcomm import ConfigError, PeerTimeoutError, VirtualRanks
 from tcomm.errors import CapabilityError
 from tcomm.kernels import schedule
-from tcomm.memory.control import Word
+from tcomm.memory.control import EPOCH_MASK, Word
 from tests import virtual_worlds as worlds
 from tests.virtual_worlds import CASES, MODES, call, make, put, without
 
@@ -108,10 +108,12 @@ def test_staging_made_late_in_an_epoch_holds_no_arrival():
     ranks = make("cpu", 2)
     ranks.arena.set_epoch(2**31 - 2)
     ranks.prepare(4096)
-    # The epoch after next is the mark of lanes that belong to epoch 0.
-    ranks.barrier()
+    staging = ranks.arena.staging
+    lanes = staging.buffer.peer(1, dtype=torch.int64)[: staging.layout.half_offset // 8]
+    # Half a wrap away, and not the mark of lanes that belong to epoch 0: the epoch after next.
+    assert {int(word) >> 32 & EPOCH_MASK for word in lanes} == {2**32 - 2}
     job = worlds.make_jobs(ranks, (100,), (torch.float32,))[0]
-    assert worlds.run_jobs(ranks, [job], 2, random.Random(0)) == 0
+    assert worlds.run_jobs(ranks, [job], 3, random.Random(0)) == 0
 
 
 def test_prepare_makes_long_messages_one_call():
