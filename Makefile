@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OLD_TRITONS := 3.6.0 3.7.1
+NVSHMEM := 3.8.0
 INTERPRETED := tests/kernels
 BENCH_JSON ?= .benchmarks/collectives.json
 BENCH ?=
 
-.PHONY: install demo short-demo test lint type compile bench bench-gpu
+.PHONY: install demo short-demo test lint type compile compile-nvshmem bench bench-gpu
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -31,6 +32,13 @@ $(VENV)/.model: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$*
 	touch $@
 
+# NVSHMEM's bitcode and headers, without its Python packages; 180 MB to fetch.
+.envs/nvshmem-%:
+	$(MAKE) install
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ nvidia-nvshmem-cu13==$*
+	touch $@
+
 demo: $(VENV)/.model
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 4 examples/minilm_tensor_parallel.py
 
@@ -38,7 +46,7 @@ short-demo: install
 	$(BIN)/python -m tcomm demo --ranks 2
 
 test: $(VENV)/.model
-	$(BIN)/python -m pytest --ignore=tests/compile
+	$(BIN)/python -m pytest --ignore=tests/compile --ignore=tests/compile_nvshmem
 
 lint: install
 	$(BIN)/ruff check .
@@ -54,6 +62,11 @@ compile: install $(OLD_TRITONS:%=.envs/triton-%)
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto tests/compile
 	$(foreach v,$(OLD_TRITONS),TRITON_INTERPRET=0 PYTHONPATH=.envs/triton-$(v) $(BIN)/python -m pytest -n auto tests/compile &&) true
 	$(foreach v,$(OLD_TRITONS),PYTHONPATH=.envs/triton-$(v) $(BIN)/python -m tcomm demo --ranks 2 &&) true
+
+# Kernels between nodes with NVSHMEM linked into them, on the Tritons that can read its bitcode: not 3.6.
+compile-nvshmem: install .envs/nvshmem-$(NVSHMEM) .envs/triton-3.7.1
+	TRITON_INTERPRET=0 PYTHONPATH=.envs/nvshmem-$(NVSHMEM) $(BIN)/python -m pytest -n auto tests/compile_nvshmem
+	TRITON_INTERPRET=0 PYTHONPATH=.envs/triton-3.7.1:.envs/nvshmem-$(NVSHMEM) $(BIN)/python -m pytest -n auto tests/compile_nvshmem
 
 # Every collective on tcomm, gloo and MPI. BENCH narrows it: make bench BENCH="-k all_reduce --worlds 2".
 bench: install

@@ -41,6 +41,8 @@ class Config(msgspec.Struct, frozen=True):
     """TCOMM_SPINS: polls before a CPU wait yields; 0: by the number of cores."""
     deterministic: bool = False
     """TCOMM_DETERMINISTIC: use nothing that adds in an order of its own, as the switch does."""
+    nvshmem_home: str = ""
+    """TCOMM_NVSHMEM_HOME: directory of the NVSHMEM whose bitcode kernels link, with `lib` and `include`."""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Config:

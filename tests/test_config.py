@@ -25,11 +25,11 @@ def test_every_variable_is_read():
         "TCOMM_TABLE": "table.json",
         "TCOMM_SPINS": "7",
         "TCOMM_DETERMINISTIC": "1",
+        "TCOMM_NVSHMEM_HOME": "/opt/nvshmem",
     }
     assert {f"TCOMM_{field.upper()}" for field in Config.__struct_fields__} == set(given)
-    assert Config.from_environment(given) == Config(
-        "two_shot", "2.5", 131072, "/tmp/shm", "table.json", 7, True
-    )
+    wanted = Config("two_shot", "2.5", 131072, "/tmp/shm", "table.json", 7, True, "/opt/nvshmem")
+    assert Config.from_environment(given) == wanted
 
 
 def test_the_environment_is_the_process_s_own(monkeypatch):

@@ -56,11 +56,16 @@ def test_only_config_and_interpret_read_the_environment():
     assert readers <= {"config.py", "interpret.py", "app.py"}
 
 
-def test_inline_assembly_stays_in_one_file():
+def test_inline_assembly_and_foreign_functions_stay_in_two_files():
     users = {
         p.name for p in MODULES if "inline_asm" in p.read_text() or "extern_elementwise" in p.read_text()
     }
-    assert users <= {"device_cuda.py"}
+    assert users <= {"device_cuda.py", "device_nvshmem.py"}
+
+
+def test_only_its_transport_imports_nvshmem4py():
+    users = {p.name for p in MODULES if re.search(r"[\"' ]nvshmem\.(core|bindings)[\"' ]", p.read_text())}
+    assert users == {"nvshmem.py"}
 
 
 def test_kernels_have_no_range_over_a_runtime_bound():
@@ -73,11 +78,20 @@ def _kernel_sources(path):
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("all_reduce", 4), ("exchange", 2), ("reduce_scatter", 2), ("barrier", 1)]
+    ("name", "count"),
+    [
+        ("all_reduce", 4),
+        ("exchange", 2),
+        ("reduce_scatter", 2),
+        ("barrier", 1),
+        ("multimem", 4),
+        ("hierarchical", 2),
+    ],
 )
 def test_launchers_are_typed_and_say_what_they_raise(name, count):
     tree = ast.parse((ROOT / f"tcomm/kernels/{name}.py").read_text())
-    launchers = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.endswith(f"_{name}")]
+    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef) and not _is_kernel(n)]
+    launchers = [n for n in functions if n.name.endswith(f"_{name}") or n.name.startswith(f"{name}_")]
     assert len(launchers) == count
     for launcher in launchers:
         arguments = launcher.args.args + launcher.args.kwonlyargs

@@ -139,11 +139,13 @@ class GroupHandle:
         return work if async_op else work.wait()
 
     def _with_modes(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        """`run` in the autograd modes of this moment, which another thread does not have."""
+        """`run` in the autograd modes and on the CUDA stream of this moment, which another thread lacks."""
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
         def in_modes() -> Any:
-            with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            on_stream = contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
+            with on_stream, torch.inference_mode(inference), torch.set_grad_enabled(grad):
                 return self._call(run)
 
         return in_modes

@@ -43,13 +43,14 @@ from tcomm.kernels.device import (
 from tcomm.kernels.lanes import push_lanes, reduce_lanes
 from tcomm.kernels.launch import grid_of, is_dense, launch, rows_of, staging_of, tile_numel
 from tcomm.kernels.numerics import accumulator_of, check_reduction
-from tcomm.kernels.tiles import copy_span, reduce_span, spread_span
+from tcomm.kernels.tiles import copy_span, reduce_span, slice_span, spread_span
 from tcomm.memory.base import KernelArena
 from tcomm.memory.layout import cut, slice_numel
 from tcomm.signature import CallDescription
 
 __all__ = [
     "LAUNCHERS",
+    "check_tensors",
     "one_shot_ll_all_reduce",
     "one_shot_pull_all_reduce",
     "one_shot_push_all_reduce",
@@ -197,13 +198,13 @@ def _two_shot_all_reduce_kernel(
     for step in tl.static_range(WORLD):
         first = ((rank + step) % WORLD) * length
         dst_ptr = pointer_to(staging_ptrs, rank, half, dtype)
-        copy_span(x_ptr + first, dst_ptr + first, _span(first, length, numel), BLOCK)
+        copy_span(x_ptr + first, dst_ptr + first, slice_span(first, length, numel), BLOCK)
     publish(pad_ptrs, rank, 0, word, WORLD, LANES)
     if await_peers(page, 0, word, budget, WORLD, LANES, ATOMIC_POLL) == 0:
         first = rank * length
         offset = half + first * (dtype.primitive_bitwidth // 8)
         dst_ptr = pointer_to(staging_ptrs, rank, offset, dtype)
-        span = _span(first, length, numel)
+        span = slice_span(first, length, numel)
         reduce_span(dst_ptr, staging_ptrs, 0, offset, span, WORLD, BLOCK, OP, ACC, 1, 0)
         publish(pad_ptrs, rank, 1, word, WORLD, LANES)
         if await_peers(page, 1, word, budget, WORLD, LANES, ATOMIC_POLL) == 0:
@@ -211,14 +212,8 @@ def _two_shot_all_reduce_kernel(
                 owner = (rank + step) % WORLD
                 first = owner * length
                 src_ptr = pointer_to(staging_ptrs, owner, half, dtype)
-                copy_span(src_ptr + first, out_ptr + first, _span(first, length, numel), BLOCK)
+                copy_span(src_ptr + first, out_ptr + first, slice_span(first, length, numel), BLOCK)
     finish_call(page, word)
-
-
-@triton.jit
-def _span(first, length, numel):
-    """Elements of the slice that begins at `first`: short or none at the end of a message."""
-    return tl.maximum(tl.minimum(numel - first, length), 0)
 
 
 def two_shot_all_reduce(
@@ -323,7 +318,7 @@ def _run(
 ) -> torch.Tensor:
     """Check, cut into pieces that fit `capacity` bytes, and launch each as one call of the group."""
     out = torch.empty_like(x) if out is None else out
-    _check(x, out, op, arena)
+    check_tensors(x, out, op, arena)
     if call is None:
         name = str(x.dtype).removeprefix("torch.")
         call = CallDescription("all_reduce", name, tuple(x.shape), op, algorithm=f"triton:{algorithm}")
@@ -343,7 +338,12 @@ def _run(
     return out
 
 
-def _check(x: torch.Tensor, out: torch.Tensor, op: str, arena: KernelArena) -> None:
+def check_tensors(x: torch.Tensor, out: torch.Tensor, op: str, arena: KernelArena) -> None:
+    """Check that kernels all-reduce x into out by op.
+
+    Raises:
+        ConfigError: when they do not.
+    """
     check_reduction(x.dtype, op)
     if (out.shape, out.dtype) != (x.shape, x.dtype):
         raise ConfigError(

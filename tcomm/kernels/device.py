@@ -17,11 +17,14 @@ from tcomm.kernels import hooks
 from tcomm.kernels.device_cuda import nanoseconds
 from tcomm.memory import control
 from tcomm.memory.control import ErrorKind, HostWord, Word
+from tcomm.memory.wait import SET_SHIFT
 
 __all__ = [
     "INTERPRETED",
     "accumulate",
+    "arrival_address",
     "await_peers",
+    "await_some",
     "axis_rank",
     "begin_call",
     "finish_call",
@@ -31,6 +34,7 @@ __all__ = [
     "pause",
     "pointer_to",
     "publish",
+    "publish_to_some",
     "record_late",
     "rounded",
     "row_of",
@@ -64,6 +68,7 @@ _MAX_PHASES = tl.constexpr(control.MAX_PHASES)
 _EPOCH_MASK = tl.constexpr(control.EPOCH_MASK)
 _RENEWAL_MASK = tl.constexpr(control.RENEWAL_MASK)
 _DEAD_EPOCH = tl.constexpr(control.DEAD_EPOCH)
+_SET_SHIFT = tl.constexpr(SET_SHIFT)
 
 if is_interpreted():
     axis_rank = hooks.axis_rank
@@ -310,3 +315,60 @@ def rounded(acc, dtype: tl.constexpr):
         return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return acc.to(dtype)
+
+
+@triton.jit
+def _in_set(ranks, LANES: tl.constexpr):
+    """Which lanes stand for a rank in the set `ranks`, a bit for each."""
+    return ((ranks >> tl.arange(0, LANES)) & 1) != 0
+
+
+@triton.jit
+def arrival_address(pad_ptrs, rank, source, phase, word):
+    """Address of the word in which `source` tells `rank` that this block has come to `phase`."""
+    return tl.load(pad_ptrs + rank) + (_arrivals(phase, word) + source) * 8
+
+
+@triton.jit
+def publish_to_some(pad_ptrs, rank, ranks, phase, word, LANES: tl.constexpr):
+    """`publish`, to the ranks in the set `ranks` only; pages of others are not touched."""
+    mask = _in_set(ranks, LANES)
+    pages = tl.load(pad_ptrs + tl.arange(0, LANES), mask=mask, other=0).to(tl.pointer_type(tl.int64))
+    slot = _arrivals(phase, word) + rank
+    words = tl.full((LANES,), 0, tl.int64) + word
+    tl.debug_barrier()
+    tl.atomic_xchg(pages + slot, words, mask=mask, sem="release", scope="sys")
+
+
+@triton.jit
+def await_some(
+    page, ranks, phase, word, budget,
+    LANES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
+):  # fmt: skip
+    """`await_peers`, for the words of the ranks in the set `ranks`, which is not empty.
+
+    Block 0 waits whatever others found: what it hears in a later stage has to reach all ranks.
+    """
+    mask = _in_set(ranks, LANES)
+    inbox = page + _arrivals(phase, word) + tl.arange(0, LANES)
+    epoch = (word >> 32) & _EPOCH_MASK
+    waiting = _count_absent(inbox, mask, epoch, ATOMIC_POLL)
+    since = started(ATOMIC_POLL)
+    polls = tl.full((), 0, tl.int64)
+    given_up = tl.full((), 0, tl.int32)
+    while (waiting > 0) & (given_up == 0):
+        told = phase | (ranks << _SET_SHIFT)
+        given_up = pause(told, tl.program_id(0), word, page, polls, since, budget, ATOMIC_POLL)
+        polls += 1
+        given_up = tl.where(is_aborted(page, word) & (tl.program_id(0) > 0), 1, given_up)
+        waiting = _count_absent(inbox, mask, epoch, ATOMIC_POLL)
+    # As in `await_peers`: the polls order nothing, this does.
+    seen = tl.atomic_add(inbox, 0, mask=mask, sem="acquire", scope="sys")
+    tl.debug_barrier()
+    late = mask & (((seen >> 32) & _EPOCH_MASK) != epoch)
+    differs = mask & (seen != word) & (late == 0)
+    kind = tl.where(tl.sum(differs.to(tl.int32), axis=0) > 0, _MISMATCH, 0)
+    kind = tl.where((kind == 0) & (tl.sum(late.to(tl.int32), axis=0) > 0), _TIMEOUT, kind)
+    if kind != 0:
+        _record(page, phase, word, seen, kind, tl.where(kind == _MISMATCH, differs, late), LANES)
+    return kind

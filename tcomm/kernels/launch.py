@@ -30,6 +30,7 @@ __all__ = [
     "is_dense",
     "launch",
     "launches",
+    "multicast_staging_of",
     "refuse_host_memory",
     "rows_of",
     "staging_of",
@@ -65,6 +66,22 @@ def staging_of(arena: KernelArena) -> Staging:
     if arena.staging is None:
         raise CapabilityError("the group has no staging memory yet; call prepare() first")
     return arena.staging
+
+
+def multicast_staging_of(arena: KernelArena) -> Staging:
+    """The staging memory of a group that multimem instructions reach.
+
+    Raises:
+        CapabilityError: when they do not, or there is none yet.
+    """
+    if is_interpreted():
+        raise CapabilityError("multimem instructions need a GPU; kernels are interpreted in this process")
+    if arena.is_virtual:
+        raise CapabilityError("virtual ranks share one device, and multicast reaches each device once")
+    staging = staging_of(arena)
+    if staging.multicast == 0:
+        raise CapabilityError("the fabric has no multicast for this group: its staging has no such address")
+    return staging
 
 
 def rows_of(x: torch.Tensor, arena: KernelArena) -> torch.Tensor:

@@ -4,9 +4,9 @@ import torch
 import triton.language as tl
 
 from tcomm.algorithms import REDUCE_OPS, acc_dtype
-from tcomm.errors import ConfigError
+from tcomm.errors import CapabilityError, ConfigError
 
-__all__ = ["accumulator_of", "check_reduction"]
+__all__ = ["accumulator_of", "check_reduction", "check_switch_sum"]
 
 _TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -14,6 +14,7 @@ _TRITON_DTYPES = {
     torch.int32: tl.int32,
     torch.int64: tl.int64,
 }
+_SWITCH_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def accumulator_of(dtype: torch.dtype) -> tl.dtype:
@@ -33,3 +34,21 @@ def check_reduction(dtype: torch.dtype, op: str) -> None:
         raise ConfigError(f"the average of {dtype} is not a {dtype}; use sum, or a floating-point tensor")
     if acc_dtype(dtype) not in _TRITON_DTYPES:
         raise ConfigError(f"no kernel reduces {dtype}")
+
+
+def check_switch_sum(dtype: torch.dtype, op: str) -> None:
+    """Check that multimem instructions reduce `dtype` by `op`.
+
+    Raises:
+        ConfigError: when no kernel does.
+        CapabilityError: when the switch does not.
+    """
+    check_reduction(dtype, op)
+    if op not in {"sum", "avg"} or dtype not in _SWITCH_DTYPES:
+        names = ", ".join(str(one).removeprefix("torch.") for one in _SWITCH_DTYPES)
+        raise CapabilityError(f"multimem gives sum and avg of {names}, not {op} of {dtype}")
+    if op == "avg" and dtype != torch.float32:
+        raise CapabilityError(
+            f"the switch rounds a sum to {dtype} before it can be divided: avg would be rounded twice; "
+            "use sum, or float32"
+        )

@@ -6,10 +6,20 @@ import torch
 import triton
 import triton.language as tl
 
+from tcomm.errors import CapabilityError
 from tcomm.memory.base import KernelArena
 from tcomm.parts import Parts
 
-__all__ = ["as_words", "each_rank", "given_part", "part_from", "part_table", "part_to"]
+__all__ = [
+    "as_small_words",
+    "as_words",
+    "each_rank",
+    "equal_part",
+    "given_part",
+    "part_from",
+    "part_table",
+    "part_to",
+]
 
 _VECTOR_BYTES = 16
 _MAX_TABLES = 1024
@@ -23,6 +33,27 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: to
 def as_words(x: torch.Tensor) -> torch.Tensor:
     """x, whose last dimension has stride 1, as integers: what only moves needs no type."""
     return x.view(_WORDS[x.itemsize])
+
+
+def as_small_words(x: torch.Tensor) -> torch.Tensor:
+    """As `as_words`, of 32 bits at most: what is longer becomes several."""
+    return as_words(x) if x.itemsize < 4 else x.view(torch.int32)
+
+
+def equal_part(parts: Parts) -> int:
+    """Elements that every rank gives to all.
+
+    Raises:
+        CapabilityError: when it is not one range of the same length for each.
+    """
+    numel = parts.longest
+    equal = tuple((source * numel, numel) for source in range(parts.world_size))
+    if not parts.shared or parts.receives != equal or set(parts.sends) != {(0, numel)}:
+        raise CapabilityError(
+            "a multimem all-gather takes one range of equal length from each rank, for all ranks; "
+            f"this rank gives {list(parts.sends)} and gets {list(parts.receives)} (first, length)"
+        )
+    return numel
 
 
 def each_rank(parts: Parts | Sequence[Parts]) -> tuple[Parts, ...]:

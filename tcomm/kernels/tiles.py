@@ -12,7 +12,13 @@ import triton.language as tl
 
 from tcomm.kernels.device import INTERPRETED, accumulate, pointer_to, rounded
 
-__all__ = ["copy_span", "reduce_span", "spread_span"]
+__all__ = ["copy_span", "reduce_span", "slice_span", "spread_span"]
+
+
+@triton.jit
+def slice_span(first, length, numel):
+    """Elements of the slice that begins at `first`: short or none at the end of a message."""
+    return tl.maximum(tl.minimum(numel - first, length), 0)
 
 
 @triton.jit

@@ -265,14 +265,19 @@ class Channel:
         """An error of this group with its fields filled in."""
         return kind(message, group=self.group, op=self.op, seq=seq, rank=self.rank, peers=peers)
 
-    def mismatch(self, epoch: int) -> CollectiveMismatchError:
-        """The table of what each rank called at `epoch`."""
+    def mismatch(self, epoch: int, everyone: bool = False) -> CollectiveMismatchError:
+        """The table of what each rank called at `epoch`.
+
+        Args:
+            epoch: of the call.
+            everyone: all ranks are known to have begun it, though not all have told this one.
+        """
         lines = [f"call #{epoch} of group {self.group!r}: the ranks called different things"]
         mine = self.pages[self.rank].description(epoch & 1)
         others = []
         for rank, page in enumerate(self.pages):
             index = arrival_index(0, epoch & 1, 0, rank)
-            arrived = rank == self.rank or self.words[index] >> 32 == epoch
+            arrived = everyone or rank == self.rank or self.words[index] >> 32 == epoch
             theirs = page.description(epoch & 1) if arrived else None
             told = str(theirs) if theirs else ("an unreadable call" if arrived else "not arrived yet")
             lines.append(f"  rank {rank}: {told}")
@@ -299,15 +304,20 @@ class Channel:
             return 1
         return 0
 
-    def after_kernel(self, epoch: int) -> None:
-        """Raise what a kernel found while it waited, if anything. The kernel has advanced the epoch."""
+    def after_kernel(self, epoch: int, everyone: bool = False) -> None:
+        """Raise what a kernel found while it waited, if anything. The kernel has advanced the epoch.
+
+        Args:
+            epoch: of the call.
+            everyone: its completion takes that all ranks began it, whomever it heard of.
+        """
         words = self.words
         failure, self._kernel_failure, self._kernel_wait = self._kernel_failure, None, None
         words[Word.WAITING_FOR] = 0
         kind = words[Word.ERROR_KIND]
         words[Word.ERROR_KIND] = ErrorKind.NONE
         if kind == ErrorKind.MISMATCH:
-            raise self.mismatch(epoch)
+            raise self.mismatch(epoch, everyone)
         if kind == ErrorKind.TIMEOUT:
             if failure is not None:
                 raise failure

@@ -12,11 +12,13 @@ from tcomm.memory.control import MAX_PHASES, Word, arrival_index
 if TYPE_CHECKING:
     from tcomm.memory.channel import Channel
 
-__all__ = ["LOOKS_PER_LIVENESS_CHECK", "Wait", "pause_since"]
+__all__ = ["LOOKS_PER_LIVENESS_CHECK", "SET_SHIFT", "Wait", "pause_since"]
 
 _MISMATCH_GRACE_SECONDS = 0.4
 _BUSY_SECONDS = 0.02
 LOOKS_PER_LIVENESS_CHECK = 16
+SET_SHIFT = 8
+"""Bits of a phase above these are the set of ranks that are waited for, a bit for each; none: all."""
 
 
 class Wait:
@@ -28,10 +30,12 @@ class Wait:
         self.word = word
         self._channel = channel
         self._epoch = word >> 32
+        chosen, phase = phase >> SET_SHIFT, phase & ((1 << SET_SHIFT) - 1)
         # Phases past the last one stand for the lanes of one source, which only the kernel can see.
         self._lanes_of = [phase - MAX_PHASES] if phase >= MAX_PHASES else []
         parity, row = self._epoch & 1, 0 if self._lanes_of else phase
-        self._inbox = tuple((peer, arrival_index(row, parity, block, peer)) for peer in channel.peers)
+        peers = [peer for peer in channel.peers if not chosen or chosen >> peer & 1]
+        self._inbox = tuple((peer, arrival_index(row, parity, block, peer)) for peer in peers)
         self._looks = 0
         self._deadline = channel.deadline()
         self._began = time.monotonic()
@@ -56,7 +60,7 @@ class Wait:
             self._refuse_the_dead(absent)
             now = time.monotonic()
             if self._deadline is not None and now >= self._deadline and (late := self._absent()):
-                channel.time_out(late, self._epoch)
+                channel.time_out(self._culprits(late), self._epoch)
             if self.differs():
                 self._differing_since = self._differing_since or now
                 return now - self._differing_since > _MISMATCH_GRACE_SECONDS
@@ -68,6 +72,21 @@ class Wait:
             return self._lanes_of
         words, epoch = self._channel.words, self._epoch
         return [peer for peer, index in self._inbox if words[index] >> 32 != epoch]
+
+    def _culprits(self, late: Sequence[int]) -> list[int]:
+        """Whom the late ones wait for, where ranks wait for some of the others only: a mate may be stuck."""
+        if not self.phase >> SET_SHIFT:
+            return list(late)
+        pages, found = self._channel.pages, []
+        for peer in late:
+            for _ in pages:
+                words = pages[peer].words
+                awaited = words[Word.WAITING_FOR] - 1 if words[Word.SEQ] == self._epoch else -1
+                if awaited in (-1, self._channel.rank):
+                    break
+                peer = awaited  # noqa: PLW2901 - the chain is followed
+            found.append(peer)
+        return sorted(set(found))
 
     def _refuse_the_dead(self, absent: Sequence[int]) -> None:
         channel = self._channel

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from tcomm.kernels.device import page_of, pause, started
-from tcomm.kernels.device_cuda import nanoseconds
+from tcomm.kernels.device_cuda import alias_fence, multimem_load_sum, nanoseconds
 from tcomm.memory.control import ARRIVALS, Word
 
 _ARRIVALS = tl.constexpr(ARRIVALS)
@@ -27,6 +27,14 @@ SOUND = {
     "LOAD_LATE": True,
     "ALIGNED": True,
     "DONE_SCOPE": "gpu",
+}
+SOUND_MULTIMEM = {
+    "WORLD": 4,
+    "BLOCK": 1024,
+    "ADDRESS": "multicast",
+    "MASKED": True,
+    "FENCE": "between",
+    "LOAD_LATE": True,
 }
 SOUND_LANES = {"WORLD": 2, "BLOCK": 1024, "SPLIT": False, "CACHED": False}
 SOUND_ARITHMETIC = {"BLOCK": 1024, "SORT": "sound"}
@@ -172,3 +180,61 @@ def crowded_kernel(
     tl.debug_barrier()
     scale = tl.load(x_ptr + tl.sum((value > 0).to(tl.int32), axis=0))
     tl.store(out_ptr + offs, value * scale)
+
+
+@triton.jit
+def _sum_vectors(multicast_ptr, staging_ptrs, out_ptr, numel, BLOCK: tl.constexpr, ADDRESS, MASKED):
+    """16 bytes of every vector: full tiles in a loop, and what is left over."""
+    base = multicast_ptr
+    if ADDRESS == "staging":
+        base = tl.load(staging_ptrs)
+    tile = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK // 4)
+    while tile < numel // BLOCK:
+        _sum_vector(base + (tile * BLOCK + lanes * 4) * 4, lanes, out_ptr, tile * BLOCK, ADDRESS, True)
+        tile += tl.num_programs(0)
+    _sum_vector(
+        base + (tile * BLOCK + lanes * 4) * 4, tile * BLOCK + lanes * 4 < numel, out_ptr, tile * BLOCK,
+        ADDRESS, not MASKED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _sum_vector(address, mask, out_ptr, start, ADDRESS: tl.constexpr, FULL: tl.constexpr):
+    if ADDRESS == "none":
+        a = mask.to(tl.int32)
+    else:
+        a, _, _, _ = multimem_load_sum(address, mask, tl.float32, FULL)
+    if ADDRESS == "plain":
+        a += tl.load(address.to(tl.pointer_type(tl.int32)))
+    offs = start + tl.arange(0, address.shape[0])
+    tl.store(out_ptr + offs, a.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def multimem_kernel(
+    x_ptr, out_ptr, numel, multicast_ptr, staging_ptrs, pad_ptrs, signature, rank, budget,
+    WORLD: tl.constexpr, BLOCK: tl.constexpr, ADDRESS: tl.constexpr, MASKED: tl.constexpr,
+    FENCE: tl.constexpr, LOAD_LATE: tl.constexpr,
+):  # fmt: skip
+    page = page_of(pad_ptrs, rank)
+    word = ((tl.load(page + _EPOCH) + 1) << 32) | signature
+    peers = tl.arange(0, WORLD)
+    _copy(x_ptr, _staged(staging_ptrs, rank, x_ptr.dtype.element_ty, True), numel, BLOCK)
+    if not LOAD_LATE:
+        _sum_vectors(multicast_ptr, staging_ptrs, out_ptr, numel, BLOCK, ADDRESS, MASKED)
+    tl.debug_barrier()
+    if FENCE == "early":
+        alias_fence()
+    pages = tl.load(pad_ptrs + peers).to(tl.pointer_type(tl.int64))
+    words = tl.full((WORLD,), 0, tl.int64) + word
+    tl.atomic_xchg(pages + _ARRIVALS + rank, words, sem="release", scope="sys")
+    _spin(page, page + _ARRIVALS + peers, word, "volatile")
+    _acquire(page, page + _ARRIVALS + peers, word, "acquire", "sys", True)
+    if FENCE == "between":
+        alias_fence()
+    if LOAD_LATE:
+        _sum_vectors(multicast_ptr, staging_ptrs, out_ptr, numel, BLOCK, ADDRESS, MASKED)
+    tl.debug_barrier()
+    if FENCE == "late":
+        alias_fence()

@@ -41,6 +41,8 @@ PARAMETERS = {
     "out_stride": "i32",
     "parts_ptr": "*i64",
     "numel": "i32",
+    "part_units": "i64",
+    "multicast_ptr": "i64",
     "staging_ptrs": "*i64",
     "pad_ptrs": "*i64",
     "signature": "i64",
@@ -48,8 +50,11 @@ PARAMETERS = {
     "budget": "i64",
 }
 """Run-time arguments of kernels of collectives and their types."""
-USUAL_PARAMETERS = tuple(n for n in PARAMETERS if n not in {"parts_ptr", "x_stride", "out_stride"})
+UNUSUAL_PARAMETERS = {"parts_ptr", "part_units", "multicast_ptr", "x_stride", "out_stride"}
+USUAL_PARAMETERS = tuple(n for n in PARAMETERS if n not in UNUSUAL_PARAMETERS)
 """Those of the kernels of `broken.py`, in order."""
+MULTIMEM_PARAMETERS = tuple(n for n in PARAMETERS if n in {*USUAL_PARAMETERS, "multicast_ptr"})
+"""Those of the one among them that has multimem accesses."""
 MAILBOX_PARAMETERS = {
     "header_ptr": "*i64",
     "nbytes": "i64",
@@ -87,6 +92,15 @@ class Protocol:
     """Loops over tiles: before the first wait and after each; 0 where no data moves."""
     reduces: bool = True
     """Whether it computes; otherwise it moves bare words of any size."""
+    sums: bool = False
+    """Whether it loads sums from the switch."""
+    multicasts: bool = False
+    """Whether it stores to all GPUs at once."""
+
+    @property
+    def multimem(self):
+        """Whether it needs instructions that sm_90 is the first to have."""
+        return self.sums or self.multicasts
 
 
 PROTOCOLS = {
@@ -99,6 +113,10 @@ PROTOCOLS = {
     "_push_exchange_kernel": Protocol(phases=1, spans=2, reduces=False),
     "_pull_exchange_kernel": Protocol(phases=1, spans=2, reduces=False),
     "_arrival_barrier_kernel": Protocol(phases=1, reduces=False),
+    "_multimem_one_shot_all_reduce_kernel": Protocol(phases=1, spans=2, sums=True),
+    "_multimem_two_shot_all_reduce_kernel": Protocol(phases=2, spans=3, sums=True, multicasts=True),
+    "_multimem_all_gather_kernel": Protocol(phases=1, spans=2, reduces=False, multicasts=True),
+    "_multimem_reduce_scatter_kernel": Protocol(phases=1, spans=2, sums=True),
 }
 
 
@@ -126,7 +144,7 @@ class Case:
 def _cases():
     for kernel, protocol in PROTOCOLS.items():
         make = _reducing_cases if protocol.reduces else _moving_cases
-        yield from make(kernel, protocol)
+        yield from _multimem_cases(kernel, protocol) if protocol.multimem else make(kernel, protocol)
 
 
 def _reducing_cases(kernel, protocol):
@@ -156,6 +174,20 @@ def _moving_cases(kernel, protocol):
         yield Case(kernel, "sm_90", "i16", 8, "split", virtual=True)
         yield Case(kernel, "sm_90", "i32", 2, "split", aligned=False)
         yield Case(kernel, "gfx942", "i32", 2, "split", aligned=False)
+
+
+def _multimem_cases(kernel, protocol):
+    for target in ("sm_90", "sm_100"):
+        if protocol.sums:
+            for dtype, world_size, op in (("bf16", 8, "sum"), ("fp32", 3, "avg"), ("fp16", 6, "sum")):
+                yield Case(kernel, target, dtype, world_size, op)
+            yield Case(kernel, target, "bf16", 2, "sum", aligned=False)
+        else:
+            for dtype, world_size in (("i32", 8), ("i16", 3), ("u8", 16)):
+                yield Case(kernel, target, dtype, world_size, "shared")
+            yield Case(kernel, target, "i16", 2, "shared", aligned=False)
+    if protocol.sums:
+        yield Case(kernel, "sm_90", "fp32", 16, "sum")
 
 
 CASES = tuple(_cases())
@@ -197,7 +229,10 @@ def cases_of(backend, **wanted):
 
 def _facts(case):
     spans, lanes = case.protocol.spans > 0, case.protocol.lanes
-    return {"aligned": case.aligned, "lanes": lanes, "spans": spans, "payload": spans or lanes}
+    payload, multimem = spans or lanes, case.protocol.multimem
+    return {
+        "aligned": case.aligned, "lanes": lanes, "spans": spans, "payload": payload, "multimem": multimem,
+    }  # fmt: skip
 
 
 @functools.cache

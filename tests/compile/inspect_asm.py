@@ -180,7 +180,8 @@ class Ptx(Flow):
         return not self._origins(_address(op)).isdisjoint(places)
 
     def is_payload(self, op):
-        return _is_plain_access(op) and self.touches(op, "x", "out", "*staging")
+        plain = _is_plain_access(op) and self.touches(op, "x", "out", "*staging")
+        return plain or _is_multimem(op)
 
     @functools.cached_property
     def _known(self):
@@ -242,7 +243,7 @@ def _parsed(line):
 
 
 def _destination(op):
-    if op.opcode.startswith(("st.", "bar", "bra", "ret", "red.")):
+    if op.opcode.startswith(("st.", "multimem.st", "bar", "bra", "ret", "red.")):
         return ""
     return op.operands.partition("}")[0] if op.operands.startswith("{") else op.operands.partition(",")[0]
 
@@ -256,9 +257,22 @@ def _is_plain_access(op):
     return re.match(r"(ld|st)\.(volatile\.)?global", op.opcode) is not None
 
 
+def _is_multimem(op):
+    return op.opcode.startswith("multimem.")
+
+
+def _is_load(op):
+    return op.opcode.startswith(("ld.", "multimem.ld"))
+
+
+def _is_store(op):
+    return op.opcode.startswith(("st.", "multimem.st"))
+
+
 def _bits(op):
-    """Bits of one element and of the whole access."""
-    element = int(re.search(r"\.[bufs](\d+)$", op.opcode)[1])
+    """Bits of one element, or of a pair, and of the whole access."""
+    number, pair = re.search(r"\.b?[bufs](\d+)(x2)?$", op.opcode).groups()
+    element = int(number) * (2 if pair else 1)
     vector = re.search(r"\.v(\d)", op.opcode)
     return element, element * (int(vector[1]) if vector else 1)
 
@@ -284,7 +298,7 @@ def check_publish_barriers(ptx):
     for op in _publishes(ptx):
         for earlier in ptx.before(op, lambda found: found.is_barrier):
             assert earlier is not None, f"no barrier between the entry and {op}"
-            late = earlier.opcode.startswith("st.") and ptx.is_payload(earlier)
+            late = _is_store(earlier) and ptx.is_payload(earlier)
             assert not late, f"no barrier between {earlier} and {op}"
 
 
@@ -312,6 +326,7 @@ def check_loads_follow_acquires(ptx):
     """What peers wrote is read only after an acquire of the phase that published it."""
     acquires, publishes = set(_acquires(ptx)), set(_publishes(ptx))
     loads = [op for op in ptx.matching(r"ld\.(volatile\.)?global") if ptx.touches(op, "*staging")]
+    loads += ptx.matching(r"multimem\.ld")
     assert loads, "no staging memory is read"
     for load in loads:
         for earlier in ptx.before(load, acquires.__contains__):
@@ -397,10 +412,10 @@ def check_mailbox_spins(ptx):
 def check_vectors(ptx, loops):
     """Unmasked loops move the payload by 128 bits; there are at least `loops` that load and store it."""
     payloads = [[op for op in loop if ptx.is_payload(op) and not op.guarded] for loop in ptx.loops]
-    payloads = [ops for ops in payloads if any(op.opcode.startswith("ld.") for op in ops)]
+    payloads = [ops for ops in payloads if any(map(_is_load, ops))]
     narrow = [op for ops in payloads for op in ops if _bits(op)[1] < 128]
     assert not narrow, f"narrower than 128 bits in a loop: {_show(narrow[:4])}"
-    moving = [ops for ops in payloads if any(op.opcode.startswith("st.") for op in ops)]
+    moving = [ops for ops in payloads if any(map(_is_store, ops))]
     assert len(moving) >= loops, f"{len(moving)} loops move the payload, not {loops}"
 
 
@@ -413,6 +428,92 @@ def check_lanes(ptx, world_size):
     assert not cached, f"a lane is read through a cache: {_show(cached[:4])}"
     stores = sum(op.opcode.startswith("st.") for op in lanes)
     assert stores >= world_size, f"{stores} stores of lanes for {world_size} ranks"
+
+
+def _sums(ptx):
+    return ptx.matching(r"multimem\.ld_reduce")
+
+
+def _multicasts(ptx):
+    return ptx.matching(r"multimem\.st")
+
+
+def _is_alias_fence(op):
+    return op.opcode == "fence.proxy.alias"
+
+
+def check_multimem_forms(ptx, form, sums, multicasts):
+    """16 bytes, relaxed, at system scope; 16-bit types accumulate in fp32; nothing else is multimem.
+
+    Each is there for full tiles, in a loop and without a mask, and once more, masked, for what is left over.
+    """
+    load, store = f"multimem.ld_reduce.relaxed.sys.global.add{form}", "multimem.st.relaxed.sys.global.v4.f32"
+    found = collections.Counter((op.opcode, op.guarded) for op in ptx.ops if _is_multimem(op))
+    wanted = dict.fromkeys([(load, False), (load, True)] if sums else [], 1)
+    wanted |= dict.fromkeys([(store, False), (store, True)] if multicasts else [], 1)
+    assert found == wanted, f"multimem accesses are {dict(found)}, not {wanted}"
+    loops = [[op for op in loop if _is_multimem(op)] for loop in ptx.loops]
+    looping = [ops for ops in loops if ops]
+    assert len(looping) == 1, f"{len(looping)} loops have multimem accesses, not 1"
+    assert len(looping[0]) == sums + multicasts, f"in the loop: {_show(looping[0])}"
+    assert not any(op.guarded for op in looping[0]), f"masked in the loop: {_show(looping[0])}"
+
+
+def check_multimem_addresses(ptx):
+    """Multimem accesses are at the multicast address, and no other access is."""
+    places = ("x", "out", "staging", "*staging", "pad", "*pad", "*pad[rank]", "scratch")
+    assert any(map(_is_multimem, ptx.ops)), "no multimem accesses"
+    for op in ptx.ops:
+        if _is_multimem(op):
+            assert ptx.touches(op, "multicast"), f"not at the multicast address: {op}"
+            assert not ptx.touches(op, *places), f"not only at the multicast address: {op}"
+        elif re.match(r"(ld|st|atom|red)\.(?!param)", op.opcode):
+            assert not ptx.touches(op, "multicast"), f"at the multicast address: {op}"
+
+
+def check_sums_are_restaged_in_place(ptx):
+    """A thread stores to all what it has loaded from all, at the same address."""
+    stored, loaded = list(map(_address, _multicasts(ptx))), list(map(_address, _sums(ptx)))
+    assert loaded, "no sums are loaded"
+    assert stored == loaded, f"stored at {stored}, loaded at {loaded}"
+
+
+def check_alias_fences(ptx, phases):
+    """What was written through one address is read through the other after a barrier and an alias fence.
+
+    The barrier is the one behind the acquire. Own staging is read by ordinary loads after multimem stores.
+    """
+    fences = [op for op in ptx.ops if _is_alias_fence(op)]
+    assert len(fences) == phases, f"{len(fences)} alias fences, not {phases}"
+    acquires, publishes = set(_acquires(ptx)), set(_publishes(ptx))
+    for fence in fences:
+        for earlier in ptx.before(fence, lambda found: found.is_barrier):
+            assert earlier is not None, f"no barrier between the entry and {fence}"
+            assert earlier not in acquires, f"no barrier between {earlier} and {fence}"
+    plain = [op for op in ptx.matching(r"ld\.global") if ptx.touches(op, "*staging")]
+    for load in _sums(ptx) + plain:
+        for earlier in ptx.before(load, _is_alias_fence):
+            assert earlier is not None, f"no alias fence between the entry and {load}"
+            assert earlier not in acquires | publishes, f"no alias fence between {earlier} and {load}"
+
+
+def check_no_multimem(ptx):
+    """No instruction that sm_80 lacks, and no fence that only multicast needs."""
+    found = [op for op in ptx.ops if _is_multimem(op) or _is_alias_fence(op)]
+    assert not found, f"multimem accesses: {_show(found)}"
+
+
+def check_no_gpu_scope(ptx):
+    """No flag between GPUs at a scope that ends at one: only words of this rank's page are at gpu scope."""
+    found = [op for op in ptx.ops if "gpu" in op.opcode.split(".")]
+    foreign = [op for op in found if not ptx.touches(op, "*pad[rank]") or ptx.touches(op, "*pad")]
+    assert not foreign, f"at gpu scope: {_show(foreign)}"
+
+
+def check_no_dependent_launch(ptx):
+    """No kernel begins before the one ahead of it in its stream has ended: epochs are counted by that."""
+    found = ptx.matching(r"griddepcontrol")
+    assert not found, f"launched as a dependent: {_show(found)}"
 
 
 def check_arithmetic(ptx):

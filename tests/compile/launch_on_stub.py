@@ -3,6 +3,7 @@
 import ctypes
 import os
 import pathlib
+import sys
 import types
 
 import torch
@@ -59,7 +60,7 @@ def main():
                 for rank, launch in enumerate(made):
                     check(ranks, launch, x, out, mode, rank, numel if verb == "all_reduce" else None)
                 assert len(made) == (1 if mode == "grid" else WORLD)
-    print("launched", num_launches.value)
+    sys.stdout.write(f"launched {num_launches.value}\n")
 
 
 def check(ranks, launch, x, out, mode, rank, numel):

@@ -14,7 +14,7 @@ from tcomm import VirtualRanks
 from tcomm.errors import CapabilityError
 from tcomm.kernels import all_reduce, bound, partition
 from tcomm.memory.base import LaunchPart
-from tests.compile.cases import discovered_kernels
+from tests.compile.cases import PROTOCOLS, discovered_kernels
 from tests.virtual_worlds import ALGORITHMS, CASES, call, length_of
 
 WORLD = 4
@@ -269,3 +269,12 @@ def test_a_barrier_has_no_tensors(launched):
     assert found.grid == (1, WORLD, 1)
     assert "x_ptr" not in found.args
     assert found.args["pad_ptrs"] == ranks.arena.control.table.data_ptr()
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_kernel_is_the_same_for_any_number(name):
+    """What is bound is found by types and alignment alone: a number that is compiled in would be another's."""
+    parameters = [p for p in discovered_kernels()[name].params if not p.is_constexpr]
+    numbers = [p for p in parameters if not p.name.endswith(("_ptr", "_ptrs"))]
+    assert numbers
+    assert [p.name for p in numbers if not p.do_not_specialize] == []

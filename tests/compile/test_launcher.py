@@ -1,4 +1,4 @@
-"""Bound calls through Triton's own launcher, down to what the driver gets: over a libcuda that runs nothing."""
+"""Bound calls through Triton's own launcher, down to what a libcuda gets that runs nothing."""
 
 import os
 import pathlib

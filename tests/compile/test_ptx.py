@@ -12,6 +12,7 @@ from tests.compile.cases import (
     discovered_kernels,
     parameters_of,
 )
+from tests.compile.node_cases import NODE_KERNELS
 
 every_case = pytest.mark.parametrize("case", cases_of("cuda"), ids=str)
 span_case = pytest.mark.parametrize("case", cases_of("cuda", aligned=True, spans=True), ids=str)
@@ -29,7 +30,7 @@ def lane_spins_of(case):
 
 
 def test_every_kernel_has_a_case():
-    assert discovered_kernels().keys() == PROTOCOLS.keys() | set(MAILBOX_KERNELS)
+    assert discovered_kernels().keys() == PROTOCOLS.keys() | set(MAILBOX_KERNELS) | set(NODE_KERNELS)
 
 
 @every_case

@@ -1,3 +1,4 @@
+import contextlib
 import threading
 
 import pytest
@@ -131,3 +132,19 @@ def _prepared_for_others(member):
 
 def test_ranks_that_prepare_for_different_dtypes_are_told(on_ranks):
     on_ranks(2, _prepared_for_others)
+
+
+def test_an_asynchronous_call_runs_on_the_stream_that_it_was_made_on(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def on_stream(stream):
+        entered.append((stream, threading.current_thread() is threading.main_thread()))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the stream of the caller")
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    comm = tcomm.Communicator()
+    assert comm.all_reduce(torch.ones(1), async_op=True).wait().item() == 1
+    assert entered == [("the stream of the caller", False)]
