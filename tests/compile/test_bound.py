@@ -273,7 +273,7 @@ def test_a_barrier_has_no_tensors(launched):
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_a_kernel_is_the_same_for_any_number(name):
-    """What is bound is found by types and alignment alone: a number that is compiled in would be another's."""
+    """What is bound is found by types and alignment alone: a number compiled in would be another call's."""
     parameters = [p for p in discovered_kernels()[name].params if not p.is_constexpr]
     numbers = [p for p in parameters if not p.name.endswith(("_ptr", "_ptrs"))]
     assert numbers
