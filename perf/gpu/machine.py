@@ -26,6 +26,8 @@ def describe() -> dict[str, Any]:
             "gpus": torch.cuda.device_count(),
             "sm": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
+            # 256 threads of 128 registers, of which a multiprocessor has 65536; a rank has 16 such blocks.
+            "blocks_resident_together": properties.multi_processor_count * 2,
             "memory_gib": round(properties.total_memory / 2**30, 1),
         }
     found |= {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}

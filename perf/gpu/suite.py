@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -47,38 +50,58 @@ def run_tests(report: Report, commands: Sequence[Command], seconds: float, now: 
         report.not_measured.append({"what": "tests", "reason": "pytest and pytest-timeout are not installed"})
         return
     started = now()
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
-    running = [
-        (
-            name,
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            ),
-        )
-        for name, command in commands
-    ]
-    for name, process in running:
-        try:
-            output, _ = process.communicate(timeout=max(1.0, seconds - (now() - started)))
-            lines = output.strip().splitlines()
-            result = lines[-1] if lines else f"exit code {process.returncode} and no word"
-            # 5: nothing was selected.
-            is_failure = process.returncode not in {0, 5}
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
-            result, is_failure = f"not done in {seconds:.0f} s; killed", True
+    environment = {"TRITON_INTERPRET": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+    running = [(name, Child(command, environment)) for name, command in commands]
+    for name, child in running:
+        in_time = child.wait(max(1.0, seconds - (now() - started)))
+        output = child.output
+        lines = output.strip().splitlines()
+        result = lines[-1] if lines else f"exit code {child.returncode} and no word"
+        # 5: nothing was selected.
+        is_failure = not in_time or child.returncode not in {0, 5}
         report.tests.append(
             {
-                "name": name, "result": result, "is_failure": is_failure, "seconds": now() - started,
+                "name": name, "result": result if in_time else f"not done in {seconds:.0f} s; killed",
+                "is_failure": is_failure, "seconds": now() - started,
                 "output": output[-6000:] if is_failure else _skips(output),
             }
         )  # fmt: skip
+
+
+class Child:
+    """A process, and all that it starts. What it says goes to files, since a full pipe would stop it."""
+
+    def __init__(self, command: list[str], environment: dict[str, str] | None = None) -> None:
+        self._files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 - closed by `wait`
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **(environment or {})}, start_new_session=True,
+            stdout=self._files[0], stderr=self._files[1],
+        )  # fmt: skip
+        self.output = self.complaints = ""
+        """What it said, once it was waited for."""
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it ended in time. Otherwise it is ended, with its children: they would hold the GPU."""
+        try:
+            self._process.wait(seconds)
+            return True
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self.output, self.complaints = map(_read_and_close, self._files)
+
+    @property
+    def returncode(self) -> int:
+        return self._process.returncode
+
+
+def _read_and_close(file: IO[str]) -> str:
+    with file:
+        file.seek(0)
+        return file.read()
 
 
 def _skips(output: str) -> str:
@@ -92,15 +115,14 @@ def run_others(report: Report, commands: Sequence[Command], budget: Budget, seco
         if left < 5:
             report.not_measured.append({"what": name, "reason": "out of time"})
             continue
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, timeout=left, check=False
-            )
-            output, reason = done.stdout, "" if done.returncode == 0 else _last_line(done.stderr)
-            reason = reason or ("" if done.returncode == 0 else f"exit code {done.returncode}")
-        except subprocess.TimeoutExpired as expired:
-            output = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
+        child = Child(command)
+        if not child.wait(left):
             reason = f"not done in {left:.0f} s"
+        elif child.returncode:
+            reason = _last_line(child.complaints) or f"exit code {child.returncode}"
+        else:
+            reason = ""
+        output = child.output
         for line in output.splitlines():
             if line.startswith("{"):
                 _take(report, json.loads(line))

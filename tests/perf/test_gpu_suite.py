@@ -1,9 +1,12 @@
 """`python -m perf.gpu` with another device: interpreted kernels, and a clock that a test winds."""
 
 import json
+import os
+import pathlib
 import random
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -169,6 +172,30 @@ def test_tests_run_side_by_side_and_are_killed_in_time():
     ]
     assert found.tests[0]["output"] == "SKIPPED [1] because"
     assert found.problems == ["tests bad: 1 failed", "tests late: not done in 4 s; killed"]
+
+
+def test_who_is_killed_takes_his_children_along(tmp_path):
+    grandchild = "import time; time.sleep(50)"
+    code = (
+        "import subprocess, sys\n"
+        f"p = subprocess.Popen([sys.executable, '-c', {grandchild!r}])\n"
+        "print(p.pid, flush=True)\n"
+        "p.wait()\n"
+    )
+    child = suite.Child(python(code))
+    assert not child.wait(3.0)
+    pid = int(child.output)
+    with pytest.raises(ProcessLookupError):
+        wait_until_gone(pid)
+
+
+def wait_until_gone(pid):
+    for _ in range(100):
+        os.kill(pid, 0)
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        if state == "Z":
+            raise ProcessLookupError
+        time.sleep(0.05)
 
 
 def test_what_others_do_or_why_not_is_taken_over():
