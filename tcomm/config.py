@@ -11,7 +11,7 @@ import msgspec
 
 from tcomm.errors import ConfigError
 
-__all__ = ["TIMEOUT_PROFILES", "Config", "resolve_timeout"]
+__all__ = ["TIMEOUT_PROFILES", "Config", "let_ranks_share_a_device", "resolve_timeout"]
 
 logger = logging.getLogger("tcomm")
 
@@ -43,6 +43,8 @@ class Config(msgspec.Struct, frozen=True):
     """TCOMM_DETERMINISTIC: use nothing that adds in an order of its own, as the switch does."""
     nvshmem_home: str = ""
     """TCOMM_NVSHMEM_HOME: directory of the NVSHMEM whose bitcode kernels link, with `lib` and `include`."""
+    allow_shared_device: bool = False
+    """TCOMM_ALLOW_SHARED_DEVICE: let several ranks use one GPU, which gives multicast up."""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Config:
@@ -91,3 +93,13 @@ def resolve_timeout(timeout: float | str | None) -> float | None:
     if not seconds > 0:
         raise ConfigError(f"timeout {timeout!r} is not a positive number of seconds")
     return seconds
+
+
+def let_ranks_share_a_device() -> None:
+    """Have torch map symmetric memory between ranks on one GPU. Before the first such memory is made."""
+    if os.environ.get(_TORCH_OVERLAP) != "1":
+        os.environ[_TORCH_OVERLAP] = "1"
+        logger.info("TCOMM_ALLOW_SHARED_DEVICE: set %s=1 for torch in this process", _TORCH_OVERLAP)
+
+
+_TORCH_OVERLAP = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"

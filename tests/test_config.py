@@ -26,9 +26,10 @@ def test_every_variable_is_read():
         "TCOMM_SPINS": "7",
         "TCOMM_DETERMINISTIC": "1",
         "TCOMM_NVSHMEM_HOME": "/opt/nvshmem",
+        "TCOMM_ALLOW_SHARED_DEVICE": "1",
     }
     assert {f"TCOMM_{field.upper()}" for field in Config.__struct_fields__} == set(given)
-    wanted = Config("two_shot", "2.5", 131072, "/tmp/shm", "table.json", 7, True, "/opt/nvshmem")
+    wanted = Config("two_shot", "2.5", 131072, "/tmp/shm", "table.json", 7, True, "/opt/nvshmem", True)
     assert Config.from_environment(given) == wanted
 
 

@@ -56,6 +56,11 @@ def test_only_config_and_interpret_read_the_environment():
     assert readers <= {"config.py", "interpret.py", "app.py"}
 
 
+def test_torchs_private_symmetric_memory_stays_in_one_file():
+    users = {p.name for p in MODULES if re.search(r"_SymmetricMemory|\b_symmetric_memory", p.read_text())}
+    assert users <= {"cuda.py"}
+
+
 def test_inline_assembly_and_foreign_functions_stay_in_two_files():
     users = {
         p.name for p in MODULES if "inline_asm" in p.read_text() or "extern_elementwise" in p.read_text()

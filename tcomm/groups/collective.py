@@ -155,6 +155,7 @@ class Collective(GroupHandle):
             job = dataclasses.replace(job, call=msgspec.structs.replace(job.call, contents=contents))
         if out is not None and job.shape is not None:
             check_out(verb, x, out, job.shape, job.may_alias)
+        self._open_device(x.device, job.call, seconds)
         decision = self._decide(job, x.device.type, algorithm)
         # Tensors made in inference mode could not be written outside of it.
         with self._whole(), torch.inference_mode(False):

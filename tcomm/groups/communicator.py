@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -137,15 +138,29 @@ class Communicator(Aliases, PointToPoint):
         seconds = self._seconds(timeout)
         nbytes = max(StagingLayout.for_message(max_nbytes, self.world_size), self.config.staging_bytes)
 
+        device = torch.device("cuda", torch.cuda.current_device()) if dtypes and _has_gpu() else None
+        if device is not None:
+            call = msgspec.structs.replace(call, contents=f"{call.contents} on cuda")
+
         def run() -> torch.Tensor:
+            if device is not None:
+                self._open_device(device, call, seconds)
             self._agreement.agree(call, seconds)
-            if self._arena is not None:
-                with torch.inference_mode(False):
+            with torch.inference_mode(False):
+                if self._arena is not None:
                     self._arena.grow(nbytes, SETUP_SECONDS)
-                self._plans.clear()
+                if device is not None:
+                    self._devices.prepare(nbytes, dtypes, ops)
+                    # Nobody calls before the last rank has compiled.
+                    self._agreement.agree(call, seconds)
+            self._plans.clear()
             return torch.empty(0)
 
         self._in_order(run, False)
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 _MAX_PREPARED_BYTES = 1 << 40

@@ -21,6 +21,7 @@ from tcomm.cpu.point_to_point import TransferPlan
 from tcomm.errors import CapabilityError, GroupClosedError, PeerTimeoutError, TcommError
 from tcomm.groups.agreement import Agreement, LocalAgreement, RemoteAgreement, SharedAgreement
 from tcomm.groups.arguments import Timeout, Unset
+from tcomm.groups.devices import DeviceMemory
 from tcomm.groups.fallback import TorchFallback
 from tcomm.groups.plans import PlanKey, Planner
 from tcomm.groups.pool import ResultPool
@@ -29,6 +30,7 @@ from tcomm.groups.work import Work
 from tcomm.memory.arena import Arena, open_arena
 from tcomm.memory.base import Exchange, NotShared
 from tcomm.memory.control import Word
+from tcomm.signature import CallDescription
 from tcomm.tuning.choose import Capabilities, Decision, Request, decide
 
 __all__ = ["SETUP_SECONDS", "GroupHandle"]
@@ -81,6 +83,7 @@ class GroupHandle:
         self.table = settled.table
         self._arena, no_shared_memory = self._open_arena(members.exchange, settled.num_cores)
         group, channel = members.process_group, self._arena.channel if self._arena else None
+        self._devices = DeviceMemory(members, self.config, channel, SETUP_SECONDS)
         self._fallback = None if group is None else TorchFallback(self.name, group, channel)
         self._agreement = self._make_agreement()
         self.capabilities = Capabilities(
@@ -89,7 +92,7 @@ class GroupHandle:
             torch_backends=self._fallback.backends if self._fallback else (),
         )
         self._planner = Planner(
-            self.name, self.config, self._arena, self._fallback, self._agreement, SETUP_SECONDS
+            self.name, self.config, self._arena, self._fallback, self._agreement, SETUP_SECONDS, self._devices
         )
         self._plans: dict[PlanKey, Any] = {}
         self._transfers: dict[tuple[object, ...], TransferPlan] = {}
@@ -181,6 +184,26 @@ class GroupHandle:
         request = dataclasses.replace(request, deterministic=self.config.deterministic)
         return decide(request, self.capabilities, self.table, algorithm, self.config.algorithm)
 
+    def _open_device(self, device: torch.device, call: CallDescription, seconds: float | None) -> None:
+        """Before the first choice on a GPU: make memory there, and know the topology. **Collective.**"""
+        if device.type == "cuda" and self.capabilities.topology is None and self.world_size > 1:
+            topology = self._devices.open(device, call, self._agreement, seconds)
+            self.capabilities = dataclasses.replace(self.capabilities, topology=topology)
+
+    def synchronize(self) -> None:
+        """Wait until this rank's GPU has done all that it was given, and raise what calls found.
+
+        Not collective. On a CPU every call has raised what it found.
+
+        Raises:
+            CapabilityError: while a graph is captured.
+            CollectiveMismatchError: the ranks called different things; the group stays usable.
+            PeerLostError, PeerTimeoutError: a peer did not come; the group is given up.
+        """
+        self._refuse_foreign()
+        if self._devices.arena is not None:
+            self._devices.arena.channel.synchronize()
+
     def _explain_delay(self, told: str) -> PeerTimeoutError:
         waiting: list[int] = []
         if self._arena is not None and (word := self._arena.channel.words[Word.WAITING_FOR]):
@@ -210,6 +233,8 @@ class GroupHandle:
             # Whoever else holds the process group decides when it ends, and not a forgotten communicator.
             self._fallback = None
             del self._agreement, self._planner, self._members
+            # Kernels in flight may need host memory still: it tells them of peers that are gone.
+            self._devices.close(reason)
             if self._arena is not None:
                 self._arena.close(reason)
         _open.discard(self)

@@ -13,11 +13,13 @@ from tcomm.cpu.all_reduce import make_plan
 from tcomm.cpu.exchange import make_exchange_plan
 from tcomm.cpu.reduce_scatter import make_reduce_scatter_plan
 from tcomm.groups.agreement import Agreement
+from tcomm.groups.devices import DeviceMemory
 from tcomm.groups.fallback import TorchFallback
 from tcomm.groups.jobs import Job
 from tcomm.groups.pool import ResultPool
 from tcomm.groups.torch_verbs import make_torch_plan
 from tcomm.memory.arena import Arena
+from tcomm.memory.base import KernelArena
 from tcomm.signature import CallDescription
 from tcomm.tuning.choose import Decision
 
@@ -43,10 +45,12 @@ class Planner:
         fallback: TorchFallback | None,
         agreement: Agreement,
         setup_seconds: float,
+        devices: DeviceMemory | None = None,
     ) -> None:
         self._group = group
         self._config = config
         self._arena = arena
+        self._devices = devices
         self._fallback = fallback
         self._agreement = agreement
         self._setup_seconds = setup_seconds
@@ -72,10 +76,32 @@ class Planner:
             return _with_chunks(job, self._plan_fallback(job, decision, call), pool)
         if decision.algorithm == "cpu:arrival":
             return self._plan_arrival(call)
+        if decision.request.device == "cuda":
+            return _with_chunks(job, self._plan_on_device(job, decision, call), pool)
         arena = self._arena_with_staging(call, seconds)
         algorithm = decision.algorithm.partition(":")[2]
         make = _plan_kernel if decision.engine == "triton" else _plan_cpu
         return _with_chunks(job, make(job, algorithm, arena, call, decision.piece_nbytes), pool)
+
+    def _plan_on_device(self, job: Job, decision: Decision, call: CallDescription) -> Plan:
+        """Kernels on a GPU, launched in the order of its streams; what they find is raised as it is known."""
+        from tcomm.kernels.bound import Rebound
+
+        devices = self._devices
+        arena = None if devices is None else devices.arena
+        if devices is None or arena is None:
+            raise AssertionError("an algorithm on GPUs was chosen without memory there")
+        algorithm = decision.algorithm.partition(":")[2]
+        launch = Rebound(_plan_kernel(job, algorithm, arena, call, decision.piece_nbytes))
+
+        def run(x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
+            if x.device != arena.device:
+                devices.refuse_device(x.device)
+            launch(x, out, timeout)
+            # Behind the whole call, so that the ranks stay in step whichever of them learns of it first.
+            arena.channel.raise_recorded()
+
+        return run
 
     def _plan_fallback(self, job: Job, decision: Decision, call: CallDescription) -> Plan:
         fallback, agreement = self._fallback, self._agreement
@@ -128,21 +154,24 @@ def _plan_cpu(job: Job, algorithm: str, arena: Arena, call: CallDescription, pie
     return make_exchange_plan(algorithm, arena, call, job.parts, job.dtype.itemsize, piece_nbytes)
 
 
-def _plan_kernel(job: Job, algorithm: str, arena: Arena, call: CallDescription, piece_nbytes: int) -> Plan:
+def _plan_kernel(
+    job: Job, algorithm: str, arena: KernelArena, call: CallDescription, piece_nbytes: int
+) -> Plan:
     # Triton costs most of a second to import, and must not be imported before it is asked for.
-    from tcomm.kernels import all_reduce, barrier, exchange, reduce_scatter
+    from tcomm.kernels import all_reduce, barrier, exchange, multimem, reduce_scatter
 
+    by_switch = multimem.LAUNCHERS
     parts, op = job.parts, call.reduce
     if call.op == "barrier":
         return lambda _x, _out, timeout: barrier.arrival_barrier(arena, timeout=timeout, call=call)
     if parts is None:
-        launch = all_reduce.LAUNCHERS[algorithm]
+        launch = (all_reduce.LAUNCHERS | by_switch["all_reduce"])[algorithm]
         return lambda x, out, timeout: launch(x, arena, op, out=out, timeout=timeout, call=call)
     options = {"call": call, "piece_nbytes": piece_nbytes}
     if op:
-        launch = reduce_scatter.LAUNCHERS[algorithm]
+        launch = (reduce_scatter.LAUNCHERS | by_switch["reduce_scatter"])[algorithm]
         return lambda x, out, timeout: launch(x, out, arena, parts, op, timeout=timeout, **options)
-    launch = exchange.LAUNCHERS[algorithm]
+    launch = (exchange.LAUNCHERS | by_switch["all_gather"])[algorithm]
     return lambda x, out, timeout: launch(x, out, arena, parts, timeout=timeout, **options)
 
 

@@ -145,6 +145,7 @@ def agree_on_settings(members: Membership, config: Config, timeout: float) -> Se
         "TCOMM_ALGORITHM": config.algorithm,
         "TCOMM_DETERMINISTIC": str(int(config.deterministic)),
         "TCOMM_STAGING_BYTES": str(config.staging_bytes),
+        "TCOMM_ALLOW_SHARED_DEVICE": str(int(config.allow_shared_device)),
     }
     claim = secrets.token_hex(8)
     mine = _Settings(

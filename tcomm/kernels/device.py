@@ -74,8 +74,8 @@ if is_interpreted():
     axis_rank = hooks.axis_rank
 
     def pause(phase, block, word, page, polls, since, budget, ATOMIC_POLL):
-        """Let peers run; the host has the clock."""
-        return hooks.pause(phase, block, word)
+        """Let peers run; the host has the clock, and polls are counted where there is a budget of them."""
+        return hooks.pause(phase, block, word, polls, budget)
 else:
 
     @triton.jit

@@ -42,7 +42,7 @@ from tcomm.kernels.device import (
 from tcomm.kernels.launch import grid_of, staging_of, tile_numel
 from tcomm.kernels.nodes import launch_on_nodes, reduce_regions
 from tcomm.kernels.numerics import accumulator_of, check_reduction
-from tcomm.kernels.partition import as_words
+from tcomm.kernels.partition import as_flat_words
 from tcomm.kernels.rails import await_rails, mates_of, send_on_rails, spoiled_unless, worse
 from tcomm.kernels.runs import copy_run, reduce_run
 from tcomm.memory.arena import Arena
@@ -146,7 +146,7 @@ def hierarchical_all_gather(
     layout = staging_of(arena).layout
     slot_bytes = layout.half_bytes // nodes // ALIGNMENT * ALIGNMENT
     call = call or _describe("all_gather", x, nodes)
-    words, out_words = as_words(x), as_words(out)
+    words, out_words = as_flat_words(x), as_flat_words(out)
     size, total = words.itemsize, words.numel()
     tile, vector = tile_numel(size), 16 // size
     for start, numel in cut(total, size, slot_bytes):

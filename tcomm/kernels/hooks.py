@@ -53,8 +53,10 @@ def axis_rank() -> int:
     return 0 if _waiter is None else _waiter.axis_rank
 
 
-def pause(phase: Any, block: Any, word: Any) -> int:
-    """Let peers run; 0 to poll again, 1 to give the wait up."""
+def pause(phase: Any, block: Any, word: Any, polls: Any = 0, budget: Any = 0) -> int:
+    """Let peers run; 0 to poll again, 1 to give up: after `budget` polls, or when the waiter says so."""
+    if 0 < _as_int(budget) <= _as_int(polls) + 1:
+        return 1
     if _waiter is None:
         raise RuntimeError("an interpreted kernel waits outside of `interpreting`")
     return _waiter.kernel_pause(_as_int(phase), _as_int(block), _as_int(word) & 0xFFFFFFFFFFFFFFFF)

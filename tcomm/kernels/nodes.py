@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tcomm.errors import ConfigError
-from tcomm.kernels.bound import budget_of, launches
+from tcomm.kernels.bound import launches
 from tcomm.kernels.heap import Heap, mapped
 from tcomm.kernels.hooks import interpreting
 from tcomm.kernels.launch import common_constants, refuse_host_memory, staging_of
@@ -94,7 +94,7 @@ def launch_on_nodes(
             torch.tensor(numbers, dtype=torch.int64),
             call.signature,
             arena.rank,
-            budget_of(timeout),
+            0,
             **shared,
             NODES=nodes,
             **constants,

@@ -11,6 +11,7 @@ from tcomm.memory.base import KernelArena
 from tcomm.parts import Parts
 
 __all__ = [
+    "as_flat_words",
     "as_small_words",
     "as_words",
     "each_rank",
@@ -33,6 +34,12 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: to
 def as_words(x: torch.Tensor) -> torch.Tensor:
     """x, whose last dimension has stride 1, as integers: what only moves needs no type."""
     return x.view(_WORDS[x.itemsize])
+
+
+def as_flat_words(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous x as `as_words`, in one dimension."""
+    # A single element may have any stride and be contiguous, and could not be seen as smaller words.
+    return as_words(x.as_strided((x.numel(),), (1,)))
 
 
 def as_small_words(x: torch.Tensor) -> torch.Tensor:

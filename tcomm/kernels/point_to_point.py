@@ -24,7 +24,7 @@ from tcomm.interpret import is_interpreted
 from tcomm.kernels.device import launched_rank, page_of, pause, pointer_to, started, tell_host
 from tcomm.kernels.hooks import interpreting
 from tcomm.kernels.launch import grid_of, launches, refuse_host_memory, tile_numel
-from tcomm.kernels.partition import as_words
+from tcomm.kernels.partition import as_flat_words
 from tcomm.kernels.tiles import copy_span
 from tcomm.memory import control
 from tcomm.memory.arena import Arena
@@ -34,7 +34,8 @@ from tcomm.memory.mailbox import HEADER_BYTES, MailboxLayout, Message, PairWait
 __all__ = ["mailbox_constants", "recv", "send"]
 
 _RUNTIME = ["nbytes", "signature", "peer", "rank", "budget"]
-_BUDGET = 1 << 31
+_BUDGET = 0
+"""Polls of a wait; 0: only the host's clock counts."""
 
 _HEADS = tl.constexpr(control.HEADS)
 _TAILS = tl.constexpr(control.TAILS)
@@ -280,8 +281,7 @@ def _bytes_of(x: torch.Tensor) -> torch.Tensor:
     """[nbytes] uint8 over x, or over a copy of it where x lies at an odd address."""
     if not x.is_contiguous():
         raise ConfigError("a kernel needs a contiguous tensor; call .contiguous() first")
-    # A single element may have any stride and be contiguous, and could not be seen as smaller words.
-    flat = as_words(x.as_strided((x.numel(),), (1,))).view(torch.uint8)
+    flat = as_flat_words(x).view(torch.uint8)
     return flat if flat.data_ptr() % _ALIGNMENT == 0 else flat.clone()
 
 

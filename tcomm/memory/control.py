@@ -16,6 +16,9 @@ __all__ = [
     "ARRIVALS",
     "CONTROL_BYTES",
     "DEAD_EPOCH",
+    "DEVICE_CALLS",
+    "DEVICE_CALL_SLOTS",
+    "DEVICE_CALL_WORDS",
     "EPOCH_MASK",
     "HEADS",
     "HOST_WORDS",
@@ -26,6 +29,8 @@ __all__ = [
     "MAX_BLOCKS",
     "MAX_PHASES",
     "MAX_WORLD_SIZE",
+    "PROBES",
+    "PROBE_WORDS",
     "RECEIVED",
     "RECEIVING_BLOCKS",
     "RENEWAL_MASK",
@@ -128,7 +133,16 @@ SENDING_BLOCKS = RECEIVED + MAX_WORLD_SIZE
 RECEIVING_BLOCKS = SENDING_BLOCKS + MAX_WORLD_SIZE * MAILBOX_SLOTS
 """[source][slot]: likewise, of those that empty it together."""
 
-if RECEIVING_BLOCKS + MAX_WORLD_SIZE * MAILBOX_SLOTS > CONTROL_BYTES // 8:
+PROBES, PROBE_WORDS = 2976, 4
+"""[writer][4], of a page on a GPU: what each rank wrote there to prove that it can."""
+DEVICE_CALLS, DEVICE_CALL_WORDS, DEVICE_CALL_SLOTS = 3072, 32, 32
+"""[slot][32], of a page on the host: the calls that the owner launched last on its GPU."""
+
+if (
+    RECEIVING_BLOCKS + MAX_WORLD_SIZE * MAILBOX_SLOTS > PROBES
+    or PROBES + MAX_WORLD_SIZE * PROBE_WORDS > DEVICE_CALLS
+    or DEVICE_CALLS + DEVICE_CALL_SLOTS * DEVICE_CALL_WORDS > CONTROL_BYTES // 8
+):
     raise AssertionError("the control page does not hold its own layout")
 
 

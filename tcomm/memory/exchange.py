@@ -70,13 +70,13 @@ class StoreExchange:
     def __init__(self, store: Store, rank: int, world_size: int, prefix: str = "tcomm") -> None:
         self.rank = rank
         self.world_size = world_size
-        self._store = store
-        self._prefix = prefix
+        self.store = store
+        self.prefix = prefix
         self._round = 0
 
     def split(self, prefix: str) -> StoreExchange:
         """Another exchange of the same ranks, by keys below `prefix`."""
-        return StoreExchange(self._store, self.rank, self.world_size, prefix)
+        return StoreExchange(self.store, self.rank, self.world_size, prefix)
 
     def all_gather(
         self, payload: bytes, timeout: float, check: Callable[[], None] | None = None
@@ -90,17 +90,17 @@ class StoreExchange:
         self._round += 1
         keys = [self._key(round_, rank) for rank in range(self.world_size)]
         try:
-            self._store.set(keys[self.rank], payload)
+            self.store.set(keys[self.rank], payload)
             self._wait(keys, time.monotonic() + timeout, timeout, check)
-            gathered = [bytes(self._store.get(key)) for key in keys]
+            gathered = [bytes(self.store.get(key)) for key in keys]
             if round_ > 2:
-                self._store.delete_key(self._key(round_ - 2, self.rank))
+                self.store.delete_key(self._key(round_ - 2, self.rank))
         except (dist.DistNetworkError, dist.DistStoreError) as error:
-            raise RendezvousError(f"the store of group {self._prefix!r} failed: {error}") from error
+            raise RendezvousError(f"the store of group {self.prefix!r} failed: {error}") from error
         return gathered
 
     def _key(self, round_: int, rank: int) -> str:
-        return f"{self._prefix}/{round_}/{rank}"
+        return f"{self.prefix}/{round_}/{rank}"
 
     def _came_after_all(self, keys: list[str], check: Callable[[], None]) -> bool:
         """Whether all came just before `check` raised; else raises what it does, if anything."""
@@ -108,7 +108,7 @@ class StoreExchange:
             check()
         except TcommError:
             # A peer that came, and left as soon as all had come, is not missing.
-            if not self._store.check(keys):
+            if not self.store.check(keys):
                 raise
             return True
         return False
@@ -118,13 +118,13 @@ class StoreExchange:
     ) -> None:
         # Store.wait would do, but a TCPStore writes a warning to stderr each time that it runs out.
         pause = _SHORTEST_PAUSE
-        while not self._store.check(keys):
+        while not self.store.check(keys):
             if time.monotonic() >= deadline:
-                missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+                missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
                 if not missing:
                     return
                 raise RendezvousError(
-                    f"ranks {missing} of {self.world_size} did not come to {self._prefix!r} within "
+                    f"ranks {missing} of {self.world_size} did not come to {self.prefix!r} within "
                     f"{timeout:g} s; check that they are running and call the same things in the same "
                     "order, or give a longer timeout"
                 )

@@ -14,6 +14,7 @@ import pathlib
 import select
 import signal
 import struct
+import threading
 
 import msgspec
 
@@ -82,6 +83,7 @@ class PeerProcess:
         self._lock_fd = lock_fd
         self._pidfd = -1
         self._poll = select.poll()
+        self._looking = threading.Lock()
         self._was_gone = False
         if identity.namespace == my_identity().namespace and hasattr(os, "pidfd_open"):
             self._open_pidfd()
@@ -104,7 +106,9 @@ class PeerProcess:
         if self._was_gone:
             return True
         if self._pidfd >= 0:
-            return bool(self._poll.poll(0))
+            # A poll object refuses a second thread; the watcher of a GPU's waits is one.
+            with self._looking:
+                return bool(self._poll.poll(0))
         return self._lock_fd >= 0 and not is_locked(self._lock_fd)
 
     def describe(self) -> str:

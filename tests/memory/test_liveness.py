@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import msgspec
@@ -137,3 +138,34 @@ def test_an_identity_is_of_this_process():
     assert identity.pid == os.getpid()
     assert identity.start_time > 0
     assert identity == my_identity()
+
+
+def test_two_threads_may_ask_at_once():
+    """A poll object refuses that, and the watch of a GPU's waits asks beside everybody else."""
+    process = PeerProcess(my_identity(), os.open("/dev/null", os.O_RDONLY))
+    failures = []
+
+    class Poll:
+        asking = False
+
+        def poll(self, timeout):
+            if self.asking:
+                failures.append("concurrent poll() invocation")
+            self.asking = True
+            time.sleep(0.001)
+            self.asking = False
+            return []
+
+    process._poll = Poll()
+
+    def ask():
+        for _ in range(20):
+            assert not process.is_dead()
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    process.close()
+    assert failures == []
