@@ -9,7 +9,7 @@ INTERPRETED := tests/kernels
 BENCH_JSON ?= .benchmarks/collectives.json
 BENCH ?=
 
-.PHONY: install demo short-demo test lint type compile compile-nvshmem bench
+.PHONY: install demo short-demo test lint type compile compile-nvshmem bench bench-gpu
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -72,3 +72,9 @@ compile-nvshmem: install .envs/nvshmem-$(NVSHMEM) .envs/triton-3.7.1
 bench: install
 	mkdir -p $(dir $(BENCH_JSON))
 	$(BIN)/python -m pytest perf --benchmark-quiet --benchmark-json=$(BENCH_JSON) $(BENCH)
+
+# Tests and figures of one GPU, in eight minutes. GPU_PYTHON runs it where torch for CUDA is already installed.
+GPU_PYTHON ?= $(BIN)/python
+GPU ?=
+bench-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),install)
+	$(GPU_PYTHON) -m perf.gpu $(GPU)

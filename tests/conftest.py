@@ -1,11 +1,40 @@
 import os
+import pathlib
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
 
 from tests.ranks import RankServer
+
+GPU_TESTS = pathlib.Path(__file__).parent / "gpu"
+
+
+def _wants_gpu(config):
+    """Whether only tests that need a GPU are asked for: by their mark, or by their directory."""
+    paths = [pathlib.Path(str(argument).split("::")[0]).absolute() for argument in config.args]
+    in_directory = bool(paths) and all(GPU_TESTS in (path, *path.parents) for path in paths)
+    return in_directory or config.getoption("markexpr").strip() == "gpu"
+
+
+def pytest_configure(config):
+    # Once in a process, before Triton is imported: its kernels are compiled, or all of them interpreted.
+    if _wants_gpu(config):
+        # A queue for each stream, or ranks in streams would wait for a rank behind them.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+        os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With `-m gpu`, nothing else is imported: it would be compiled, and has never heard of it."""
+    if config.getoption("markexpr").strip() != "gpu":
+        return None
+    is_needed = (
+        GPU_TESTS in (collection_path, *collection_path.parents) or collection_path in GPU_TESTS.parents
+    )
+    return None if is_needed else True
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,7 @@ class VirtualRanks:
         )
         self.arena = VirtualArena(world_size, self.device, staging_bytes, mode)
         self._plans: dict[tuple[object, ...], _Plan] = {}
+        self._retired: list[dict[tuple[object, ...], _Plan]] = []
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[W, *shape], uninitialised, each row at a multiple of 16 bytes as kernels want it."""
@@ -83,7 +84,9 @@ class VirtualRanks:
         from tcomm.kernels.warmup import compile_ahead
 
         self.arena.grow(StagingLayout.for_message(max_nbytes, self.world_size))
-        self._plans.clear()
+        # Graphs that were captured read the tables that these hold.
+        self._retired.append(self._plans)
+        self._plans = {}
         compile_ahead(self.arena, dtypes, ops)
 
     def check(self) -> None:
@@ -199,12 +202,10 @@ class VirtualRanks:
         """Make a call, by what an earlier one of its kind has bound."""
         key = (verb, algorithm, op, root, x.dtype, x.shape, x.stride(), None if out is None else out.stride())
         plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plans[key] = self._plan(verb, x, algorithm, op, root)
-        run, shape = plan
+        run, shape = plan or self._plan(verb, x, algorithm, op, root)
         if out is None:
             out = self.empty(*shape, dtype=x.dtype)
-        elif out.dtype != x.dtype or out.shape[1:] != shape:
+        elif out.dtype != x.dtype or out.shape != (self.world_size, *shape):
             raise ConfigError(
                 f"out is {dtype_name(out.dtype)} {list(out.shape)}; it must be {dtype_name(x.dtype)} "
                 f"{[self.world_size, *shape]}"
@@ -212,8 +213,18 @@ class VirtualRanks:
         for name, tensor in (("x", x), ("out", out)):
             if tensor.device != self.device:
                 raise ConfigError(f"{name} is on {tensor.device}; these virtual ranks are on {self.device}")
+        if plan is None:
+            self._check_dense(x, out)
+            self._plans[key] = (run, shape)
         run(x, out, self._seconds(timeout))
         return out
+
+    def _check_dense(self, *tensors: torch.Tensor) -> None:
+        """Check that rows are contiguous; which of them there are is checked by whoever launches."""
+        from tcomm.kernels.launch import is_dense
+
+        if not all(is_dense(tensor, self.arena) for tensor in tensors):
+            raise ConfigError("a kernel needs contiguous rows; call .contiguous() first")
 
     def _plan(self, verb: str, x: torch.Tensor, algorithm: str, op: str, root: int) -> _Plan:
         """What makes calls of a kind, and the shape of a rank's result."""

@@ -44,6 +44,8 @@ launches: collections.Counter[str] = collections.Counter()
 _VECTOR_BYTES = 16
 _POLLS_WITHOUT_A_CLOCK = 1 << 31
 _FOR_EVER = 1 << 62
+_ALWAYS_LONG = {"signature", "budget"}
+"""Arguments that are 64 bits wide whatever their value."""
 _compiled: dict[tuple[object, ...], Any] = {}
 
 
@@ -148,11 +150,15 @@ def compile_and_load(
         CapabilityError: while a graph is captured, when it has yet to be compiled or loaded.
     """
     values = (*arguments, arena.launch_parts[0].rank, _FOR_EVER)
-    key = (kernel, arena.device, tuple(map(_kind, values)), tuple(sorted(constants.items(), key=str)))
+    named = zip(kernel.arg_names, values, strict=False)
+    kinds = tuple(_kind(value) for name, value in named if name not in _ALWAYS_LONG)
+    # Whether launches that are not one may overlap is said nowhere for cooperative ones.
+    is_one = all(part.stream is None for part in arena.launch_parts)
+    key = (kernel, arena.device, is_one, kinds, tuple(sorted(constants.items(), key=str)))
     found = _compiled.get(key)
     if found is None:
         arena.runtime.refuse_in_capture(f"{kernel.__name__} has to be compiled and loaded")
-        options: dict[str, Any] = {"launch_cooperative_grid": True}
+        options: dict[str, Any] = {"launch_cooperative_grid": is_one}
         target = triton.runtime.driver.active.get_current_target()
         options["num_warps"] = COMPILED_THREADS // target.warp_size
         if target.backend == "cuda":

@@ -184,7 +184,7 @@ def launch(
     if not is_interpreted():
         launch_compiled(kernel, num_blocks, arena, call, values, budget_of(timeout), given)
     elif arena.is_virtual:
-        run_in_turns(arena.launch_parts, interpret, timeout)
+        run_in_turns(arena.launch_parts, interpret, timeout, look=channel.kernel_pause)
     else:
         with interpreting(channel):
             interpret(arena.rank)

@@ -23,6 +23,8 @@ from tcomm.memory.base import LaunchPart
 
 __all__ = ["run_in_turns"]
 
+_Look = Callable[[int, int, int], int]
+
 _seconds_between_looks = 0.0005
 _held: Callable[[], None] | None = None
 
@@ -44,7 +46,8 @@ def _holder():
 class _Turns:
     """Threads of which one runs at a time. What an interpreted kernel waits by."""
 
-    def __init__(self, timeout: float | None, order: random.Random | None) -> None:
+    def __init__(self, timeout: float | None, order: random.Random | None, look: _Look | None) -> None:
+        self._look = look
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._order = order
         self._local = threading.local()
@@ -98,7 +101,8 @@ class _Turns:
 
     def kernel_pause(self, phase: int, block: int, word: int) -> int:
         """Let another rank run; 1 past the deadline, or when a rank has failed."""
-        del phase, word
+        if self._look is not None and self._look(phase, block, word):
+            return 1
         index: int = self._local.index
         if self.failure is not None or (self._deadline is not None and time.monotonic() > self._deadline):
             return 1
@@ -116,6 +120,7 @@ def run_in_turns(
     launch: Callable[[int], Any],
     timeout: float | None,
     order: random.Random | None = None,
+    look: _Look | None = None,
 ) -> None:
     """Interpret the launches of all virtual ranks, in one process.
 
@@ -124,9 +129,10 @@ def run_in_turns(
         launch: launches for the ranks from the given one on.
         timeout: seconds that all waits may take together; None: for ever.
         order: draws who is next; round robin without it.
+        look: given phase, block and word of each poll; 1 when waits are to end.
     """
     global _held  # noqa: PLW0603 - guarded by `interpreting`
-    turns = _Turns(timeout, order or _order)
+    turns = _Turns(timeout, order or _order, look)
 
     def run_all() -> None:
         turns.run(

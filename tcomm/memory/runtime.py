@@ -45,6 +45,10 @@ class Runtime(Protocol):
         """Make the device current."""
         ...
 
+    def synchronise(self) -> None:
+        """Wait for everything on the device."""
+        ...
+
 
 class HostRuntime:
     """Of host memory: one stream, no captures."""
@@ -71,6 +75,9 @@ class HostRuntime:
     def on_device(self) -> contextlib.AbstractContextManager[object]:
         """Nothing."""
         return contextlib.nullcontext()
+
+    def synchronise(self) -> None:
+        """Nothing: everything is done."""
 
 
 class CudaRuntime:
@@ -102,8 +109,14 @@ class CudaRuntime:
     def let_wait(self, waiting: int, awaited: int) -> None:
         """Make everything on `waiting` from here on come after all that `awaited` has got so far."""
         event = torch.cuda.Event()
-        event.record(torch.cuda.ExternalStream(awaited, device=self.device))
-        event.wait(torch.cuda.ExternalStream(waiting, device=self.device))
+        event.record(self._stream(awaited))
+        event.wait(self._stream(waiting))
+
+    def _stream(self, handle: int) -> torch.cuda.Stream:
+        # ExternalStream(0) is any stream out of torch's pool, and not the default stream.
+        if handle == 0:
+            return torch.cuda.default_stream(self.device)
+        return torch.cuda.ExternalStream(handle, device=self.device)
 
     def refuse_in_capture(self, what: str) -> None:
         """Check that the current stream is not captured, because `what`.
@@ -124,6 +137,10 @@ class CudaRuntime:
     def on_device(self) -> contextlib.AbstractContextManager[object]:
         """Make the device current."""
         return torch.cuda.device(self.device)
+
+    def synchronise(self) -> None:
+        """Wait for everything on the device."""
+        torch.cuda.synchronize(self.device)
 
 
 _CAPTURING = 1
@@ -152,6 +169,11 @@ class StreamOrder:
         self._group = group
         self._stream: int | None = None
         self._capture = 0
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether the last call went into a graph, which will use what it used whenever it is replayed."""
+        return self._capture != 0
 
     def enter(self) -> None:
         """Before a call is launched on the current stream.

@@ -65,8 +65,9 @@ class VirtualArena:
         self.records = torch.zeros(world_size, HOST_WORDS, dtype=torch.int64, pin_memory=not on_host)
         self.control = SymmetricBuffer(0, list(self.pages.view(torch.uint8)))
         self.staging: Staging | None = None
-        self.grow(staging_bytes)
+        self._kept: list[Staging] = []
         self._initialise()
+        self.grow(staging_bytes)
         self.launch_parts: Sequence[LaunchPart] = (LaunchPart(0, world_size),)
         if mode == "streams":
             streams = [None if on_host else torch.cuda.Stream(device) for _ in range(world_size)]
@@ -91,10 +92,18 @@ class VirtualArena:
         """
         self.runtime.refuse_in_capture("staging has to be made")
         layout = StagingLayout(nbytes, self.world_size)
+        # Calls on any stream may be using what there is.
+        self.runtime.synchronise()
         memory = torch.zeros(self.world_size, nbytes // 8, dtype=torch.int64, device=self.device)
-        self._renew_lanes(memory, layout, 0)
+        self._renew_lanes(memory, layout, int(self.pages[0, Word.EPOCH]))
         self.staging = Staging(SymmetricBuffer(0, list(memory.view(torch.uint8))), layout)
+        self.runtime.synchronise()
         return self.staging
+
+    def keep_staging(self) -> None:
+        """Never free the staging that there is now: a graph uses it."""
+        if self.staging is not None and not any(kept is self.staging for kept in self._kept):
+            self._kept.append(self.staging)
 
     def _renew_lanes(self, memory: torch.Tensor, layout: StagingLayout, epoch: int) -> None:
         memory[:, : layout.half_offset // 8] = _signed(dead_word(epoch))
@@ -104,11 +113,13 @@ class VirtualArena:
         staging = self.staging
         if staging is None:
             raise CapabilityError("virtual ranks without staging")
+        self.runtime.synchronise()
         self.pages[:, ARRIVALS:MAILBOXES] = _signed(dead_word(epoch))
         self.pages[:, Word.EPOCH] = epoch & EPOCH_MASK
         for rank in range(self.world_size):
             memory = staging.buffer.peer(rank, dtype=torch.int64)
             self._renew_lanes(memory[None], staging.layout, epoch)
+        self.runtime.synchronise()
 
 
 def _signed(word: int) -> int:
@@ -132,6 +143,7 @@ class VirtualChannel:
         self._timeout: float | None = None
         self._failure: CommError | None = None
         self._errors = arena.records[:, HostWord.ERROR].numpy()
+        self._aborts = arena.records[:, HostWord.ABORT].numpy()
 
     def begin(self, call: CallDescription, timeout: float | None) -> int:
         """Count the call; order it after those before it.
@@ -143,6 +155,8 @@ class VirtualChannel:
         self._calls += 1
         self._op, self._timeout = call.op, timeout
         self._order.enter()
+        if self._order.is_captured:
+            self._arena.keep_staging()
         runtime = self._arena.runtime
         for part in self._arena.launch_parts:
             if part.stream is not None:
@@ -164,8 +178,9 @@ class VirtualChannel:
             self.raise_recorded()
 
     def kernel_pause(self, phase: int, block: int, word: int) -> int:
-        """Never: virtual ranks take turns."""
-        raise NotImplementedError
+        """Whether the wait is to end: 1 after `abort`. The turns themselves are not taken here."""
+        del phase, block, word
+        return int(self._aborts.any())
 
     def raise_recorded(self) -> None:
         """Raise what kernels have put down so far. Reads host memory only, and waits for nothing.

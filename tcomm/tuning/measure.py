@@ -19,6 +19,7 @@ __all__ = [
     "Schedule",
     "Summary",
     "bus_factor",
+    "host_seconds",
     "percentiles",
     "slowest",
     "summarise",
@@ -62,11 +63,19 @@ class Summary:
     """Ninetieth percentile."""
 
 
+def host_seconds(run: Callable[[], object]) -> float:
+    """How long a call takes until it returns."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
 def time_alternating(
     candidates: Mapping[str, Candidate],
     schedule: Schedule,
     barrier: Callable[[], object],
     settle: Callable[[], object] | None = None,
+    timer: Callable[[Callable[[], object]], float] = host_seconds,
 ) -> tuple[dict[str, npt.NDArray[np.float64]], dict[str, int]]:
     """Time each candidate in turn, block by block. **Collective**, through `barrier` and the candidates.
 
@@ -76,6 +85,7 @@ def time_alternating(
         barrier: before each call.
         settle: after each call; a barrier where ranks share cores, or one's checks would run in the time
             of another.
+        timer: makes a call and says how many seconds it took, of the host or of a GPU.
 
     Returns:
         Seconds of every timed call on this rank, and wrong elements over all calls, by name.
@@ -87,9 +97,7 @@ def time_alternating(
             for index in range(schedule.warmups + schedule.calls):
                 candidate.prepare()
                 barrier()
-                start = time.perf_counter()
-                candidate.run()
-                elapsed = time.perf_counter() - start
+                elapsed = timer(candidate.run)
                 if settle is not None:
                     settle()
                 wrong[name] += candidate.count_wrong()
