@@ -23,6 +23,7 @@ from tcomm.memory.control import (
     LAYOUT_VERSION,
     MAGIC,
     MAILBOXES,
+    MAX_BLOCKS,
     MAX_WORLD_SIZE,
     PoisonCode,
     Word,
@@ -67,6 +68,7 @@ class DeviceArena:
     """
 
     is_virtual = False
+    max_blocks = MAX_BLOCKS
 
     def __init__(
         self,
