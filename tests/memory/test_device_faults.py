@@ -401,6 +401,7 @@ def _compile(runtime):
 
     class Kernel:
         __name__ = "new_kernel"
+        arg_names = ()
 
     bound.compile_and_load(Kernel(), Arena(), (), {})
 
