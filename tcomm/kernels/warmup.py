@@ -39,8 +39,8 @@ def compile_ahead(arena: KernelArena, dtypes: Sequence[torch.dtype], ops: Sequen
     with compiling_only():
         barrier.arrival_barrier(arena)
         for dtype in dtypes:
-            # Long messages go in wider tiles, which are kernels of their own.
-            for numel in (_NUMEL, ALWAYS_WIDE_TILES * tile_numel(dtype.itemsize)):
+            # Parts that begin anywhere, parts of whole vectors, and long ones, which go in wider tiles.
+            for numel in (1, _NUMEL, ALWAYS_WIDE_TILES * tile_numel(dtype.itemsize)):
                 x = _stand_in(arena, numel, dtype)
                 for op in ops:
                     _compile_reductions(arena, x, numel, op)
@@ -49,8 +49,9 @@ def compile_ahead(arena: KernelArena, dtypes: Sequence[torch.dtype], ops: Sequen
 
 def _stand_in(arena: KernelArena, numel: int, dtype: torch.dtype) -> torch.Tensor:
     """A part of `numel` elements for every rank, for each rank that a launch works for."""
-    rows = arena.world_size if arena.is_virtual else 1
-    x = torch.empty(rows, arena.world_size * numel, dtype=dtype, device=arena.device)
+    rows, length = arena.world_size if arena.is_virtual else 1, arena.world_size * numel
+    padded = -(-length // _NUMEL) * _NUMEL
+    x = torch.empty(rows, padded, dtype=dtype, device=arena.device)[:, :length]
     return x if arena.is_virtual else x[0]
 
 
