@@ -156,8 +156,8 @@ class StreamOrder:
     """One order of the calls of a group, on whatever streams they are made.
 
     An eager call on another stream than the last eager one waits for that; likewise inside a capture, on the
-    streams of the capture. Between captures, and between them and eager calls, it is the order of launches and
-    replays that counts, since all of them advance the epoch on the device; that order is the caller's.
+    streams of the capture. Between captures, and between them and eager calls, the order of launches and
+    replays counts, since all of them advance the epoch on the device; that order is the caller's.
 
     Args:
         runtime: of the device.
@@ -170,7 +170,7 @@ class StreamOrder:
         self._eager: int | None = None
         self._captured: tuple[int, int] | None = None
         self.is_captured = False
-        """Whether the last call went into a graph, which will use what it used whenever it is replayed."""
+        """Whether the last call went into a graph, which uses its memory whenever it is replayed."""
 
     def enter(self) -> None:
         """Before a call is launched on the current stream.
@@ -190,8 +190,8 @@ class StreamOrder:
             if self._runtime.capture_id(last):
                 self._eager = last
                 raise CapabilityError(
-                    f"group {self._group!r} was last called on a stream that is captured now, for which a call "
-                    "on another stream cannot wait; capture on a stream of its own, as graph_capture() does"
+                    f"group {self._group!r} was last called on a stream that is captured now, for which a "
+                    "call on another stream cannot wait; capture on a stream of its own, as graph_capture() does"
                 )
             self._runtime.let_wait(stream, last)
 
