@@ -8,6 +8,7 @@ from typing import Final
 
 import torch
 
+from tcomm.algorithms import reduce_op_name
 from tcomm.errors import ConfigError
 from tcomm.signature import CallDescription
 
@@ -17,6 +18,7 @@ __all__ = [
     "Unset",
     "check_dim",
     "check_out",
+    "check_prepared",
     "check_rank",
     "check_sizes",
     "check_splits",
@@ -42,6 +44,27 @@ class Unset:
 UNSET: Final = Unset()
 Timeout = float | str | None
 """Seconds, a profile, or None: as long as the peers live."""
+
+
+def check_prepared(max_nbytes: object, dtypes: Sequence[object], ops: Sequence[object]) -> list[str]:
+    """The names of dtypes and operations that something is prepared for.
+
+    Raises:
+        ConfigError: when max_nbytes is no size, or a list has something else in it.
+    """
+    if type(max_nbytes) is not int or not 0 < max_nbytes < _MAX_PREPARED_BYTES:
+        raise ConfigError(f"max_nbytes={max_nbytes!r} is not a positive number of bytes")
+    if not isinstance(dtypes, Sequence) or isinstance(dtypes, str):
+        raise ConfigError(f"dtypes={dtypes!r} is no list; give one, such as [torch.bfloat16]")
+    if not isinstance(ops, Sequence) or isinstance(ops, str):
+        raise ConfigError(f"ops={ops!r} is no list; give one, such as ['sum']")
+    if wrong := [dtype for dtype in dtypes if not isinstance(dtype, torch.dtype)]:
+        raise ConfigError(f"dtypes has {wrong[0]!r}, which is no torch.dtype")
+    known = [dtype_name(dtype) for dtype in dtypes if isinstance(dtype, torch.dtype)]
+    return [*known, *map(reduce_op_name, ops)]
+
+
+_MAX_PREPARED_BYTES = 1 << 40
 
 
 def check_tensor(verb: str, x: object, loses_gradient: bool = True) -> torch.Tensor:

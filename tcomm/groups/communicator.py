@@ -10,10 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from tcomm.algorithms import reduce_op_name
-from tcomm.errors import ConfigError
 from tcomm.groups.aliases import Aliases
-from tcomm.groups.arguments import UNSET, Timeout, Unset, dtype_name
+from tcomm.groups.arguments import UNSET, Timeout, Unset, check_prepared
 from tcomm.groups.coalescing import Coalescing
 from tcomm.groups.handle import SETUP_SECONDS
 from tcomm.groups.point_to_point import PointToPoint
@@ -129,11 +127,7 @@ class Communicator(Aliases, PointToPoint):
             ConfigError: when an argument is wrong.
             CapabilityError: on every rank, when there is too little memory; the old staging stays.
         """
-        if not isinstance(max_nbytes, int) or not 0 < max_nbytes < _MAX_PREPARED_BYTES:
-            raise ConfigError(f"max_nbytes={max_nbytes!r} is not a positive number of bytes")
-        if wrong := [dtype for dtype in dtypes if not isinstance(dtype, torch.dtype)]:
-            raise ConfigError(f"dtypes has {wrong[0]!r}, which is no torch.dtype")
-        kinds = [*map(dtype_name, dtypes), *map(reduce_op_name, ops)]
+        kinds = check_prepared(max_nbytes, dtypes, ops)
         call = CallDescription("prepare", shape=(max_nbytes,), contents=" ".join(kinds))
         seconds = self._seconds(timeout)
         nbytes = max(StagingLayout.for_message(max_nbytes, self.world_size), self.config.staging_bytes)
@@ -149,7 +143,7 @@ class Communicator(Aliases, PointToPoint):
             with torch.inference_mode(False):
                 if self._arena is not None:
                     self._arena.grow(nbytes, SETUP_SECONDS)
-                if device is not None:
+                if self._devices.topology is not None:
                     self._devices.prepare(nbytes, dtypes, ops)
                     # Nobody calls before the last rank has compiled.
                     self._agreement.agree(call, seconds)
@@ -161,6 +155,3 @@ class Communicator(Aliases, PointToPoint):
 
 def _has_gpu() -> bool:
     return torch.cuda.is_available()
-
-
-_MAX_PREPARED_BYTES = 1 << 40

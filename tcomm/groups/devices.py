@@ -44,7 +44,9 @@ def _make_transport(device: torch.device, members: Membership, config: Config) -
     exchange = members.exchange
     if not isinstance(exchange, StoreExchange):
         raise CapabilityError(f"group {members.name!r} has no store, by which torch maps memory between GPUs")
-    memory = TorchSymmetricMemory(device, exchange.store, exchange.prefix, host_identity())
+    memory = TorchSymmetricMemory(
+        device, exchange.store, exchange.prefix, host_identity(), members.process_group
+    )
     return CudaTransport(exchange, memory, config.allow_shared_device)
 
 
@@ -142,7 +144,7 @@ class DeviceMemory:
             self._seconds, self._prove,
         )  # fmt: skip
         if isinstance(made, NotShared):
-            logger.info("group %r has no memory on GPUs: %s", self._members.name, made.reason)
+            logger.warning("group %r has no memory on GPUs: %s", self._members.name, made.reason)
             report = self.devices.describe(device, made.reason, {})
             report = msgspec.structs.replace(report, no_symmetric_memory=made.reason)
         else:

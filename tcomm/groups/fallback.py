@@ -7,6 +7,7 @@ checked and the ranks have agreed before anything here is called.
 from __future__ import annotations
 
 import datetime
+import functools
 import time
 from collections.abc import Callable
 from typing import NoReturn
@@ -70,20 +71,38 @@ class TorchFallback:
     def send(self, x: torch.Tensor, dst: int, timeout: float | None) -> None:
         """Send x to one rank."""
         self._let_errors_name("send")
-        self.run("send", timeout, lambda: dist.isend(x, group_dst=dst, group=self.group))
+        start = functools.partial(dist.isend, x, group_dst=dst, group=self.group)
+        self.run("send", timeout, start, self._by_nccl(x))
 
     def recv(self, out: torch.Tensor, src: int, timeout: float | None) -> None:
         """Receive into out from one rank."""
         self._let_errors_name("recv")
-        self.run("recv", timeout, lambda: dist.irecv(out, group_src=src, group=self.group))
+        start = functools.partial(dist.irecv, out, group_src=src, group=self.group)
+        self.run("recv", timeout, start, self._by_nccl(out))
+
+    def _by_nccl(self, x: torch.Tensor) -> bool:
+        return dict(self.backends).get(x.device.type) == "nccl"
 
     def _let_errors_name(self, op: str) -> None:
         """Put down a verb that the ranks do not agree on first."""
         if self._channel is not None:
             self._channel.name_call(CallDescription(op))
 
-    def run(self, op: str, timeout: float | None, start: Callable[[], dist.Work | None]) -> None:
+    def run(
+        self,
+        op: str,
+        timeout: float | None,
+        start: Callable[[], dist.Work | None],
+        on_stream: bool = False,
+    ) -> None:
         """Start an operation of torch and wait for it, as long as `timeout` allows and the peers live.
+
+        Args:
+            op: verb, for errors.
+            timeout: seconds; None: as long as the peers live.
+            start: starts it.
+            on_stream: the current stream waits, and this thread does not; the deadline is then that of the
+                process group, which watches over its streams.
 
         Raises:
             CapabilityError: when torch cannot do it.
@@ -92,7 +111,10 @@ class TorchFallback:
         deadline = time.monotonic() + (_FOR_EVER if timeout is None else timeout)
         try:
             work = start()
-            if work is not None:
+            if work is not None and on_stream:
+                # With a timeout NCCL would block this thread until the GPU is done.
+                work.wait()
+            elif work is not None:
                 while not self._wait_a_little(work, deadline):
                     pass
         except CommError:

@@ -68,7 +68,7 @@ class _Verbs:
         self._scale = 1.0 / fallback.world_size if call.reduce == "avg" else None
 
     def _run(self, timeout: float | None, start: Callable[[], dist.Work | None]) -> None:
-        self._fallback.run(self._call.op, timeout, start)
+        self._fallback.run(self._call.op, timeout, start, self._call.algorithm == "torch:nccl")
 
     def barrier(self, x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
         """The ranks have agreed to be here, and that is all."""

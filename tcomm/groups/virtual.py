@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
 
 from tcomm.config import Config, resolve_timeout
 from tcomm.errors import ConfigError
-from tcomm.groups.arguments import UNSET, Timeout, Unset, dtype_name
+from tcomm.groups.arguments import UNSET, Timeout, Unset, check_prepared, dtype_name
 from tcomm.memory.layout import StagingLayout
 from tcomm.memory.virtual import Mode, VirtualArena
 from tcomm.parts import Parts, broadcast_parts, exchange_parts, gather_parts, scatter_parts
@@ -18,6 +19,23 @@ __all__ = ["VirtualRanks"]
 
 _ROW_BYTES = 16
 _Plan = tuple[Callable[[torch.Tensor, torch.Tensor, float | None], None], tuple[int, ...]]
+
+
+_MAX_PLANS = 1024
+_IN_PLACE = ("all_reduce", "all_to_all", "broadcast")
+"""Verbs whose every part stays in its place."""
+
+
+def _overlap(x: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether rows of x and of out share memory; rows of both may alternate."""
+    steps = [t.stride(0) * t.itemsize for t in (x, out)]
+    lengths = [t[0].numel() * t.itemsize for t in (x, out)]
+    apart = out.data_ptr() - x.data_ptr()
+    if not (-steps[1] * (len(out) - 1) - lengths[1] < apart < steps[0] * (len(x) - 1) + lengths[0]):
+        return False
+    if steps[0] != steps[1] or not steps[0] or len(x) == 1:
+        return True
+    return apart % steps[0] < lengths[0] or apart % steps[0] + lengths[1] > steps[0]
 
 
 class VirtualRanks:
@@ -51,6 +69,12 @@ class VirtualRanks:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
+        if self.device.type not in {"cpu", "cuda"} or (
+            self.device.type == "cuda" and not torch.cuda.is_available()
+        ):
+            raise ConfigError(
+                f"device={str(self.device)!r} cannot be used here; give 'cpu', or a CUDA device"
+            )
         if self.device.type == "cuda" and device in ("cuda", torch.device("cuda")):
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.world_size = world_size
@@ -59,10 +83,12 @@ class VirtualRanks:
         )
         self.arena = VirtualArena(world_size, self.device, staging_bytes, mode)
         self._plans: dict[tuple[object, ...], _Plan] = {}
-        self._retired: list[dict[tuple[object, ...], _Plan]] = []
+        self._lock = threading.Lock()
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[W, *shape], uninitialised, each row at a multiple of 16 bytes as kernels want it."""
+        if any(length < 0 for length in shape):
+            raise ConfigError(f"a tensor {list(shape)} has a negative length")
         row = torch.Size(shape).numel()
         padded = -(-row * dtype.itemsize // _ROW_BYTES) * _ROW_BYTES // dtype.itemsize
         flat = torch.empty(self.world_size, max(padded, 1), dtype=dtype, device=self.device)
@@ -83,10 +109,11 @@ class VirtualRanks:
         """
         from tcomm.kernels.warmup import compile_ahead
 
-        self.arena.grow(StagingLayout.for_message(max_nbytes, self.world_size))
-        # Graphs that were captured read the tables that these hold.
-        self._retired.append(self._plans)
-        self._plans = {}
+        check_prepared(max_nbytes, dtypes, ops)
+        nbytes = StagingLayout.for_message(max_nbytes, self.world_size)
+        if self.arena.staging is None or self.arena.staging.layout.nbytes < nbytes:
+            self.arena.grow(nbytes)
+            self._plans = {}
         compile_ahead(self.arena, dtypes, ops)
 
     def check(self) -> None:
@@ -187,7 +214,8 @@ class VirtualRanks:
         """
         from tcomm.kernels.barrier import arrival_barrier
 
-        arrival_barrier(self.arena, timeout=self._seconds(timeout))
+        with self._lock:
+            arrival_barrier(self.arena, timeout=self._seconds(timeout))
 
     def _call(
         self,
@@ -200,6 +228,8 @@ class VirtualRanks:
         root: int = -1,
     ) -> torch.Tensor:
         """Make a call, by what an earlier one of its kind has bound."""
+        if not isinstance(x, torch.Tensor):
+            raise ConfigError(f"{verb} takes a torch.Tensor, not {type(x).__name__}")
         key = (verb, algorithm, op, root, x.dtype, x.shape, x.stride(), None if out is None else out.stride())
         plan = self._plans.get(key)
         run, shape = plan or self._plan(verb, x, algorithm, op, root)
@@ -210,21 +240,36 @@ class VirtualRanks:
                 f"out is {dtype_name(out.dtype)} {list(out.shape)}; it must be {dtype_name(x.dtype)} "
                 f"{[self.world_size, *shape]}"
             )
-        for name, tensor in (("x", x), ("out", out)):
-            if tensor.device != self.device:
-                raise ConfigError(f"{name} is on {tensor.device}; these virtual ranks are on {self.device}")
-        if plan is None:
-            self._check_dense(x, out)
-            self._plans[key] = (run, shape)
-        run(x, out, self._seconds(timeout))
+        self._check("x", x)
+        self._check("out", out)
+        if out is not x and _overlap(x, out) and not (verb in _IN_PLACE and x.data_ptr() == out.data_ptr()):
+            raise ConfigError(f"out shares memory with x; {verb} needs another tensor for its result")
+        with self._lock:
+            if plan is None:
+                self._check_dense(x, out)
+                if len(self._plans) >= _MAX_PLANS:
+                    self._plans.clear()
+                self._plans[key] = (run, shape)
+            run(x, out, self._seconds(timeout))
         return out
 
+    def _check(self, name: str, tensor: torch.Tensor) -> None:
+        """Check what the kind of a call does not say of a tensor."""
+        if tensor.device != self.device:
+            raise ConfigError(f"{name} is on {tensor.device}; these virtual ranks are on {self.device}")
+        if tensor.is_conj() or tensor.is_neg():
+            raise ConfigError(f"{name} is conjugated or negated lazily; call .resolve_conj().resolve_neg()")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ConfigError(f"{name} requires a gradient, which would be lost; call .detach() first")
+
     def _check_dense(self, *tensors: torch.Tensor) -> None:
-        """Check that rows are contiguous; which of them there are is checked by whoever launches."""
+        """Check that rows are contiguous and apart; which of them there are is checked by the launcher."""
         from tcomm.kernels.launch import is_dense
 
         if not all(is_dense(tensor, self.arena) for tensor in tensors):
             raise ConfigError("a kernel needs contiguous rows; call .contiguous() first")
+        if any(len(tensor) > 1 and tensor.stride(0) < tensor[0].numel() for tensor in tensors):
+            raise ConfigError("rows overlap; each virtual rank needs memory of its own")
 
     def _plan(self, verb: str, x: torch.Tensor, algorithm: str, op: str, root: int) -> _Plan:
         """What makes calls of a kind, and the shape of a rank's result."""
@@ -248,7 +293,7 @@ class VirtualRanks:
                 lambda x, out, seconds: launcher(x, self.arena, op, out=out, timeout=seconds, call=call)
             ), shape
         parts, numel = self._parts(verb, x, root)
-        between = (parts, op) if op else (parts,)
+        between = (parts, op) if verb == "reduce_scatter" else (parts,)
         return Rebound(
             lambda x, out, seconds: launcher(x, out, self.arena, *between, timeout=seconds, call=call)
         ), (numel,)

@@ -17,7 +17,7 @@ import torch
 import triton
 
 from tcomm.errors import CapabilityError
-from tcomm.memory.base import KernelArena
+from tcomm.memory.base import KernelArena, Staging
 from tcomm.signature import CallDescription
 
 __all__ = [
@@ -47,6 +47,8 @@ _FOR_EVER = 1 << 62
 _ALWAYS_LONG = {"signature", "budget"}
 """Arguments that are 64 bits wide whatever their value."""
 _compiled: dict[tuple[object, ...], Any] = {}
+_in_graphs: dict[int, BoundLaunch] = {}
+"""Launches that a graph was captured of: nobody says when a graph ends, so their memory is kept for good."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,8 @@ class BoundLaunch:
     """Arguments behind x and out, up to the rank; tensors among them stay alive with this."""
     after: tuple[Any, ...]
     """Constants, in order."""
+    staging: Staging | None
+    """What it uses besides, which stays alive with this."""
 
     def __call__(self, tensors: Sequence[int], budget: int) -> None:
         """Launch on x and out at these addresses, in the streams of the arena."""
@@ -76,10 +80,13 @@ class BoundLaunch:
             with self.arena.runtime.on_device():
                 self(tensors, budget)
             return
-        kernel = self.compiled
+        kernel, runtime = self.compiled, self.arena.runtime
         launches[self.name] += 1
+        current = runtime.current_stream()
+        if runtime.capture_id(current):
+            _in_graphs[id(self)] = self
         for part in self.arena.launch_parts:
-            stream = self.arena.runtime.current_stream() if part.stream is None else part.stream.cuda_stream
+            stream = current if part.stream is None else part.stream.cuda_stream
             kernel.run(
                 self.num_blocks, part.num_ranks, 1, stream, kernel.function, kernel.packed_metadata,
                 None, None, None, *tensors, *self.before, part.rank, budget, *self.after,
@@ -129,7 +136,9 @@ def launch_compiled(
     ordered = tuple(constants[name] for name in kernel.arg_names if name in constants)
     split = 2 if has_tensors else 0
     tensors = tuple(value.data_ptr() for value in values[:split])
-    bound = BoundLaunch(kernel.__name__, compiled, num_blocks, arena, call, tensors, values[split:], ordered)
+    bound = BoundLaunch(
+        kernel.__name__, compiled, num_blocks, arena, call, tensors, values[split:], ordered, arena.staging
+    )
     bound(tensors, budget)
     if _recorder.lists:
         _recorder.lists[-1].append(bound)
@@ -183,7 +192,7 @@ def budget_of(timeout: float | None) -> int:
     """What a compiled kernel may spend in one wait: nanoseconds, or polls where it has no clock."""
     if torch.version.hip is not None:
         return _POLLS_WITHOUT_A_CLOCK
-    return _FOR_EVER if timeout is None else min(int(timeout * 1e9), _FOR_EVER)
+    return _FOR_EVER if timeout is None or timeout * 1e9 > _FOR_EVER else int(timeout * 1e9)
 
 
 class Rebound:

@@ -97,17 +97,16 @@ def _element(bits, half: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def _await_lanes(ptrs, mask, page, source, word, budget, ATOMIC_POLL: tl.constexpr):
     """The lanes at `ptrs`, once all of them carry the epoch of this call. Bounded, as `await_peers` is."""
-    lanes = _poll_lanes(ptrs, mask, ATOMIC_POLL)
-    waiting = _count_stale(lanes, mask, word)
+    state = _state_of(_poll_lanes(ptrs, mask, ATOMIC_POLL), mask, word, 0)
     since = started(ATOMIC_POLL)
     polls = tl.full((), 0, tl.int64)
     given_up = tl.full((), 0, tl.int32)
-    while (waiting > 0) & (given_up == 0):
+    while state == 1:
         given_up = pause(_LANES_OF + source, tl.program_id(0), word, page, polls, since, budget, ATOMIC_POLL)
         polls += 1
         given_up = tl.where(is_aborted(page, word), 1, given_up)
-        waiting = _count_stale(_poll_lanes(ptrs, mask, ATOMIC_POLL), mask, word)
-    if waiting > 0:
+        state = _state_of(_poll_lanes(ptrs, mask, ATOMIC_POLL), mask, word, given_up)
+    if state > 1:
         record_late(page, source, word)
     # All have arrived: reading once more keeps the loop free of a carried vector (Triton 3.6).
     return _poll_lanes(ptrs, mask, ATOMIC_POLL)
@@ -122,6 +121,10 @@ def _poll_lanes(ptrs, mask, ATOMIC_POLL: tl.constexpr):
 
 
 @triton.jit
-def _count_stale(lanes, mask, word):
+def _state_of(lanes, mask, word, given_up):
+    """0 when all lanes have come, 1 when not, 2 or 3 when a warp has given up: one answer for all warps.
+
+    Each warp reads the clock and the abort word for itself, and this program has barriers behind the wait.
+    """
     stale = mask & (((lanes ^ word) & ~_EPOCH_MASK) != 0)
-    return tl.sum(stale.to(tl.int32), axis=0)
+    return tl.max(stale.to(tl.int32) + 2 * given_up, axis=0)

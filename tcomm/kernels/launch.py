@@ -192,9 +192,10 @@ def launch(
         refuse_host_memory()
     given = {**common_constants(arena, staging), **constants}
     values = (*args, staging.buffer.table, arena.control.table, call.signature)
+    if not is_interpreted():
+        # Before the call counts: what is refused here was not made.
+        compile_and_load(kernel, arena, values, given)
     if compiles_only():
-        if not is_interpreted():
-            compile_and_load(kernel, arena, values, given)
         return
     channel = arena.channel
     epoch = channel.begin(call, timeout)

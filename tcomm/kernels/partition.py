@@ -27,7 +27,6 @@ _MAX_TABLES = 1024
 _Key = tuple[tuple[Parts, ...], int, torch.device]
 _tables: dict[_Key, tuple[torch.Tensor, int]] = {}
 """The tables used last, in order of use: they are the same in every call of a kind."""
-_captured: dict[_Key, tuple[torch.Tensor, int]] = {}
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
@@ -83,9 +82,6 @@ def part_table(parts: tuple[Parts, ...], itemsize: int, arena: KernelArena) -> t
     if found is None:
         arena.runtime.refuse_in_capture("a table of parts has to be made")
         found = _make_table(parts, itemsize, arena.device)
-    elif arena.runtime.capture_id(arena.runtime.current_stream()):
-        # The graph has its address for as long as it lives.
-        _captured[key] = found
     _tables[key] = found
     if len(_tables) > _MAX_TABLES:
         del _tables[next(iter(_tables))]

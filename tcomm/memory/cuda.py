@@ -82,10 +82,19 @@ class TorchSymmetricMemory:
         store: `torch.distributed.Store` that the ranks share.
         key: name of the group for torch, and of its keys; the same on every rank, used by no other group.
         host: identity of this machine.
+        group: of the same ranks, where there is one; let go once torch knows it.
     """
 
-    def __init__(self, device: torch.device, store: Any, key: str, host: str) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        store: Any,
+        key: str,
+        host: str,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         self.device = device
+        self._group = group
         self._store = store
         self._key = key
         self._host = host
@@ -132,6 +141,10 @@ class TorchSymmetricMemory:
         self._store.set_timeout(datetime.timedelta(seconds=timeout))
         try:
             if not self._joined:
+                if self._group is not None:
+                    # Newer versions of torch look the group up by its name, older ones want to be told of it.
+                    _register(self._key, self._group)
+                    self._group = None
                 # Keys of its own: torch counts rounds per group, and others may use the store.
                 own = dist.PrefixStore(f"{self._key}/memory", self._store)  # type: ignore[attr-defined]
                 memory.set_group_info(self._key, rank, world_size, own)
@@ -152,6 +165,11 @@ class TorchSymmetricMemory:
     def settle(self) -> None:
         """Wait for the device."""
         torch.cuda.synchronize(self.device)
+
+
+def _register(name: str, group: dist.ProcessGroup) -> None:
+    register: Any = torch._C._distributed_c10d._register_process_group
+    register(name, group)
 
 
 def _torch() -> Any:

@@ -72,7 +72,12 @@ def _links(uuid: str) -> dict[str, Any]:
         nvml: Any = importlib.import_module("pynvml")
         nvml.nvmlInit()
     except Exception as error:  # noqa: BLE001 - a library that may be missing, or without a driver
-        logger.info("links of %s are not known, NVML cannot be asked: %s", uuid, error)
+        logger.warning(
+            "the links of %s are not known and taken for slow ones, because NVML cannot be asked: %s; "
+            "pip install nvidia-ml-py",
+            uuid,
+            error,
+        )
         return {}
     found: dict[str, Any] = {}
     with contextlib.suppress(nvml.NVMLError):

@@ -169,8 +169,6 @@ class StreamOrder:
         self._group = group
         self._eager: int | None = None
         self._captured: tuple[int, int] | None = None
-        self.is_captured = False
-        """Whether the last call went into a graph, which uses its memory whenever it is replayed."""
 
     def enter(self) -> None:
         """Before a call is launched on the current stream.
@@ -181,7 +179,6 @@ class StreamOrder:
         """
         stream = self._runtime.current_stream()
         capture = self._runtime.capture_id(stream)
-        self.is_captured = capture != 0
         if capture:
             self._enter_capture(stream, capture)
             return
@@ -191,7 +188,7 @@ class StreamOrder:
                 self._eager = last
                 raise CapabilityError(
                     f"group {self._group!r} was last called on a stream that is captured now, for which a "
-                    "call on another stream cannot wait; capture on a stream of its own, as graph_capture() does"
+                    "call on another stream cannot wait; capture on its own stream, as graph_capture() does"
                 )
             self._runtime.let_wait(stream, last)
 

@@ -7,6 +7,8 @@ once or none; in streams, each rank is a launch of its own. On a CPU the interpr
 
 from __future__ import annotations
 
+import collections
+import weakref
 from collections.abc import Sequence
 from typing import Literal
 
@@ -54,8 +56,8 @@ class VirtualArena:
     def __init__(
         self, world_size: int, device: torch.device, staging_bytes: int, mode: Mode = "grid"
     ) -> None:
-        if not 1 <= world_size <= MAX_WORLD_SIZE:
-            raise ConfigError(f"world_size={world_size}: virtual ranks are 1 to {MAX_WORLD_SIZE}")
+        if type(world_size) is not int or not 1 <= world_size <= MAX_WORLD_SIZE:
+            raise ConfigError(f"world_size={world_size!r}: virtual ranks are 1 to {MAX_WORLD_SIZE}")
         if mode not in {"grid", "streams"}:
             raise ConfigError(f"mode={mode!r} is neither 'grid' nor 'streams'")
         self.world_size = world_size
@@ -67,7 +69,6 @@ class VirtualArena:
         self.records = torch.zeros(world_size, HOST_WORDS, dtype=torch.int64, pin_memory=not on_host)
         self.control = SymmetricBuffer(0, list(self.pages.view(torch.uint8)))
         self.staging: Staging | None = None
-        self._kept: list[Staging] = []
         self._initialise()
         self.grow(staging_bytes)
         self.launch_parts: Sequence[LaunchPart] = (LaunchPart(0, world_size),)
@@ -75,6 +76,8 @@ class VirtualArena:
             streams = [None if on_host else torch.cuda.Stream(device) for _ in range(world_size)]
             self.launch_parts = tuple(LaunchPart(rank, 1, stream) for rank, stream in enumerate(streams))
         self.channel = VirtualChannel(self)
+        # A kernel in flight may still look at its record, which torch would give to somebody else.
+        weakref.finalize(self, _settle, self.runtime, self.records).atexit = False
 
     def _initialise(self) -> None:
         header = torch.zeros(self.world_size, CONTROL_BYTES // 8, dtype=torch.int64)
@@ -102,11 +105,6 @@ class VirtualArena:
         self.runtime.synchronise()
         return self.staging
 
-    def keep_staging(self) -> None:
-        """Never free the staging that there is now: a graph uses it."""
-        if self.staging is not None and not any(kept is self.staging for kept in self._kept):
-            self._kept.append(self.staging)
-
     def _renew_lanes(self, memory: torch.Tensor, layout: StagingLayout, epoch: int) -> None:
         memory[:, : layout.half_offset // 8] = _signed(dead_word(epoch))
 
@@ -129,6 +127,13 @@ def _blocks_at_once(device: torch.device) -> int:
     return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def _settle(runtime: Runtime, records: torch.Tensor) -> None:
+    """Wait for the device before `records` are let go."""
+    if not runtime.capture_id(runtime.current_stream()):
+        runtime.synchronise()
+    del records
+
+
 def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
@@ -146,10 +151,10 @@ class VirtualChannel:
         self._arena = arena
         self._order = StreamOrder(arena.runtime, "virtual")
         self._calls = 0
-        self._op = ""
-        self._timeout: float | None = None
+        self._recent: collections.deque[tuple[CallDescription, float | None]] = collections.deque(maxlen=256)
         self._failure: CommError | None = None
         self._errors = arena.records[:, HostWord.ERROR].numpy()
+        self._expected = arena.records[:, HostWord.EXPECTED].numpy()
         self._aborts = arena.records[:, HostWord.ABORT].numpy()
 
     def begin(self, call: CallDescription, timeout: float | None) -> int:
@@ -160,10 +165,8 @@ class VirtualChannel:
         """
         self.raise_recorded()
         self._calls += 1
-        self._op, self._timeout = call.op, timeout
+        self._recent.append((call, timeout))
         self._order.enter()
-        if self._order.is_captured:
-            self._arena.keep_staging()
         runtime = self._arena.runtime
         for part in self._arena.launch_parts:
             if part.stream is not None:
@@ -199,15 +202,25 @@ class VirtualChannel:
             rank = int(self._errors.nonzero()[0][0])
             error = int(self._errors[rank])
             kind, peer = error & 0xFF, error >> 8 & 0xFF
+            op, timeout = self._call_of(int(self._expected[rank]) & 0xFFFFFFFF)
             found = "called something else" if kind == ErrorKind.MISMATCH else "did not come in time"
-            limit = "no deadline" if self._timeout is None else f"{self._timeout:g} s"
+            limit = "no deadline" if timeout is None else f"{timeout:g} s"
+            streams = any(part.stream is not None for part in self._arena.launch_parts)
+            hint = " (or more queues than ranks: CUDA_DEVICE_MAX_CONNECTIONS=32)" if streams else ""
             self._failure = PeerTimeoutError(
-                f"{self._op}: virtual rank {rank} waited for rank {peer}, which {found} "
-                f"({limit}); make new virtual ranks",
-                group="virtual", op=self._op, seq=self._calls, rank=rank, peers=[peer],
+                f"{op}: virtual rank {rank} waited for rank {peer}, which {found} ({limit}); "
+                f"make new virtual ranks{hint}",
+                group="virtual", op=op, seq=self._calls, rank=rank, peers=[peer],
             )  # fmt: skip
         if self._failure is not None:
             raise self._failure
+
+    def _call_of(self, signature: int) -> tuple[str, float | None]:
+        """Verb and timeout of the last call with that signature; of the last one where none is known."""
+        for call, timeout in reversed(self._recent):
+            if call.signature == signature:
+                return call.op, timeout
+        return (self._recent[-1][0].op, self._recent[-1][1]) if self._recent else ("", None)
 
     def abort(self) -> None:
         """Make every kernel that waits give up."""

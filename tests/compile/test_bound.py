@@ -99,7 +99,10 @@ def driver(monkeypatch):
     monkeypatch.setattr(
         partition, "_make_table", lambda parts, size, _: make_table(parts, size, torch.device("cpu"))
     )
-    return fake
+    yield fake
+    # They would be unloaded whenever they are collected, by a driver that is not there.
+    for kernel in bound._compiled.values():
+        kernel.module = None
 
 
 @pytest.fixture

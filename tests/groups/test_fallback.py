@@ -119,3 +119,42 @@ def test_a_closed_connection_is_a_lost_peer(on_ranks):
     told = on_ranks(2, _gone)[0]
     assert told.startswith("all_reduce of group 'tp' failed in torch.distributed: ")
     assert "onnection" in told
+
+
+class _NcclWork:
+    """Of an operation on a stream: a wait with a timeout would block the host."""
+
+    def __init__(self):
+        self.waits = []
+
+    def wait(self, *timeout):
+        self.waits.append(timeout)
+        return True
+
+
+def _on_a_stream(member):
+    member.process_group()
+    comm = tcomm.Communicator(timeout=20.0)
+    fallback, work = comm._fallback, _NcclWork()
+    fallback.run("all_reduce", 5.0, lambda: work, True)
+    fallback.run("all_reduce", 5.0, lambda: work)
+    return [len(arguments) for arguments in work.waits]
+
+
+def test_what_runs_on_a_stream_is_waited_for_by_the_stream(on_ranks):
+    assert on_ranks(2, _on_a_stream) == [[0, 1]] * 2
+
+
+def _says_where_it_runs(member):
+    member.process_group()
+    comm = tcomm.Communicator(timeout=20.0)
+    told = []
+    comm._fallback.run = lambda op, timeout, start, on_stream=False: told.append(on_stream)
+    for algorithm in ("torch:nccl", "torch:gloo"):
+        call = CallDescription("all_reduce", "float32", (3,), "sum", algorithm=algorithm)
+        make_torch_plan(comm._fallback, call, None)(torch.ones(3), torch.ones(3), 1.0)
+    return told
+
+
+def test_only_nccl_runs_on_a_stream(on_ranks):
+    assert on_ranks(1, _says_where_it_runs) == [[True, False]]

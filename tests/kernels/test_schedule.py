@@ -9,9 +9,11 @@ import triton.language as tl
 from tcomm.errors import ConfigError, PeerTimeoutError
 from tcomm.groups.virtual import VirtualRanks
 from tcomm.kernels import schedule
+from tcomm.kernels.bound import budget_of
 from tcomm.kernels.device import axis_rank, launched_rank, pause
 from tcomm.kernels.launch import rows_of
 from tcomm.memory.base import LaunchPart
+from tcomm.memory.control import HostWord
 
 
 @triton.jit
@@ -106,3 +108,61 @@ def test_rows_have_to_be_aligned():
         rows_of(torch.ones(3, 4), ranks.arena)
     with pytest.raises(ConfigError, match=r"x is \[3, 4\]; it must have a row for each of 2 virtual ranks"):
         ranks.all_reduce(torch.ones(3, 4))
+
+
+def test_calls_that_would_go_wrong_on_a_gpu_are_refused_everywhere():
+    ranks = VirtualRanks(2, "cpu", timeout=5.0)
+    x = ranks.empty(8).fill_(1.0)
+    z = ranks.empty(8, dtype=torch.complex64).fill_(1.0)
+    memory = torch.zeros(64)
+    for call, told in (
+        (lambda: ranks.broadcast(z.conj(), 0), "x is conjugated or negated lazily"),
+        (lambda: ranks.all_reduce(x.clone().requires_grad_()), "x requires a gradient"),
+        (lambda: ranks.all_reduce(x, out=memory[:8].expand(2, 8)), "rows overlap"),
+        (lambda: ranks.all_reduce(memory[:16].view(2, 8), out=memory[4:20].view(2, 8)), "out shares memory"),
+        (
+            lambda: ranks.all_gather_single(memory[:16].view(2, 8), out=memory[:32].view(2, 16)),
+            "shares memory",
+        ),
+        (lambda: ranks.all_reduce([1.0]), "takes a torch.Tensor, not list"),
+        (lambda: ranks.reduce_scatter_single(x, ""), "'' is not among"),
+        (lambda: ranks.prepare(-1), "max_nbytes=-1 is not"),
+        (lambda: ranks.prepare(8, torch.float32), "is no list"),
+        (lambda: ranks.prepare(8, [], "sum"), "is no list"),
+        (lambda: ranks.empty(-1), "negative length"),
+        (lambda: VirtualRanks(2, "meta"), "device='meta' cannot be used here"),
+        (lambda: VirtualRanks(True), "world_size=True"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            call()
+    both = torch.ones(2, 16)
+    assert ranks.all_reduce(both[:, :8], out=both[:, 8:]).eq(2).all()
+    assert ranks.all_reduce(x, out=x).eq(2).all()
+
+
+def test_prepare_never_makes_less_room():
+    ranks = VirtualRanks(2, "cpu")
+    before = ranks.arena.staging
+    ranks.prepare(1024)
+    assert ranks.arena.staging is before
+    ranks.prepare(64 << 20)
+    assert ranks.arena.staging.layout.slot_bytes >= 64 << 20
+
+
+def test_an_error_names_the_call_that_it_is_of():
+    ranks = VirtualRanks(2, "cpu", timeout=7.0)
+    x = ranks.empty(8).fill_(1.0)
+    ranks.all_reduce(x)
+    ranks.all_gather_single(x, timeout=50.0)
+    call, _ = ranks.arena.channel._recent[0]
+    record = ranks.arena.records[1]
+    record[HostWord.EXPECTED], record[HostWord.ERROR] = call.signature, 2 | 0 << 8
+    with pytest.raises(PeerTimeoutError, match=r"^all_reduce: virtual rank 1 waited for rank 0.* \(7 s\)"):
+        ranks.barrier()
+
+
+@pytest.mark.parametrize(
+    ("timeout", "budget"), [(None, 1 << 62), (float("inf"), 1 << 62), (1e300, 1 << 62), (2.5, 2_500_000_000)]
+)
+def test_any_timeout_is_a_budget(timeout, budget):
+    assert budget_of(timeout) == budget
