@@ -296,10 +296,10 @@ def compile_nodes_ahead(
         CapabilityError: while a graph is captured.
     """
     known = {algorithm.name: algorithm for algorithm in GPU_ALGORITHMS["all_reduce"]}["triton:hierarchical"]
-    world, numel = arena.world_size, ALIGNMENT
+    world, numel, device = arena.world_size, ALIGNMENT, staging_of(arena).buffer.table.device
     with compiling_only():
         for dtype in dtypes:
-            x = torch.zeros(world, numel, dtype=dtype, device=arena.device)
+            x = torch.zeros(world, numel, dtype=dtype, device=device)
             hierarchical_all_gather(x[0], arena, nodes, out=x, pes=pes)
             for op in ops:
                 if not known.refusal(op, dtype):

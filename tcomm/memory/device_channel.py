@@ -275,7 +275,7 @@ class DeviceChannel:
         others = []
         for rank in range(self.world_size):
             signature: int | None = {self.rank: mine, peer: seen & _SIGNATURE_MASK}.get(rank)
-            call = self._call if rank == self.rank and self._call.signature == mine else None
+            call = self._call if signature == mine == self._call.signature else None
             if self._notes and signature is not None:
                 found = self._notes[rank].find(signature)
                 call = found[1] if found else call
