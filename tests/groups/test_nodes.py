@@ -148,6 +148,20 @@ def test_nodes_whose_ranks_do_not_follow_one_another_are_refused(on_ranks, home)
     assert "it needs the ranks of a node one after another, and the ranks are on nodes (0, 1, 0, 1)" in told
 
 
+def _one_way(member, home):
+    comm, fake = _on_hosts(member, home)
+    if member.rank == 0:
+        fake.near = {0}
+    with comm:
+        assert comm.all_reduce(torch.ones(3)).tolist() == [4.0] * 3
+        return failure_of(comm.all_reduce, torch.ones(3), algorithm="hierarchical").text
+
+
+def test_a_mate_that_cannot_be_reached_is_no_other_node(on_ranks, home):
+    (told,) = set(on_ranks(4, _one_way, home))
+    assert "rank 0 cannot write to rank 1: loads and stores from rank 0 do not reach rank 1" in told
+
+
 def _mismatch(member, home):
     comm, _ = _on_hosts(member, home)
     with comm:
