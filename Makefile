@@ -9,7 +9,7 @@ INTERPRETED := tests/kernels
 BENCH_JSON ?= .benchmarks/collectives.json
 BENCH ?=
 
-.PHONY: install demo short-demo test lint type compile compile-nvshmem bench bench-gpu
+.PHONY: install demo short-demo test lint type compile fetch-nvshmem compile-nvshmem bench bench-gpu
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -62,6 +62,8 @@ compile: install $(OLD_TRITONS:%=.envs/triton-%)
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto tests/compile
 	$(foreach v,$(OLD_TRITONS),TRITON_INTERPRET=0 PYTHONPATH=.envs/triton-$(v) $(BIN)/python -m pytest -n auto tests/compile &&) true
 	$(foreach v,$(OLD_TRITONS),PYTHONPATH=.envs/triton-$(v) $(BIN)/python -m tcomm demo --ranks 2 &&) true
+
+fetch-nvshmem: .envs/nvshmem-$(NVSHMEM)
 
 # Kernels between nodes with NVSHMEM linked into them, on the Tritons that can read its bitcode: not 3.6.
 compile-nvshmem: install .envs/nvshmem-$(NVSHMEM) .envs/triton-3.7.1

@@ -41,7 +41,7 @@ from tcomm.kernels.device import (
     row_of,
 )
 from tcomm.kernels.lanes import push_lanes, reduce_lanes
-from tcomm.kernels.launch import grid_of, is_dense, launch, rows_of, staging_of, tile_numel
+from tcomm.kernels.launch import grid_of, is_dense, launch, rows_of, staging_of, tile_numel, tile_of
 from tcomm.kernels.numerics import accumulator_of, check_reduction
 from tcomm.kernels.tiles import copy_span, reduce_span, slice_span, spread_span
 from tcomm.memory.base import KernelArena
@@ -325,12 +325,13 @@ def _run(
     rows, out_rows = rows_of(x, arena), rows_of(out, arena)
     # A lane is 8 bytes, and carries 4 bytes of x.
     by_lanes = kernel is _one_shot_ll_all_reduce_kernel
-    tile = tile_numel(8 if by_lanes else x.itemsize)
     per_item = 4 // x.itemsize if by_lanes else 1
     acc = accumulator_of(x.dtype)
     for start, numel in cut(rows.shape[1], x.itemsize, capacity):
+        tile = tile_numel(8) if by_lanes else tile_of(x.itemsize, numel, arena.world_size)
+        num_blocks = grid_of(triton.cdiv(numel, tile * per_item), arena.max_blocks)
         launch(
-            kernel, grid_of(triton.cdiv(numel, tile * per_item)), arena, call, timeout,
+            kernel, num_blocks, arena, call, timeout,
             rows[:, start : start + numel], out_rows[:, start : start + numel],
             rows.stride(0), out_rows.stride(0), numel,
             BLOCK=tile, OP=op, ACC=acc, **constants,

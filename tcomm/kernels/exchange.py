@@ -35,7 +35,7 @@ from tcomm.kernels.device import (
     publish,
     row_of,
 )
-from tcomm.kernels.launch import grid_of, launch, rows_of, staging_of, tile_numel
+from tcomm.kernels.launch import grid_of, launch, rows_of, staging_of, tile_of
 from tcomm.kernels.partition import as_words, each_rank, given_part, part_from, part_table, part_to
 from tcomm.kernels.tiles import copy_span, spread_span
 from tcomm.memory.base import KernelArena
@@ -209,7 +209,7 @@ def _run(
     """Launch each piece as one call of the group."""
     layout = staging_of(arena).layout
     words, out_words = as_words(rows_of(x, arena)), as_words(rows_of(out, arena))
-    size, tile = words.itemsize, tile_numel(words.itemsize)
+    size = words.itemsize
     if call is None:
         name = str(x.dtype).removeprefix("torch.")
         call = CallDescription("exchange", name, algorithm=f"triton:{algorithm}")
@@ -218,8 +218,10 @@ def _run(
     ]
     for pieces in zip(*tables, strict=True):
         table, unit = part_table(pieces, size, arena)
+        longest = pieces[0].longest // size
+        tile = tile_of(size, longest)
         launch(
-            _KERNELS[algorithm], grid_of(triton.cdiv(pieces[0].longest, tile * size)), arena, call, timeout,
+            _KERNELS[algorithm], grid_of(triton.cdiv(longest, tile), arena.max_blocks), arena, call, timeout,
             words, out_words, words.stride(0), out_words.stride(0), table,
             HALF_BYTES=layout.half_bytes, SLOT_BYTES=layout.slot_bytes, UNIT=unit,
             SHARED=all(_is_shared(algorithm, piece) for piece in pieces),

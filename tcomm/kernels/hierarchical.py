@@ -300,7 +300,9 @@ def compile_nodes_ahead(
     with compiling_only():
         for dtype in dtypes:
             x = torch.zeros(world, numel, dtype=dtype, device=device)
-            hierarchical_all_gather(x[0], arena, nodes, out=x, pes=pes)
+            # Parts of whole vectors, and parts that begin anywhere.
+            for out in (x, x.view(-1)[:world].view(world, 1)):
+                hierarchical_all_gather(out[0], arena, nodes, out=out, pes=pes)
             for op in ops:
                 if not known.refusal(op, dtype):
                     hierarchical_all_reduce(x[0], arena, nodes, op, out=x[0], pes=pes)

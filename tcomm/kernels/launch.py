@@ -25,6 +25,7 @@ from tcomm.memory.control import MAX_BLOCKS
 from tcomm.signature import CallDescription
 
 __all__ = [
+    "ALWAYS_WIDE_TILES",
     "common_constants",
     "grid_of",
     "is_dense",
@@ -35,11 +36,15 @@ __all__ = [
     "rows_of",
     "staging_of",
     "tile_numel",
+    "tile_of",
 ]
 
 # One 16-byte access per thread and source: with 16 sources in flight nothing spills.
 _COMPILED_TILE_BYTES = 16 * COMPILED_THREADS
 _COMPILED_BLOCKS = 16
+_MOST_ACCESSES, _WIDEST = 16, 4
+ALWAYS_WIDE_TILES = 2 * MAX_BLOCKS * _WIDEST
+"""A message of so many narrow tiles goes in wide ones, however many ranks there are."""
 _INTERPRETED_BLOCKS = 2
 _INTERPRETED_TILE = 65536
 _ROW_BYTES = 16
@@ -51,9 +56,26 @@ def tile_numel(itemsize: int) -> int:
     return _INTERPRETED_TILE if is_interpreted() else _COMPILED_TILE_BYTES // itemsize
 
 
-def grid_of(num_tiles: int) -> int:
-    """Programs to launch: bounded, so that all are resident and each has its arrival words."""
-    limit = _INTERPRETED_BLOCKS if is_interpreted() else _COMPILED_BLOCKS
+def tile_of(itemsize: int, numel: int, sources: int = 1) -> int:
+    """Elements that a program handles at a time of a message of `numel`; more where there are plenty.
+
+    A thread that has one access under way waits most of its time, and registers hold about sixteen.
+
+    Args:
+        itemsize: bytes an element.
+        numel: elements that one rank handles; the same on every rank.
+        sources: accesses that belong to one element of a result: ranks that are summed up, else 1.
+    """
+    tile = tile_numel(itemsize)
+    wide = tile * max(1, min(_MOST_ACCESSES // triton.next_power_of_2(sources), _WIDEST))
+    # Wide tiles take more registers on AMD than two blocks a CU have.
+    is_long = numel >= 2 * MAX_BLOCKS * wide and torch.version.hip is None
+    return wide if is_long and not is_interpreted() else tile
+
+
+def grid_of(num_tiles: int, limit: int = _COMPILED_BLOCKS) -> int:
+    """Programs to launch for a rank: bounded, so that all are resident and each has its arrival words."""
+    limit = _INTERPRETED_BLOCKS if is_interpreted() else limit
     return max(1, min(num_tiles, limit, MAX_BLOCKS))
 
 

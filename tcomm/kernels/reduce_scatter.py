@@ -36,7 +36,7 @@ from tcomm.kernels.device import (
     publish,
     row_of,
 )
-from tcomm.kernels.launch import grid_of, launch, rows_of, staging_of, tile_numel
+from tcomm.kernels.launch import grid_of, launch, rows_of, staging_of, tile_of
 from tcomm.kernels.numerics import accumulator_of, check_reduction
 from tcomm.kernels.partition import each_rank, part_from, part_table, part_to
 from tcomm.kernels.tiles import copy_span, reduce_span
@@ -209,14 +209,15 @@ def _run(
     if call is None:
         name = str(x.dtype).removeprefix("torch.")
         call = CallDescription("reduce_scatter", name, reduce=op, algorithm=f"triton:{algorithm}")
-    tile = tile_numel(x.itemsize)
     rows, out_rows = rows_of(x, arena), rows_of(out, arena)
     tables = [
         exchange_pieces(algorithm, layout, one.scaled(x.itemsize), piece_nbytes) for one in each_rank(parts)
     ]
     for pieces in zip(*tables, strict=True):
         table, unit = part_table(pieces, x.itemsize, arena)
-        num_blocks = grid_of(triton.cdiv(pieces[0].longest, tile * x.itemsize))
+        longest = pieces[0].longest // x.itemsize
+        tile = tile_of(x.itemsize, longest, arena.world_size)
+        num_blocks = grid_of(triton.cdiv(longest, tile), arena.max_blocks)
         launch(
             _KERNELS[algorithm], num_blocks, arena, call, timeout,
             rows, out_rows, rows.stride(0), out_rows.stride(0), table,

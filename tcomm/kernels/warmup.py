@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tcomm.algorithms import ALGORITHMS, GPU_ALGORITHMS
+from tcomm.interpret import is_interpreted
 from tcomm.kernels import all_reduce, barrier, exchange, multimem, reduce_scatter
 from tcomm.kernels.bound import compiling_only
+from tcomm.kernels.launch import ALWAYS_WIDE_TILES, tile_numel
 from tcomm.memory.base import KernelArena
 from tcomm.parts import broadcast_parts, exchange_parts, gather_parts, scatter_parts
 
@@ -32,32 +34,48 @@ def compile_ahead(arena: KernelArena, dtypes: Sequence[torch.dtype], ops: Sequen
     Raises:
         CapabilityError: while a graph is captured.
     """
-    world, rank, rows = arena.world_size, arena.rank, arena.world_size if arena.is_virtual else 1
-    sizes = [_NUMEL] * world
+    if is_interpreted():
+        return
     with compiling_only():
         barrier.arrival_barrier(arena)
         for dtype in dtypes:
-            x = torch.zeros(rows, world * _NUMEL, dtype=dtype, device=arena.device)
-            x = x if arena.is_virtual else x[0]
-            for op in ops:
-                _compile_reductions(arena, x, op)
-            ranks = range(world) if arena.is_virtual else [rank]
-            tables = {
-                "own range each": [exchange_parts([sizes] * world, r) for r in ranks],
-                "one range for all": [gather_parts(sizes, r) for r in ranks],
-                "one range for one": [gather_parts(sizes, r, 0) for r in ranks],
-                "from one": [broadcast_parts(_NUMEL, world, r, 0) for r in ranks],
-            }
-            for parts in tables.values():
-                for launcher in exchange.LAUNCHERS.values():
-                    launcher(x, x, arena, parts)
-            for launcher in _by_switch(arena).get("all_gather", {}).values():
-                launcher(x, x, arena, gather_parts(sizes, rank))
+            # Parts that begin anywhere, parts of whole vectors, and long ones, which go in wider tiles.
+            for numel in (1, _NUMEL, ALWAYS_WIDE_TILES * tile_numel(dtype.itemsize)):
+                x = _stand_in(arena, numel, dtype)
+                for op in ops:
+                    _compile_reductions(arena, x, numel, op)
+                _compile_moves(arena, x, numel)
 
 
-def _compile_reductions(arena: KernelArena, x: torch.Tensor, op: str) -> None:
-    ranks = range(arena.world_size) if arena.is_virtual else [arena.rank]
-    parts = [scatter_parts([_NUMEL] * arena.world_size, r) for r in ranks]
+def _stand_in(arena: KernelArena, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """A part of `numel` elements for every rank, for each rank that a launch works for."""
+    rows, length = arena.world_size if arena.is_virtual else 1, arena.world_size * numel
+    padded = -(-length // _NUMEL) * _NUMEL
+    x = torch.empty(rows, padded, dtype=dtype, device=arena.device)[:, :length]
+    return x if arena.is_virtual else x[0]
+
+
+def _ranks(arena: KernelArena) -> Sequence[int]:
+    return range(arena.world_size) if arena.is_virtual else [arena.rank]
+
+
+def _compile_moves(arena: KernelArena, x: torch.Tensor, numel: int) -> None:
+    world, sizes = arena.world_size, [numel] * arena.world_size
+    tables = {
+        "own range each": [exchange_parts([sizes] * world, r) for r in _ranks(arena)],
+        "one range for all": [gather_parts(sizes, r) for r in _ranks(arena)],
+        "one range for one": [gather_parts(sizes, r, 0) for r in _ranks(arena)],
+        "from one": [broadcast_parts(numel, world, r, 0) for r in _ranks(arena)],
+    }
+    for parts in tables.values():
+        for launcher in exchange.LAUNCHERS.values():
+            launcher(x, x, arena, parts)
+    for launcher in _by_switch(arena).get("all_gather", {}).values():
+        launcher(x, x, arena, gather_parts(sizes, arena.rank))
+
+
+def _compile_reductions(arena: KernelArena, x: torch.Tensor, numel: int, op: str) -> None:
+    parts = [scatter_parts([numel] * arena.world_size, r) for r in _ranks(arena)]
     by_switch = _by_switch(arena)
     for name, launcher in (all_reduce.LAUNCHERS | by_switch.get("all_reduce", {})).items():
         if _does("all_reduce", name, op, x.dtype):

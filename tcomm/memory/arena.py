@@ -13,7 +13,15 @@ import torch
 from tcomm.errors import PeerLostError, RendezvousError
 from tcomm.memory.base import Exchange, LaunchPart, NotShared, Staging, SymmetricBuffer
 from tcomm.memory.channel import Channel
-from tcomm.memory.control import CONTROL_BYTES, EPOCH_MASK, MAX_WORLD_SIZE, ControlPage, PoisonCode, Word
+from tcomm.memory.control import (
+    CONTROL_BYTES,
+    EPOCH_MASK,
+    MAX_BLOCKS,
+    MAX_WORLD_SIZE,
+    ControlPage,
+    PoisonCode,
+    Word,
+)
 from tcomm.memory.farewell import announce_leaving, cancel_leaving
 from tcomm.memory.layout import StagingLayout
 from tcomm.memory.liveness import Identity, PeerProcess, my_identity
@@ -33,6 +41,7 @@ class Arena:
     """
 
     is_virtual = False
+    max_blocks = MAX_BLOCKS
     device = torch.device("cpu")
     runtime = HostRuntime()
 

@@ -200,6 +200,11 @@ class KernelArena(Protocol):
         ...
 
     @property
+    def max_blocks(self) -> int:
+        """Programs of a rank that are on the device at once, with those of all ranks that share it."""
+        ...
+
+    @property
     def staging(self) -> Staging | None:
         """Where messages pass; None until it is made."""
         ...

@@ -24,6 +24,7 @@ from tcomm.memory.control import (
     LAYOUT_VERSION,
     MAGIC,
     MAILBOXES,
+    MAX_BLOCKS,
     MAX_WORLD_SIZE,
     PoisonCode,
     Word,
@@ -97,6 +98,7 @@ class DeviceArena:
     """
 
     is_virtual = False
+    max_blocks = MAX_BLOCKS
 
     def __init__(
         self,

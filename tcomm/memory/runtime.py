@@ -155,9 +155,9 @@ def _capture_info() -> Any:
 class StreamOrder:
     """One order of the calls of a group, on whatever streams they are made.
 
-    A call on another stream than the last one waits for the last one. Inside a capture that holds for the
-    streams of the capture; between captures, and between them and eager calls, the order of launches and
-    replays counts, since all of them advance the epoch on the device.
+    An eager call on another stream than the last eager one waits for that; likewise inside a capture, on the
+    streams of the capture. Between captures, and between them and eager calls, the order of launches and
+    replays counts, since all of them advance the epoch on the device; that order is the caller's.
 
     Args:
         runtime: of the device.
@@ -167,32 +167,43 @@ class StreamOrder:
     def __init__(self, runtime: Runtime, group: str) -> None:
         self._runtime = runtime
         self._group = group
-        self._stream: int | None = None
-        self._capture = 0
-
-    @property
-    def is_captured(self) -> bool:
-        """Whether the last call went into a graph, which will use what it used whenever it is replayed."""
-        return self._capture != 0
+        self._eager: int | None = None
+        self._captured: tuple[int, int] | None = None
+        self.is_captured = False
+        """Whether the last call went into a graph, which uses its memory whenever it is replayed."""
 
     def enter(self) -> None:
         """Before a call is launched on the current stream.
 
         Raises:
-            CapabilityError: when a graph is captured while the capture of another one uses the group.
+            CapabilityError: when a graph is captured while the capture of another one uses the group, or the
+                stream of the last eager call is captured and this one, elsewhere, should wait for it.
         """
         stream = self._runtime.current_stream()
-        if stream == self._stream and not self._capture and not self._runtime.capture_id(stream):
-            return
         capture = self._runtime.capture_id(stream)
-        last = self._stream
+        self.is_captured = capture != 0
+        if capture:
+            self._enter_capture(stream, capture)
+            return
+        last, self._eager = self._eager, stream
         if last is not None and last != stream:
-            ongoing = self._runtime.capture_id(last) if self._capture else 0
-            if capture and ongoing and capture != ongoing:
+            if self._runtime.capture_id(last):
+                self._eager = last
+                raise CapabilityError(
+                    f"group {self._group!r} was last called on a stream that is captured now, for which a "
+                    "call on another stream cannot wait; capture on a stream of its own, as graph_capture() does"
+                )
+            self._runtime.let_wait(stream, last)
+
+    def _enter_capture(self, stream: int, capture: int) -> None:
+        if self._captured is not None:
+            last_capture, last_stream = self._captured
+            if last_capture == capture:
+                if last_stream != stream:
+                    self._runtime.let_wait(stream, last_stream)
+            elif self._runtime.capture_id(last_stream) == last_capture:
                 raise CapabilityError(
                     f"group {self._group!r} is used by two graphs that are captured at the same time; "
                     "their replays could overlap. Capture one after the other, or give one a group by split()"
                 )
-            if capture == self._capture:
-                self._runtime.let_wait(stream, last)
-        self._stream, self._capture = stream, capture
+        self._captured = capture, stream

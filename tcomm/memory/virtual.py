@@ -22,6 +22,7 @@ from tcomm.memory.control import (
     LAYOUT_VERSION,
     MAGIC,
     MAILBOXES,
+    MAX_BLOCKS,
     MAX_WORLD_SIZE,
     ErrorKind,
     HostWord,
@@ -60,6 +61,7 @@ class VirtualArena:
         self.world_size = world_size
         self.device = device
         on_host = device.type == "cpu"
+        self.max_blocks = MAX_BLOCKS if on_host else _blocks_at_once(device) // world_size
         self.runtime: Runtime = HostRuntime() if on_host else CudaRuntime(device)
         self.pages = torch.zeros(world_size, CONTROL_BYTES // 8, dtype=torch.int64, device=device)
         self.records = torch.zeros(world_size, HOST_WORDS, dtype=torch.int64, pin_memory=not on_host)
@@ -120,6 +122,11 @@ class VirtualArena:
             memory = staging.buffer.peer(rank, dtype=torch.int64)
             self._renew_lanes(memory[None], staging.layout, epoch)
         self.runtime.synchronise()
+
+
+def _blocks_at_once(device: torch.device) -> int:
+    """Programs of 256 threads and 128 registers each that fit a device."""
+    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _signed(word: int) -> int:

@@ -229,7 +229,7 @@ def multimem_kernel(
     pages = tl.load(pad_ptrs + peers).to(tl.pointer_type(tl.int64))
     words = tl.full((WORLD,), 0, tl.int64) + word
     tl.atomic_xchg(pages + _ARRIVALS + rank, words, sem="release", scope="sys")
-    _spin(page, page + _ARRIVALS + peers, word, "volatile")
+    _spin(page, page + _ARRIVALS + peers, word, budget, "volatile", "pause")
     _acquire(page, page + _ARRIVALS + peers, word, "acquire", "sys", True)
     if FENCE == "between":
         alias_fence()

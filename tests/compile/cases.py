@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from tcomm import kernels
 from tcomm.algorithms import acc_dtype
 from tcomm.kernels.bound import COMPILED_MAX_REGISTERS, COMPILED_THREADS
-from tcomm.kernels.launch import tile_numel
+from tcomm.kernels.launch import tile_numel, tile_of
 from tcomm.kernels.point_to_point import mailbox_constants
 from tcomm.memory.layout import StagingLayout, slice_numel
 from tcomm.memory.mailbox import MailboxLayout
@@ -129,11 +129,12 @@ class Case:
     op: str
     aligned: bool = True
     virtual: bool = False
+    wide: bool = False
 
     def __str__(self):
         name = self.kernel.removeprefix("_").removesuffix("_kernel").removesuffix("_all_reduce")
         tail = "" if self.aligned else "-unaligned"
-        tail += "-virtual" if self.virtual else ""
+        tail += "-virtual" * self.virtual + "-wide" * self.wide
         return f"{self.target}-{name}-{self.dtype}-{self.world_size}-{self.op}{tail}"
 
     @property
@@ -156,6 +157,14 @@ def _reducing_cases(kernel, protocol):
     if not protocol.lanes:
         yield Case(kernel, "sm_90", "fp64", 8, "sum")
         yield Case(kernel, "gfx942", "i64", 3, "min")
+        for dtype, world_size, op in (
+            ("bf16", 8, "sum"),
+            ("fp16", 4, "avg"),
+            ("fp32", 2, "max"),
+            ("fp64", 3, "sum"),
+        ):
+            yield Case(kernel, "sm_90", dtype, world_size, op, wide=True)
+        yield Case(kernel, "sm_100", "bf16", 5, "sum", wide=True)
     yield Case(kernel, "sm_90", "bf16", 8, "sum", virtual=True)
     yield Case(kernel, "sm_100", "fp32", 3, "max", virtual=True)
     yield Case(kernel, "sm_90", "bf16", 2, "min", aligned=False)
@@ -172,6 +181,8 @@ def _moving_cases(kernel, protocol):
         for dtype in ("u8", "i64"):
             yield Case(kernel, "sm_90", dtype, 16, "split")
         yield Case(kernel, "sm_90", "i16", 8, "split", virtual=True)
+        yield Case(kernel, "sm_90", "i32", 8, "shared", wide=True)
+        yield Case(kernel, "sm_100", "u8", 3, "split", wide=True)
         yield Case(kernel, "sm_90", "i32", 2, "split", aligned=False)
         yield Case(kernel, "gfx942", "i32", 2, "split", aligned=False)
 
@@ -256,12 +267,19 @@ def constants_of(case):
         "HALF_BYTES": layout.half_bytes,
         "SLOT_BYTES": layout.slot_bytes,
         "SLICE_UNIT": slice_numel(1, dtype.itemsize, 1),
-        "BLOCK": tile_numel(8 if "_ll_" in case.kernel else dtype.itemsize),
+        "BLOCK": _block_of(case, dtype.itemsize),
         "SHARED": case.op == "shared",
         "UNIT": 16 // dtype.itemsize if case.aligned else 1,
         "OP": case.op,
         "ACC": ACCUMULATORS.get(acc_dtype(dtype)),
     }
+
+
+def _block_of(case, itemsize):
+    if "_ll_" in case.kernel:
+        return tile_numel(8)
+    sources = case.world_size if case.protocol.reduces else 1
+    return tile_of(itemsize, 1 << 30 if case.wide else 1, sources)
 
 
 def parameters_of(case):

@@ -17,6 +17,9 @@ def pytest_report_header():
 
 @pytest.fixture(scope="session", autouse=True)
 def fresh_cache(tmp_path_factory):
+    # One for all workers of a run: what one has compiled, another reads.
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        patch.setenv("TRITON_CACHE_DIR", str(shared / "triton"))
         yield

@@ -12,7 +12,7 @@ from triton.runtime.jit import JITFunction
 
 from tcomm import VirtualRanks
 from tcomm.errors import CapabilityError
-from tcomm.kernels import all_reduce, bound, partition
+from tcomm.kernels import all_reduce, bound, partition, warmup
 from tcomm.memory.base import LaunchPart
 from tests.compile.cases import PROTOCOLS, discovered_kernels
 from tests.virtual_worlds import ALGORITHMS, CASES, call, length_of
@@ -174,9 +174,18 @@ def test_kernels_are_compiled_for_256_threads_and_few_registers(launched, verb, 
     assert metadata.global_scratch_size == 0
 
 
-def test_a_long_message_has_sixteen_blocks_a_rank_and_never_more(launched):
+def test_a_long_message_has_as_many_blocks_a_rank_as_fit_and_never_more(launched):
     ranks = make()
-    for numel, blocks in ((1, 1), (2048, 1), (2049, 2), (16 * 2048, 16), (100 * 1024, 16)):
+    for limit, numel, blocks in (
+        (32, 1, 1),
+        (32, 2048, 1),
+        (32, 2049, 2),
+        (32, 32 * 2048, 32),
+        (32, 100 * 1024, 32),
+        (5, 100 * 1024, 5),
+    ):
+        ranks.arena.max_blocks = limit
+        ranks._plans.clear()
         call(ranks, "all_reduce", "two_shot", rows(ranks, "all_reduce", numel))
         assert launched[-1].grid == (blocks, WORLD, 1), numel
 
@@ -278,3 +287,32 @@ def test_a_kernel_is_the_same_for_any_number(name):
     numbers = [p for p in parameters if not p.name.endswith(("_ptr", "_ptrs"))]
     assert numbers
     assert [p.name for p in numbers if not p.do_not_specialize] == []
+
+
+def test_what_prepare_compiles_is_all_that_calls_need(launched, driver, monkeypatch):
+    stand_in = warmup._stand_in
+
+    def on_host(arena, numel, dtype):
+        arena.device = torch.device("cpu")
+        x = stand_in(arena, numel, dtype)
+        arena.device = torch.device("cuda", 0)
+        return x
+
+    monkeypatch.setattr(warmup, "_stand_in", on_host)
+    ranks = VirtualRanks(WORLD, "cpu", staging_bytes=16 << 20, timeout=2.5)
+    ranks.arena.device = torch.device("cuda", 0)
+    warmup.compile_ahead(ranks.arena, [torch.bfloat16], ["sum"])
+    assert launched == []
+    loaded = len(driver.loaded)
+    assert loaded > 10
+    widths = set()
+    for verb, algorithm in CASES:
+        for numel in (1, 1000, 700_000):
+            call(ranks, verb, algorithm, rows(ranks, verb, numel), root=1)
+            if algorithm != "one_shot_ll":
+                widths.add(launched[-1].args["BLOCK"] * 2 // 4096)
+    assert len(driver.loaded) == loaded
+    # Both narrow and wide tiles were among them.
+    assert widths == {1, 4}
+    call(ranks, "all_reduce", "two_shot", rows(ranks, "all_reduce", 8, torch.float32), root=1)
+    assert len(driver.loaded) == loaded + 1

@@ -170,12 +170,12 @@ def test_ahead_everything_is_loaded_and_nothing_launched(launched, unlinked):
     assert len(library.log) == len(unlinked.loaded)
     known = list(unlinked.loaded)
     assert sum("all_reduce" in name for name in known) == 2
-    for numel in (16, 4096, 40_000):
+    for numel in (1, 16, 37, 4096, 40_000):
         reduce(arena, numel)
         reduce(arena, numel, op="max")
         gather(arena, numel)
     assert unlinked.loaded == known
-    assert arena.channel.calls == len(launched) == 9
+    assert arena.channel.calls == len(launched) == 15
 
 
 def test_memory_of_torch_and_an_old_triton_are_refused(launched, monkeypatch):

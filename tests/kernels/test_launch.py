@@ -80,3 +80,21 @@ def _compiled_kernels_are_refused(member):
 
 def test_host_memory_is_refused_to_compiled_kernels_before_anything_is_sent(on_ranks):
     assert on_ranks(2, _compiled_kernels_are_refused) == ["", ""]
+
+
+@pytest.mark.parametrize("sources", range(1, 17))
+def test_long_messages_go_in_wide_tiles_that_are_powers_of_two(sources, monkeypatch):
+    assert launch_module.tile_of(4, 1 << 40, sources) == tile_numel(4)
+    monkeypatch.setattr(launch_module, "is_interpreted", lambda: False)
+    monkeypatch.setattr(launch_module, "tile_numel", lambda itemsize: 4096 // itemsize)
+    always = launch_module.ALWAYS_WIDE_TILES * 1024
+    wide = launch_module.tile_of(4, always, sources)
+    assert wide.bit_count() == 1
+    assert wide * sources <= 16 * 1024 or wide == 1024
+    assert wide == 1024 * {1: 4, 2: 4, 3: 4, 4: 4, 5: 2, 6: 2, 7: 2, 8: 2}.get(sources, 1)
+    assert launch_module.tile_of(4, 1024, sources) == 1024
+
+
+def test_a_grid_keeps_to_what_is_resident(monkeypatch):
+    monkeypatch.setattr(launch_module, "is_interpreted", lambda: False)
+    assert [grid_of(1000), grid_of(1000, 5), grid_of(1000, 99), grid_of(3, 5)] == [16, 5, MAX_BLOCKS, 3]

@@ -372,14 +372,28 @@ def test_streams_of_one_capture_wait_and_two_captures_at_once_are_refused():
     assert runtime.waits == [(6, 5)]
 
 
-def test_eager_calls_between_captures_wait_for_no_captured_stream():
+def test_eager_calls_wait_for_the_last_eager_one_whatever_was_captured_between():
     runtime = FakeRuntime()
     order = StreamOrder(runtime, "graphs")
     for captured, stream in [(0, 1), (80, 5), (0, 1), (81, 5), (0, 2), (0, 1)]:
         runtime.captures = {5: captured}
         runtime.stream = stream
         order.enter()
-    assert runtime.waits == [(1, 2)]
+        assert order.is_captured == (captured != 0)
+    assert runtime.waits == [(2, 1), (1, 2)]
+
+
+def test_a_call_cannot_wait_for_a_stream_that_is_captured_by_now():
+    runtime = FakeRuntime()
+    order = StreamOrder(runtime, "graphs")
+    order.enter()
+    runtime.captures, runtime.stream = {1: 80}, 2
+    for _ in range(2):
+        with pytest.raises(CapabilityError, match=r"on a stream that is captured now.*graph_capture\(\)"):
+            order.enter()
+    runtime.captures = {}
+    order.enter()
+    assert runtime.waits == [(2, 1)]
 
 
 def test_what_a_capture_cannot_do_is_refused_with_the_way_out():
@@ -401,6 +415,7 @@ def _compile(runtime):
 
     class Kernel:
         __name__ = "new_kernel"
+        arg_names = ()
 
     bound.compile_and_load(Kernel(), Arena(), (), {})
 
