@@ -138,6 +138,9 @@ class DeviceMemory:
         from tcomm.kernels.warmup import compile_ahead
 
         if self.arena is not None:
+            if self.topology is not None and self.topology.num_nodes > 1 == self.topology.ranks_per_node:
+                # Slots of all nodes, in the accumulator's type, lie beside a message that nobody divides.
+                nbytes *= 3
             staging = self.arena.staging
             if staging is None or staging.layout.nbytes < nbytes:
                 self.arena.grow(nbytes, self._seconds)

@@ -5,12 +5,14 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import tcomm
+from tcomm.config import Config
 from tcomm.errors import CapabilityError, CollectiveMismatchError, GroupClosedError
-from tcomm.groups import handle
+from tcomm.groups import devices, handle
 from tcomm.groups.devices import DeviceMemory, Devices
-from tcomm.groups.setup import split_exchange
+from tcomm.groups.setup import from_store, split_exchange
 from tcomm.kernels import nodes
 from tcomm.kernels.bound import launches
 from tcomm.memory import nvshmem
@@ -230,12 +232,13 @@ def test_whoever_closes_while_another_does_not_frees_nothing_and_nobody_hangs(on
         assert any("memory of NVSHMEM stays until the process ends" in line for line in told)
 
 
-def _grows(member, home):
+def _grows(member, home, hosts):
     from tcomm.groups import communicator
 
     communicator._has_gpu = lambda: True
     torch.cuda.current_device = lambda: 0
-    comm, fake = _on_hosts(member, home)
+    comm, fake = _on_hosts(member, home, hosts)
+    world = len(hosts)
     with comm:
         x = torch.arange(3.0)
         first = comm.all_reduce(x, algorithm="hierarchical")
@@ -244,19 +247,20 @@ def _grows(member, home):
         large = comm._devices.arena.staging
         assert large.layout.nbytes > small.layout.nbytes
         before = comm._devices.arena.channel.calls
-        total = comm.all_reduce(torch.ones(1 << 18), algorithm="hierarchical")
+        total = comm.all_reduce(torch.ones(1 << 20, dtype=torch.bfloat16), algorithm="hierarchical")
         assert comm._devices.arena.channel.calls == before + 1
-        assert bool((total == 4).all())
-        assert torch.equal(first, 4 * x)
-        assert torch.equal(comm.all_gather_single(x, algorithm="hierarchical"), x.repeat(4))
+        assert bool((total == world).all())
+        assert torch.equal(first, world * x)
+        assert torch.equal(comm.all_gather_single(x, algorithm="hierarchical"), x.repeat(world))
         # Graphs hold the addresses of what was there before.
         assert int(small.buffer.table[comm.rank]) == small.buffer.local.data_ptr()
     sizes = [entry for entry in fake.log if entry.startswith(("malloc", "free"))]
     assert [entry.split()[0] for entry in sizes] == ["malloc", "malloc", "free", "free"]
 
 
-def test_prepare_makes_larger_staging_and_keeps_the_old_to_the_end(on_ranks, home):
-    on_ranks(4, _grows, home)
+@pytest.mark.parametrize("hosts", ["AABB", "AB"])
+def test_prepare_makes_room_for_a_message_in_one_piece_and_keeps_the_old(on_ranks, home, hosts):
+    on_ranks(len(hosts), _grows, home, hosts)
 
 
 def _two_groups(member, home):
@@ -288,6 +292,23 @@ def _one_host(member, home):
 
 def test_on_one_host_the_memory_is_torchs(on_ranks, home):
     assert on_ranks(2, _one_host, home) == [[1]] * 2
+
+
+def test_the_real_start_has_an_exchange_of_its_own_each_time_and_the_directory(monkeypatch):
+    started = []
+
+    def start(exchange, device, seconds, **options):
+        started.append((exchange.prefix, device, seconds, options))
+
+    monkeypatch.setattr(NvshmemTransport, "start", start)
+    members = from_store(dist.HashStore(), 0, 1, "tp")
+    for _ in range(2):
+        devices.REAL_DEVICES.start_nvshmem(torch.device("cuda", 3), members, Config(nvshmem_home="/n"), 9.0)
+    (first, *rest), (second, *again) = started
+    assert rest == again == [3, 9.0, {"home": "/n", "problem": ""}]
+    assert first != second
+    assert "tp/nvshmem" in first
+    assert members.exchange.prefix not in (first, second)
 
 
 def test_without_a_way_to_start_it_nvshmem_is_missing():
