@@ -18,6 +18,7 @@ from tcomm.groups.setup import Membership, split_exchange
 from tcomm.interpret import is_interpreted
 from tcomm.memory.base import NotShared
 from tcomm.memory.channel import Channel
+from tcomm.memory.control import MAX_WORLD_SIZE
 from tcomm.memory.cuda import CudaTransport, TorchSymmetricMemory
 from tcomm.memory.device_arena import DeviceArena, DeviceTransport, open_device_arena
 from tcomm.memory.exchange import StoreExchange
@@ -197,6 +198,11 @@ class DeviceMemory:
         if len(set(hosts)) == 1:
             made = self.devices.make_transport(device, self._members, self._config)
             return made, "the memory of the group is torch's and not NVSHMEM's"
+        if len(hosts) > MAX_WORLD_SIZE:
+            return (
+                None,
+                f"{len(hosts)} ranks are more than the {MAX_WORLD_SIZE} that a control page has room for",
+            )
         try:
             if self.devices.start_nvshmem is None:
                 raise CapabilityError("NVSHMEM cannot be started")

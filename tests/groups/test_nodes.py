@@ -318,6 +318,13 @@ def test_without_a_way_to_start_it_nvshmem_is_missing():
     assert (made, why) == (None, "NVSHMEM cannot be started")
 
 
+def test_nvshmem_is_not_started_for_more_ranks_than_a_page_has_room_for():
+    memory = DeviceMemory.__new__(DeviceMemory)
+    memory.devices = Devices(None, None, None, None, lambda *_: pytest.fail("started"))
+    made, why = memory._open_transport(torch.device("cpu"), ["A"] * 9 + ["B"] * 8)
+    assert (made, why) == (None, "17 ranks are more than the 16 that a control page has room for")
+
+
 def test_a_triton_that_cannot_read_the_bitcode_is_a_reason(monkeypatch):
     from tcomm.kernels import nvshmem_modules
 
