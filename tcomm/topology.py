@@ -105,6 +105,11 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         return sizes.pop() if len(sizes) == 1 else 0
 
     @property
+    def ranks_are_in_order(self) -> bool:
+        """Whether the ranks of every node follow one another."""
+        return list(self.nodes) == sorted(self.nodes)
+
+    @property
     def digest(self) -> str:
         """Hash of all of it: two ranks with the same digest choose alike."""
         return hashlib.blake2b(msgspec.json.encode(self), digest_size=8).hexdigest()

@@ -20,6 +20,7 @@ from tcomm.groups.pool import ResultPool
 from tcomm.groups.torch_verbs import make_torch_plan
 from tcomm.memory.arena import Arena
 from tcomm.memory.base import KernelArena
+from tcomm.memory.device_arena import DeviceArena
 from tcomm.signature import CallDescription
 from tcomm.tuning.choose import Decision
 
@@ -92,7 +93,10 @@ class Planner:
         if devices is None or arena is None:
             raise AssertionError("an algorithm on GPUs was chosen without memory there")
         algorithm = decision.algorithm.partition(":")[2]
-        launch = Rebound(_plan_kernel(job, algorithm, arena, call, decision.piece_nbytes))
+        if algorithm == "hierarchical":
+            launch = Rebound(_plan_on_nodes(job, devices, arena, call))
+        else:
+            launch = Rebound(_plan_kernel(job, algorithm, arena, call, decision.piece_nbytes))
 
         def run(x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
             if x.device != arena.device:
@@ -175,6 +179,24 @@ def _plan_kernel(
         return lambda x, out, timeout: launch(x, out, arena, parts, op, timeout=timeout, **options)
     launch = (exchange.LAUNCHERS | by_switch["all_gather"])[algorithm]
     return lambda x, out, timeout: launch(x, out, arena, parts, timeout=timeout, **options)
+
+
+def _plan_on_nodes(job: Job, devices: DeviceMemory, arena: DeviceArena, call: CallDescription) -> Plan:
+    from tcomm.kernels.hierarchical import hierarchical_all_gather, hierarchical_all_reduce
+
+    if devices.topology is None or arena.nvshmem is None:
+        raise AssertionError("an algorithm over nodes was chosen without NVSHMEM")
+    nodes, pes, world = devices.topology.num_nodes, arena.nvshmem.pes, arena.world_size
+    if job.parts is None:
+        return lambda x, out, timeout: hierarchical_all_reduce(
+            x, arena, nodes, call.reduce, out=out, pes=pes, timeout=timeout, call=call
+        )
+
+    def gather(x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
+        rows = out.view(world, x.numel())
+        hierarchical_all_gather(x.view(-1), arena, nodes, out=rows, pes=pes, timeout=timeout, call=call)
+
+    return gather
 
 
 def _with_chunks(job: Job, plan: Plan, pool: ResultPool) -> Plan:

@@ -30,6 +30,7 @@ __all__ = [
     "agree_on_settings",
     "from_process_group",
     "from_store",
+    "split_exchange",
     "split_membership",
 ]
 
@@ -97,6 +98,11 @@ def from_store(store: Store, rank: int, world_size: int, name: str) -> Membershi
         raise ConfigError(f"rank {rank} of {world_size} ranks: it must be at least 0 and below their number")
     exchange = StoreExchange(store, rank, world_size, _prefix(name))
     return Membership(name, exchange, None, tuple(range(world_size)))
+
+
+def split_exchange(members: Membership, name: str) -> Exchange:
+    """Another exchange of the same ranks, whose messages meet nobody else's. **Collective.**"""
+    return members.exchange.split(_prefix(f"{members.name}/{name}"))
 
 
 def split_membership(members: Membership, name: str) -> Membership:

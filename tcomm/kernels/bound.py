@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -24,6 +24,7 @@ __all__ = [
     "COMPILED_MAX_REGISTERS",
     "COMPILED_THREADS",
     "BoundLaunch",
+    "Link",
     "Rebound",
     "budget_of",
     "compile_and_load",
@@ -49,6 +50,23 @@ _ALWAYS_LONG = {"signature", "budget"}
 _compiled: dict[tuple[object, ...], Any] = {}
 _in_graphs: dict[int, BoundLaunch] = {}
 """Launches that a graph was captured of: nobody says when a graph ends, so their memory is kept for good."""
+
+
+class Link(Protocol):
+    """A library that is linked into a kernel, and has a say once that is loaded."""
+
+    key: str
+    """What kernels with it are told apart by."""
+    options: Mapping[str, Any]
+    """Of the compiler, above those of every kernel."""
+
+    def is_ready(self, compiled: Any) -> bool:
+        """Whether `get_ready` has nothing to do."""
+        ...
+
+    def get_ready(self, compiled: Any) -> None:
+        """Do what comes between loading and the first launch."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +134,7 @@ def launch_compiled(
     values: tuple[Any, ...],
     budget: int,
     constants: Mapping[str, Any],
+    link: Link | None = None,
 ) -> None:
     """Launch a kernel, compiled when it was not before.
 
@@ -127,12 +146,13 @@ def launch_compiled(
         values: of all run-time arguments up to the rank.
         budget: what each wait may take; see `launch.budget_of`.
         constants: of the kernel, by name.
+        link: what is linked into it.
 
     Raises:
         CapabilityError: while a graph is captured, when it has yet to be compiled or loaded.
     """
     has_tensors = kernel.arg_names[0] == "x_ptr"
-    compiled = compile_and_load(kernel, arena, values, constants)
+    compiled = compile_and_load(kernel, arena, values, constants, link)
     ordered = tuple(constants[name] for name in kernel.arg_names if name in constants)
     split = 2 if has_tensors else 0
     tensors = tuple(value.data_ptr() for value in values[:split])
@@ -145,7 +165,11 @@ def launch_compiled(
 
 
 def compile_and_load(
-    kernel: Any, arena: KernelArena, arguments: tuple[Any, ...], constants: Mapping[str, Any]
+    kernel: Any,
+    arena: KernelArena,
+    arguments: tuple[Any, ...],
+    constants: Mapping[str, Any],
+    link: Link | None = None,
 ) -> Any:
     """The kernel for arguments of this kind, compiled and loaded on the device of the arena.
 
@@ -154,6 +178,7 @@ def compile_and_load(
         arena: of the group.
         arguments: run-time arguments up to the rank.
         constants: of the kernel, by name.
+        link: what is linked into it.
 
     Raises:
         CapabilityError: while a graph is captured, when it has yet to be compiled or loaded.
@@ -163,21 +188,36 @@ def compile_and_load(
     kinds = tuple(_kind(value) for name, value in named if name not in _ALWAYS_LONG)
     # Whether launches that are not one may overlap is said nowhere for cooperative ones.
     is_one = all(part.stream is None for part in arena.launch_parts)
-    key = (kernel, arena.device, is_one, kinds, tuple(sorted(constants.items(), key=str)))
+    linked = "" if link is None else link.key
+    key = (kernel, arena.device, is_one, linked, kinds, tuple(sorted(constants.items(), key=str)))
     found = _compiled.get(key)
-    if found is None:
+    if found is None or (link is not None and not link.is_ready(found)):
         arena.runtime.refuse_in_capture(f"{kernel.__name__} has to be compiled and loaded")
-        options: dict[str, Any] = {"launch_cooperative_grid": is_one}
-        target = triton.runtime.driver.active.get_current_target()
-        options["num_warps"] = COMPILED_THREADS // target.warp_size
-        if target.backend == "cuda":
-            options["maxnreg"] = COMPILED_MAX_REGISTERS
         with arena.runtime.on_device():
-            found = kernel.run(*values, grid=(1, 1, 1), warmup=True, **constants, **options)
-            # Loads the module: later that could wait for a kernel which waits for this rank.
-            if found.run is None or found.function is None:
-                raise CapabilityError(f"Triton gave no launcher for {kernel.__name__}")
+            if found is None:
+                found = _load(kernel, values, constants, is_one, {} if link is None else link.options)
+            if link is not None:
+                link.get_ready(found)
         _compiled[key] = found
+    return found
+
+
+def _load(
+    kernel: Any,
+    values: tuple[Any, ...],
+    constants: Mapping[str, Any],
+    is_one: bool,
+    more: Mapping[str, Any],
+) -> Any:
+    options: dict[str, Any] = {"launch_cooperative_grid": is_one}
+    target = triton.runtime.driver.active.get_current_target()
+    options["num_warps"] = COMPILED_THREADS // target.warp_size
+    if target.backend == "cuda":
+        options["maxnreg"] = COMPILED_MAX_REGISTERS
+    found = kernel.run(*values, grid=(1, 1, 1), warmup=True, **constants, **options | dict(more))
+    # Loads the module: later that could wait for a kernel which waits for this rank.
+    if found.run is None or found.function is None:
+        raise CapabilityError(f"Triton gave no launcher for {kernel.__name__}")
     return found
 
 

@@ -29,7 +29,9 @@ import torch
 import triton
 import triton.language as tl
 
+from tcomm.algorithms import GPU_ALGORITHMS
 from tcomm.errors import ConfigError
+from tcomm.kernels.bound import compiling_only
 from tcomm.kernels.device import (
     await_some,
     begin_call,
@@ -45,14 +47,14 @@ from tcomm.kernels.numerics import accumulator_of, check_reduction
 from tcomm.kernels.partition import as_flat_words
 from tcomm.kernels.rails import await_rails, mates_of, send_on_rails, spoiled_unless, worse
 from tcomm.kernels.runs import copy_run, reduce_run
-from tcomm.memory.arena import Arena
+from tcomm.memory.base import KernelArena
 from tcomm.memory.control import ErrorKind
 from tcomm.memory.layout import ALIGNMENT, cut
 from tcomm.signature import CallDescription
 
-__all__ = ["hierarchical_all_gather", "hierarchical_all_reduce"]
+__all__ = ["compile_nodes_ahead", "hierarchical_all_gather", "hierarchical_all_reduce"]
 
-_RUNTIME = ["rank", "signature", "budget"]
+_RUNTIME = ["rank", "signature", "budget", "numel"]
 _TIMEOUT = tl.constexpr(int(ErrorKind.TIMEOUT))
 
 
@@ -65,10 +67,10 @@ def _run_of(first, length, numel, UNIT: tl.constexpr):
     return first + begin, tl.maximum(count, 0)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=[*_RUNTIME, "part_stride"])
 def _hierarchical_all_gather_kernel(
     x_ptr, out_ptr,  # [numel]; W parts, `part_stride` apart
-    numel, part_stride, staging_ptrs, pad_ptrs,  # [W] int64, 0 for ranks of other nodes
+    numel, part_stride: tl.int64, staging_ptrs, pad_ptrs,  # [W] int64, 0 for ranks of other nodes
     pes_ptr,  # [W] int64, PE of each rank
     signature: tl.int64, rank, budget: tl.int64,
     WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
@@ -111,7 +113,7 @@ def _hierarchical_all_gather_kernel(
 
 def hierarchical_all_gather(
     x: torch.Tensor,
-    arena: Arena,
+    arena: KernelArena,
     nodes: int,
     *,
     out: torch.Tensor | None = None,
@@ -226,7 +228,7 @@ def _hierarchical_all_reduce_kernel(
 
 def hierarchical_all_reduce(
     x: torch.Tensor,
-    arena: Arena,
+    arena: KernelArena,
     nodes: int,
     op: str = "sum",
     *,
@@ -276,6 +278,34 @@ def hierarchical_all_reduce(
             UNIT=ALIGNMENT // x.itemsize, BLOCK=tile, OP=op, ACC=acc,
         )  # fmt: skip
     return out
+
+
+def compile_nodes_ahead(
+    arena: KernelArena, nodes: int, pes: Sequence[int], dtypes: Sequence[torch.dtype], ops: Sequence[str]
+) -> None:
+    """`warmup.compile_ahead` of what works over several nodes: compile and load, and launch nothing.
+
+    Args:
+        arena: of the group, with staging.
+        nodes: how many.
+        pes: NVSHMEM's number of each rank.
+        dtypes: element types; what cannot be reduced is only moved.
+        ops: reduce operations.
+
+    Raises:
+        CapabilityError: while a graph is captured.
+    """
+    known = {algorithm.name: algorithm for algorithm in GPU_ALGORITHMS["all_reduce"]}["triton:hierarchical"]
+    world, numel, device = arena.world_size, ALIGNMENT, staging_of(arena).buffer.table.device
+    with compiling_only():
+        for dtype in dtypes:
+            x = torch.zeros(world, numel, dtype=dtype, device=device)
+            # Parts of whole vectors, and parts that begin anywhere.
+            for out in (x, x.view(-1)[:world].view(world, 1)):
+                hierarchical_all_gather(out[0], arena, nodes, out=out, pes=pes)
+            for op in ops:
+                if not known.refusal(op, dtype):
+                    hierarchical_all_reduce(x[0], arena, nodes, op, out=x[0], pes=pes)
 
 
 def _describe(op: str, x: torch.Tensor, nodes: int, reduce: str = "") -> CallDescription:

@@ -10,12 +10,24 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from tcomm.errors import CapabilityError
+import triton
 
-__all__ = ["DEVICE_STATE", "NvshmemModules"]
+from tcomm.errors import CapabilityError
+from tcomm.interpret import is_interpreted
+
+__all__ = ["DEVICE_STATE", "NvshmemModules", "why_not_linked"]
 
 DEVICE_STATE = "nvshmemi_device_state_d"
 """The symbol that a module has when NVSHMEM is linked into it, and that initialising one without it lacks."""
+
+_OLDEST_TRITON = (3, 7)
+
+
+def why_not_linked(version: str = triton.__version__) -> str:
+    """Why this Triton cannot link NVSHMEM; empty where it can, or interprets and need not."""
+    if is_interpreted() or tuple(map(int, version.split(".")[:2])) >= _OLDEST_TRITON:
+        return ""
+    return f"the LLVM of Triton {version} cannot read NVSHMEM's bitcode; install Triton 3.7 or later"
 
 
 class NvshmemModules:
@@ -32,6 +44,10 @@ class NvshmemModules:
         self._init = cumodule_init
         self._finalize = cumodule_finalize
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def knows(self, kernel: Any) -> bool:
+        """Whether `initialise` was called for a compiled kernel, or would do nothing."""
+        return kernel in self._known or DEVICE_STATE not in kernel.asm["ptx"]
 
     def initialise(self, kernel: Any) -> bool:
         """Load a compiled kernel and let NVSHMEM fill in its state, once; False where it links no NVSHMEM.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -68,7 +69,10 @@ class SymmetricBuffer:
         world_size: number of ranks.
         nbytes: size of each rank's buffer, in bytes.
         table: [W] int64, base address of each rank's buffer as seen by this process. Kernels take it.
+        unreachable: ranks whose buffers cannot be addressed here, and why; 0 in the table.
     """
+
+    unreachable: Mapping[int, str] = types.MappingProxyType({})
 
     def __init__(self, rank: int, buffers: Sequence[torch.Tensor]) -> None:
         self.rank = rank
@@ -163,8 +167,8 @@ class KernelChannel(Protocol):
         """Take the next epoch, or raise what ended the group."""
         ...
 
-    def after_kernel(self, epoch: int) -> None:
-        """Raise what the kernel found, as far as it is known by now."""
+    def after_kernel(self, epoch: int, everyone: bool = False) -> None:
+        """Raise what the kernel found, as far as it is known by now; `everyone`: as in `Channel`."""
         ...
 
     def kernel_pause(self, phase: int, block: int, word: int) -> int:

@@ -254,6 +254,16 @@ class CudaTransport:
             return NotShared("the GPUs share no memory (" + "; ".join(reasons) + ")")
         return DeviceBuffer(self._exchange.rank, mapped.buffers, mapped.multicast)
 
+    def settle(self) -> None:
+        """Wait until the device has done all that it was given."""
+        self.memory.settle()
+
+    def why_no_multicast(self) -> str:
+        """Why its buffers have no multicast address, where they have none."""
+        if self._allow_shared_device:
+            return "TCOMM_ALLOW_SHARED_DEVICE gives multicast up"
+        return self.memory.why_no_multicast() or "torch gave the memory no multicast address"
+
     def keep(self, thing: object) -> None:
         """Keep what kernels may use from the garbage collector, until `release`."""
         _never_collected[id(thing)] = thing

@@ -10,6 +10,7 @@ import logging
 import secrets
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -29,9 +30,11 @@ from tcomm.memory.control import (
     Word,
     dead_word,
 )
-from tcomm.memory.cuda import CudaTransport, DeviceBuffer
+from tcomm.memory.cuda import DeviceBuffer
 from tcomm.memory.device_channel import DeviceChannel
 from tcomm.memory.layout import StagingLayout
+from tcomm.memory.nvshmem import NvshmemTransport
+from tcomm.memory.nvshmem_buffer import NvshmemBuffer
 from tcomm.memory.runtime import CudaRuntime, HostRuntime, Runtime
 from tcomm.signature import CallDescription
 
@@ -51,6 +54,32 @@ ProveAccess = Callable[
 """`tcomm.memory.probe.prove_access`."""
 
 
+class DeviceTransport(Protocol):
+    """Makes symmetric buffers on GPUs: `CudaTransport` on one machine, `NvshmemTransport` on several."""
+
+    def allocate(
+        self, nbytes: int, timeout: float, check: Callable[[], None] | None = None
+    ) -> DeviceBuffer | NvshmemBuffer | NotShared:
+        """Make a zeroed buffer of `nbytes` on every rank's device. **Collective.**"""
+        ...
+
+    def keep(self, thing: object) -> None:
+        """Keep what kernels may use until `release`."""
+        ...
+
+    def release(self) -> None:
+        """Give everything back, with nothing in flight on the device. May be called twice."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until the device has done all that it was given."""
+        ...
+
+    def why_no_multicast(self) -> str:
+        """Why its buffers have no multicast address; empty where they should have."""
+        ...
+
+
 class DeviceArena:
     """One rank's hold on a group's memory on GPUs. Made by `open_device_arena`.
 
@@ -65,6 +94,7 @@ class DeviceArena:
         runtime: streams of the device.
         launch_parts: one launch, of this rank.
         unreachable: peers that cannot be reached, and why; proved by `tcomm.memory.probe` at the opening.
+        nvshmem: what made the memory, where that is NVSHMEM.
     """
 
     is_virtual = False
@@ -74,8 +104,8 @@ class DeviceArena:
         self,
         group: str,
         exchange: Exchange,
-        transport: CudaTransport,
-        arena: DeviceBuffer,
+        transport: DeviceTransport,
+        arena: DeviceBuffer | NvshmemBuffer,
         device: torch.device,
         runtime: Runtime,
         host: Channel | None,
@@ -87,6 +117,7 @@ class DeviceArena:
         self.control = arena.part(0, CONTROL_BYTES)
         self.multicast = arena.multicast
         self.unreachable: dict[int, str] = {}
+        self.nvshmem = transport if isinstance(transport, NvshmemTransport) else None
         self.launch_parts = (LaunchPart(self.rank),)
         self._exchange = exchange
         self._transport = transport
@@ -94,7 +125,7 @@ class DeviceArena:
         self._page = self.control.local.view(torch.int64)
         self._staging: Staging | None = None
         self._is_closed = False
-        settle = transport.memory.settle
+        settle = transport.settle
         self.channel = DeviceChannel(group, self.rank, self.world_size, self._page, runtime, settle, host)
         transport.keep(self.channel.record)
 
@@ -108,7 +139,7 @@ class DeviceArena:
         self._refuse_closed()
         return self._staging
 
-    def initialise(self, staging: DeviceBuffer) -> None:
+    def initialise(self, staging: DeviceBuffer | NvshmemBuffer) -> None:
         """Fill in this rank's page and lanes, before any rank launches anything."""
         page = torch.zeros(CONTROL_BYTES // 8, dtype=torch.int64)
         page[ARRIVALS:MAILBOXES] = _signed(dead_word(0))
@@ -137,7 +168,7 @@ class DeviceArena:
         self._refuse_closed()
         self.runtime.refuse_in_capture("staging has to be made")
         layout = StagingLayout(nbytes, self.world_size)
-        self._transport.memory.settle()
+        self._transport.settle()
         try:
             made = self._transport.allocate(layout.nbytes, timeout, self._refuse_the_gone)
             if isinstance(made, NotShared):
@@ -159,25 +190,26 @@ class DeviceArena:
         Raises:
             RendezvousError, PeerLostError: when a rank did not come.
         """
-        settle, check = self._transport.memory.settle, self._refuse_the_gone
+        settle, check = self._transport.settle, self._refuse_the_gone
         self.unreachable = prove(self._exchange, self.control, settle, timeout, check)
 
     def set_epoch(self, epoch: int) -> None:
         """Go on from `epoch`, with nothing in flight; the same on every rank. For tests of the wrap."""
         staging = self.staging
-        self._transport.memory.settle()
+        self._transport.settle()
         self._page[ARRIVALS:MAILBOXES] = _signed(dead_word(epoch))
         self._page[Word.EPOCH] = epoch & EPOCH_MASK
         if staging is not None:
             words = staging.buffer.peer(self.rank, dtype=torch.int64)
             words[: staging.layout.half_offset // 8] = _signed(dead_word(epoch))
-        self._transport.memory.settle()
+        self._transport.settle()
 
     def close(self, reason: str = "it was closed") -> None:
         """Complete what was launched, and give the memory back. May be called twice.
 
-        Not collective, unless there is multicast: then it waits a little for the others, since a rank's
-        memory is bound to an address that they still use. What is launched and cannot complete is aborted.
+        Not collective, unless there is multicast, where a rank's memory is bound to an address that others
+        use, or NVSHMEM, which frees together: then it waits a little for the others. What is launched and
+        cannot complete is aborted.
         """
         if self._is_closed:
             return
@@ -187,7 +219,7 @@ class DeviceArena:
         abort.start()
         broken = False
         try:
-            self._transport.memory.settle()
+            self._transport.settle()
         except RuntimeError as error:
             broken = True
             logger.warning("group %r: %s failed before its end: %s", self.channel.group, self.device, error)
@@ -207,13 +239,13 @@ class DeviceArena:
         except TcommError:
             return  # they are gone, or busy elsewhere, and have their own deadlines
 
-    def _adopt(self, made: DeviceBuffer, epoch: int) -> None:
+    def _adopt(self, made: DeviceBuffer | NvshmemBuffer, epoch: int) -> None:
         self._staging = self._lanes_of_nobody(made, epoch)
 
-    def _lanes_of_nobody(self, made: DeviceBuffer, epoch: int) -> Staging:
+    def _lanes_of_nobody(self, made: DeviceBuffer | NvshmemBuffer, epoch: int) -> Staging:
         layout = StagingLayout(made.nbytes, self.world_size)
         made.local.view(torch.int64)[: layout.half_offset // 8] = _signed(dead_word(epoch))
-        self._transport.memory.settle()
+        self._transport.settle()
         return Staging(made, layout, made.multicast)
 
     def _refuse_closed(self) -> None:
@@ -237,7 +269,7 @@ class DeviceArena:
 def open_device_arena(
     group: str,
     exchange: Exchange,
-    transport: CudaTransport,
+    transport: DeviceTransport,
     device: torch.device,
     host: Channel | None,
     staging_bytes: int,
@@ -263,6 +295,7 @@ def open_device_arena(
         PeerLostError: when a rank that had come died.
     """
     if exchange.world_size > MAX_WORLD_SIZE:
+        transport.release()
         return NotShared(f"{exchange.world_size} ranks; a control page has room for {MAX_WORLD_SIZE}")
     runtime: Runtime = HostRuntime() if device.type == "cpu" else CudaRuntime(device)
     runtime.refuse_in_capture("the memory of the group has to be made")
@@ -272,7 +305,11 @@ def open_device_arena(
         if host is not None and (gone := host.find_gone()):
             raise host.lost(gone, 0)
 
-    made = transport.allocate(CONTROL_BYTES + layout.nbytes, timeout, refuse_the_gone)
+    try:
+        made = transport.allocate(CONTROL_BYTES + layout.nbytes, timeout, refuse_the_gone)
+    except CapabilityError:
+        transport.release()
+        raise
     if isinstance(made, NotShared):
         transport.release()
         return made

@@ -30,6 +30,8 @@ from tcomm.signature import CallDescription
 __all__ = ["DeviceChannel"]
 
 _SIGNATURE_MASK = 0xFFFFFFFF
+_SPOILED = 1
+"""What is changed in a word by which a kernel over nodes passes a disagreement on."""
 _RECORD_SECONDS = 0.05
 _LOOKS_BEFORE_GONE = 2
 
@@ -109,14 +111,14 @@ class DeviceChannel:
             self._notes[self.rank].put(self.calls, call)
         return self.calls
 
-    def after_kernel(self, epoch: int) -> None:
+    def after_kernel(self, epoch: int, everyone: bool = False) -> None:
         """Raise what is known by now, without waiting.
 
         A mismatch is raised here only where kernels have run to their end, in the interpreter. On a GPU the
         ranks learn of it at different calls; they stay in step because each of them makes the call during
         which it learns of it, and raises behind it: `raise_recorded`.
         """
-        del epoch
+        del epoch, everyone
         if self._waits_for_kernels:
             self.raise_recorded()
         else:
@@ -266,10 +268,14 @@ class DeviceChannel:
         epoch, mine = expected >> 32, expected & _SIGNATURE_MASK
         lines = [f"call #{epoch} of group {self.group!r} on GPUs: the ranks called different things"]
         known = self._notes[self.rank].find(mine) if self._notes else None
+        if seen & _SIGNATURE_MASK == mine ^ _SPOILED:
+            # It called the same, and had heard of a rank that did not.
+            lines.append(f"  rank {peer} heard of it from another rank")
+            seen = expected
         others = []
         for rank in range(self.world_size):
             signature: int | None = {self.rank: mine, peer: seen & _SIGNATURE_MASK}.get(rank)
-            call = self._call if rank == self.rank and self._call.signature == mine else None
+            call = self._call if signature == mine == self._call.signature else None
             if self._notes and signature is not None:
                 found = self._notes[rank].find(signature)
                 call = found[1] if found else call

@@ -6,6 +6,7 @@ and a rank that frees while another does not hangs both.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 from collections.abc import Callable, Sequence
@@ -14,14 +15,17 @@ from typing import Any
 import msgspec
 import torch
 
-from tcomm.errors import CapabilityError, GroupClosedError
-from tcomm.memory.base import Exchange, SymmetricBuffer
-from tcomm.memory.nvshmem_bitcode import find_bitcode
+from tcomm.errors import CapabilityError, GroupClosedError, RendezvousError
+from tcomm.memory.base import Exchange
+from tcomm.memory.nvshmem_bitcode import Bitcode, find_bitcode
+from tcomm.memory.nvshmem_buffer import NvshmemBuffer
 
-__all__ = ["Nvshmem4py", "NvshmemBuffer", "NvshmemTransport", "load_nvshmem"]
+__all__ = ["Nvshmem4py", "NvshmemTransport", "load_nvshmem"]
 
 logger = logging.getLogger("tcomm")
 
+_OTHERS_SECONDS = 5.0
+"""How long `release` waits for the others."""
 _RUNNING = ("STATUS_IS_INITIALIZED", "STATUS_LIMITED_MPG", "STATUS_FULL_MPG")
 
 
@@ -112,73 +116,6 @@ def load_nvshmem(device: int) -> Nvshmem4py:
     )
 
 
-class NvshmemBuffer(SymmetricBuffer):
-    """A buffer of every rank, some of which only puts and gets reach.
-
-    Attributes:
-        address: of this rank's buffer: the symmetric address that puts and gets take for any rank.
-        table: [W] int64, on the device; 0 for ranks that loads and stores do not reach.
-        unreachable: rank -> why.
-    """
-
-    def __init__(
-        self, rank: int, address: int, views: Sequence[torch.Tensor | None], addresses: Sequence[int]
-    ) -> None:
-        local = views[rank]
-        if local is None:
-            raise AssertionError("a rank reaches its own memory")
-        self.rank = rank
-        self.world_size = len(views)
-        self.nbytes = local.numel()
-        self.address = address
-        self.table = torch.tensor(addresses, dtype=torch.int64, device=local.device)
-        self.unreachable = {
-            peer: f"loads and stores from rank {rank} do not reach rank {peer}: it is on another node, or "
-            "its GPU is no peer of this one; use puts and gets"
-            for peer, view in enumerate(views)
-            if view is None
-        }
-        self._views: tuple[torch.Tensor | None, ...] = tuple(views)
-
-    @property
-    def local(self) -> torch.Tensor:
-        """[nbytes] uint8, this rank's own buffer."""
-        return self.peer(self.rank)
-
-    def peer(
-        self,
-        rank: int,
-        shape: Sequence[int] | None = None,
-        dtype: torch.dtype = torch.uint8,
-        offset: int = 0,
-    ) -> torch.Tensor:
-        """A tensor over another rank's buffer, without a copy.
-
-        Raises:
-            CapabilityError: when loads and stores do not reach it.
-            GroupClosedError: after the transport was closed.
-            IndexError: when the view would pass the end of the buffer.
-        """
-        if not self._views:
-            raise GroupClosedError("the memory of NVSHMEM was freed when its transport was closed")
-        if rank in self.unreachable:
-            raise CapabilityError(self.unreachable[rank])
-        return _peer_view(self._views[rank], shape, dtype, offset)
-
-    def forget(self) -> None:
-        """Let go of all views; the memory is about to be freed."""
-        self._views = ()
-        self.table.zero_()
-
-
-def _peer_view(
-    buffer: torch.Tensor | None, shape: Sequence[int] | None, dtype: torch.dtype, offset: int
-) -> torch.Tensor:
-    if buffer is None:
-        raise AssertionError("unreachable ranks are refused before")
-    return SymmetricBuffer(0, [buffer]).peer(0, shape, dtype, offset)
-
-
 class _Hello(msgspec.Struct, frozen=True):
     """What a rank tells the others before it starts."""
 
@@ -196,6 +133,21 @@ class _Place(msgspec.Struct, frozen=True):
     count: int = 0
 
 
+@dataclasses.dataclass
+class _Use:
+    """The NVSHMEM of this process, which several groups may use one beside the other."""
+
+    transports: int = 0
+    """That are open."""
+    owned: bool = False
+    """Whether one of them started it."""
+    at_end: list[Callable[[], None]] = dataclasses.field(default_factory=list)
+    """What is called before it ends."""
+
+
+_use = _Use()
+
+
 class NvshmemTransport:
     """Symmetric buffers over NVSHMEM, for a group that is all of its PEs.
 
@@ -203,21 +155,28 @@ class NvshmemTransport:
 
     Attributes:
         pes: NVSHMEM's number of each rank.
-        owned: whether `start` started NVSHMEM, and `close` ends it. Otherwise it was running, because of
-            torch or of somebody else, and goes on.
+        owned: whether `start` started NVSHMEM; the last transport that is closed ends it then. Otherwise it
+            was running, because of another group, of torch or of somebody else.
         library: what it uses of nvshmem4py.
+        bitcode: what kernels link, of the library's version.
     """
 
     name = "NVSHMEM"
 
-    def __init__(self, exchange: Exchange, library: Nvshmem4py, pes: Sequence[int], owned: bool) -> None:
+    def __init__(
+        self,
+        exchange: Exchange, library: Nvshmem4py, pes: Sequence[int], owned: bool, bitcode: Bitcode,
+    ) -> None:  # fmt: skip
         self.library = library
         self.pes = tuple(pes)
         self.owned = owned
+        self.bitcode = bitcode
         self._exchange = exchange
         self._buffers: list[NvshmemBuffer] = []
-        self._on_close: list[Callable[[], None]] = []
+        self._kept: list[object] = []
         self._closed = False
+        _use.transports += 1
+        _use.owned |= owned
 
     @classmethod
     def start(
@@ -228,6 +187,7 @@ class NvshmemTransport:
         *,
         load: Callable[[int], Nvshmem4py] = load_nvshmem,
         home: str = "",
+        problem: str = "",
     ) -> NvshmemTransport:
         """Start NVSHMEM, or attach to the one that runs. **Collective.**
 
@@ -237,19 +197,20 @@ class NvshmemTransport:
             timeout: seconds for each exchange. Starting itself has no deadline: that is NVSHMEM's.
             load: gives what is used of nvshmem4py.
             home: directory to take the bitcode from; see `find_bitcode`.
+            problem: what is in the way on this rank, besides; every rank is told.
 
         Raises:
             CapabilityError: on every rank, when one has no nvshmem4py, no bitcode or other versions, when it
                 runs on some ranks only, or with other PEs than this group's.
             RendezvousError: when a rank did not come in time.
         """
-        library, hello = _prepare(load, device, home)
+        library, bitcode, hello = _prepare(load, device, home, problem)
         hellos = [
             msgspec.msgpack.decode(payload, type=_Hello)
             for payload in exchange.all_gather(msgspec.msgpack.encode(hello), timeout)
         ]
         _refuse_differences(hellos)
-        if library is None:
+        if library is None or bitcode is None:
             raise AssertionError("a rank without a library has a problem")
         place = _Place()
         if not hello.running:
@@ -266,10 +227,12 @@ class NvshmemTransport:
                 f"NVSHMEM runs with {sorted(counts)} PEs, and the {exchange.world_size} ranks of this group "
                 f"are PEs {pes}; its memory is allocated by all PEs together, so make the group of all"
             )
-        return cls(exchange, library, pes, owned=not hello.running)
+        return cls(exchange, library, pes, not hello.running, bitcode)
 
-    def allocate(self, nbytes: int, timeout: float) -> NvshmemBuffer:
+    def allocate(self, nbytes: int, timeout: float, check: Callable[[], None] | None = None) -> NvshmemBuffer:
         """Make a zeroed buffer of `nbytes` on every rank, and map those within reach. **Collective.**
+
+        `check` is called while this rank waits for others; what it raises ends the wait.
 
         Raises:
             CapabilityError: on every rank, when the ranks ask for different sizes, or there is no room.
@@ -277,7 +240,7 @@ class NvshmemTransport:
             RendezvousError: when a rank did not come in time.
         """
         self._refuse_closed()
-        sizes = {int(size) for size in self._exchange.all_gather(str(nbytes).encode(), timeout)}
+        sizes = {int(size) for size in self._exchange.all_gather(str(nbytes).encode(), timeout, check)}
         if sizes != {nbytes}:
             raise CapabilityError(
                 f"the ranks ask for {sorted(sizes)} bytes of NVSHMEM memory; give the same size on all"
@@ -288,7 +251,7 @@ class NvshmemTransport:
         except Exception as error:  # noqa: BLE001 - every rank is told
             logger.warning("NVSHMEM's malloc: %s", error)
             address = 0
-        got = self._exchange.all_gather(str(address).encode(), timeout)
+        got = self._exchange.all_gather(str(address).encode(), timeout, check)
         lacking = [r for r, payload in enumerate(got) if payload == b"0"]
         if lacking:
             raise CapabilityError(
@@ -302,20 +265,43 @@ class NvshmemTransport:
         buffer = NvshmemBuffer(rank, address, views, addresses)
         buffer.local.zero_()
         library.synchronize()
-        self._exchange.all_gather(b"zeroed", timeout)
+        self._exchange.all_gather(b"zeroed", timeout, check)
         self._buffers.append(buffer)
         return buffer
 
+    def settle(self) -> None:
+        """Wait until the device has done all that it was given."""
+        self.library.synchronize()
+
+    def keep(self, thing: object) -> None:
+        """Keep what kernels may use until the end."""
+        self._kept.append(thing)
+
+    def why_no_multicast(self) -> str:
+        """Why its buffers have no multicast address."""
+        return "memory of NVSHMEM is used without multicast"
+
     def on_close(self, function: Callable[[], None]) -> None:
-        """Call `function` on close, after memory was freed and while NVSHMEM runs."""
+        """Call `function` when the last transport closes, after memory was freed and while NVSHMEM runs."""
         self._refuse_closed()
-        self._on_close.append(function)
+        _use.at_end.append(function)
+
+    def release(self) -> None:
+        """`close`, which waits a little for the others; without them the memory is NVSHMEM's to the end."""
+        try:
+            self.close(_OTHERS_SECONDS)
+        except RendezvousError as error:
+            self._closed = True
+            logger.warning(
+                "memory of NVSHMEM stays until the process ends, freeing takes all ranks: %s", error
+            )
 
     def close(self, timeout: float) -> None:
-        """Free everything, the last first, and end NVSHMEM where `start` started it. **Collective.**
+        """Free everything, the last first, and end NVSHMEM where tcomm started it. **Collective.**
 
-        Never called by the garbage collector or at exit: ranks that are not all here would hang. May be
-        called again. Destroy the process group after it.
+        Never called by the garbage collector or at exit of itself: ranks that are not all here would hang.
+        May be called again. NVSHMEM ends with the last transport of the process. Destroy the process group
+        after it.
 
         Raises:
             RendezvousError: when a rank did not come in time; nothing was freed.
@@ -323,40 +309,58 @@ class NvshmemTransport:
         if self._closed:
             return
         self.library.synchronize()
-        self._exchange.all_gather(b"close", timeout)
+        self._meet(b"close", timeout)
+        # Again, since whoever came last has not seen that another gave up before.
+        self._meet(b"free", timeout)
         self._closed = True
         for buffer in self._buffers:
             buffer.forget()
         for buffer in reversed(self._buffers):
             self.library.bindings.free(buffer.address)
         self._buffers.clear()
-        for function in self._on_close:
+        self._kept.clear()
+        _use.transports -= 1
+        if _use.transports == 0:
+            self._end()
+
+    def _meet(self, step: bytes, timeout: float) -> None:
+        if set(self._exchange.all_gather(step, timeout)) != {step}:
+            raise RendezvousError("another rank has given up closing the group before")
+
+    def _end(self) -> None:
+        for function in _use.at_end:
             function()
-        if self.owned:
+        _use.at_end.clear()
+        if _use.owned:
             self.library.core.finalize()
+        _use.owned = False
 
     def _refuse_closed(self) -> None:
         if self._closed:
             raise GroupClosedError("the NVSHMEM transport is closed; start another")
 
 
-def _prepare(load: Callable[[int], Nvshmem4py], device: int, home: str) -> tuple[Nvshmem4py | None, _Hello]:
-    """The library of this rank, and what it tells the others."""
+def _prepare(
+    load: Callable[[int], Nvshmem4py], device: int, home: str, problem: str
+) -> tuple[Nvshmem4py | None, Bitcode | None, _Hello]:
+    """The library of this rank, what kernels link, and what it tells the others."""
+    if problem:
+        return None, None, _Hello(problem=problem)
     try:
         library = load(device)
         version = library.host_version
         bitcode = find_bitcode(library.capability, home)
     except CapabilityError as error:
-        return None, _Hello(problem=str(error))
+        return None, None, _Hello(problem=str(error))
     except Exception as error:  # noqa: BLE001 - a rank that raised alone would leave the others waiting
-        return None, _Hello(problem=f"{type(error).__name__}: {error}")
+        return None, None, _Hello(problem=f"{type(error).__name__}: {error}")
     if bitcode.version != version:
         problem = (
             f"the host library of NVSHMEM is {version} and the bitcode {bitcode.path} is {bitcode.version}, "
             "which would corrupt memory; install one version, or name its directory in TCOMM_NVSHMEM_HOME"
         )
-        return library, _Hello(problem=problem)
-    return library, _Hello(running=library.is_running, version=version)
+        return None, None, _Hello(problem=problem)
+    return library, bitcode, _Hello(running=library.is_running, version=version)
 
 
 def _attempt(function: Callable[..., bytes | None], *args: Any) -> _Place:

@@ -135,7 +135,7 @@ def prove_access(
         check: called while this rank waits for others.
 
     Returns:
-        The ranks that this one cannot write to or read from, and why.
+        The ranks that this one cannot write to or read from, and why; those too that have no address here.
 
     Raises:
         RendezvousError: when a rank did not come in time.
@@ -148,16 +148,18 @@ def prove_access(
     missing: dict[int, str] = {}
     unread: dict[int, str] = {}
     if not any(problems):
-        missing = {w: why for w in range(world_size) if (why := _look(control, rank, w, rank, nonce))}
-        unread = {
-            p: f"reading: {why}" for p in range(world_size) if (why := _look(control, p, p, rank, nonce))
-        }
+        reached = [peer for peer in range(world_size) if peer not in control.unreachable]
+        missing = {w: why for w in reached if (why := _look(control, rank, w, rank, nonce))}
+        unread = {p: f"reading: {why}" for p in reached if (why := _look(control, p, p, rank, nonce))}
     found = exchange.all_gather(msgspec.msgpack.encode(missing), timeout, check)
     if any(problems):
         told = "; ".join(f"rank {r}: {p.decode()}" for r, p in enumerate(problems) if p)
-        return {peer: told for peer in range(world_size) if problems[peer] or problem}
+        return {peer: told for peer in range(world_size) if problems[peer] or problem} | dict(
+            control.unreachable
+        )
     verdicts = [msgspec.msgpack.decode(data, type=dict[int, str]) for data in found]
-    return unread | {p: f"writing: {verdict[rank]}" for p, verdict in enumerate(verdicts) if rank in verdict}
+    unwritten = {p: f"writing: {verdict[rank]}" for p, verdict in enumerate(verdicts) if rank in verdict}
+    return unread | unwritten | dict(control.unreachable)
 
 
 def _pattern(writer: int, reader: int, nonce: int) -> torch.Tensor:
@@ -170,7 +172,7 @@ def _write_everywhere(control: SymmetricBuffer, settle: Callable[[], None], nonc
     """Write this rank's pattern into every page; what went wrong, if anything."""
     writer = control.rank
     try:
-        for reader in range(control.world_size):
+        for reader in set(range(control.world_size)) - set(control.unreachable):
             place = _place(control, reader, writer)
             # A sum is a kernel's loads and stores, which a copy need not be.
             torch.add(_pattern(writer, reader, nonce).to(place.device), 0, out=place)

@@ -188,7 +188,8 @@ class StreamOrder:
                 self._eager = last
                 raise CapabilityError(
                     f"group {self._group!r} was last called on a stream that is captured now, for which a "
-                    "call on another stream cannot wait; capture on its own stream, as graph_capture() does"
+                    "call on another stream cannot wait; capture on a stream of its own, as "
+                    "graph_capture() does"
                 )
             self._runtime.let_wait(stream, last)
 

@@ -173,7 +173,7 @@ class VirtualChannel:
                 runtime.let_wait(part.stream.cuda_stream, runtime.current_stream())
         return self._calls
 
-    def after_kernel(self, epoch: int) -> None:
+    def after_kernel(self, epoch: int, everyone: bool = False) -> None:  # noqa: ARG002
         """Raise what the interpreter found. A GPU is not waited for: see `raise_recorded`.
 
         Raises:

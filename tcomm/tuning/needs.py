@@ -19,7 +19,7 @@ def refusal_on_gpus(algorithm: Algorithm, request: Request, topology: Topology) 
     return (
         _refusal_of_world(request, topology)
         or _refusal_of_arch(algorithm, topology)
-        or _refusal_of_nodes(algorithm, topology)
+        or _refusal_of_nodes(algorithm, request, topology)
         or _refusal_of_links(algorithm, topology)
         or _refusal_of_order(algorithm, request)
         or algorithm.refusal(request.reduce, request.dtype)
@@ -39,7 +39,7 @@ def _refusal_of_world(request: Request, topology: Topology) -> str:
     return topology.no_symmetric_memory or topology.no_kernels or topology.no_peer_access
 
 
-def _refusal_of_nodes(algorithm: Algorithm, topology: Topology) -> str:
+def _refusal_of_nodes(algorithm: Algorithm, request: Request, topology: Topology) -> str:
     if not algorithm.needs.several_nodes:
         apart = topology.num_nodes > 1
         return f"it reaches over one node, and the ranks are on {topology.num_nodes}" if apart else ""
@@ -47,6 +47,10 @@ def _refusal_of_nodes(algorithm: Algorithm, topology: Topology) -> str:
         return "it goes between nodes, and all ranks are on one"
     if not topology.ranks_per_node:
         return "it needs as many ranks on every node, and the nodes differ"
+    if not topology.ranks_are_in_order:
+        return f"it needs the ranks of a node one after another, and the ranks are on nodes {topology.nodes}"
+    if request.op == "all_gatherv":
+        return "it gathers equal parts only"
     return ""
 
 

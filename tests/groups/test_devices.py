@@ -41,7 +41,11 @@ def _as_if_on_gpus(member, memory=None, **kwargs):
         return transport_of(member, memory, config.allow_shared_device)
 
     DeviceMemory.devices = Devices(make_transport, describe, lambda device, what: None)
-    comm = member.communicator(**kwargs)
+    return take_tensors_for_a_gpus(member.communicator(**kwargs))
+
+
+def take_tensors_for_a_gpus(comm):
+    """`comm`, whose arena on a GPU lies on the CPU."""
     opened = []
 
     def open_on_cpu(device, *rest):

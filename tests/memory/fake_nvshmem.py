@@ -7,6 +7,7 @@ import types
 import numpy as np
 import torch
 
+from tcomm.kernels.heap import Heap
 from tcomm.memory.nvshmem import Nvshmem4py
 from tcomm.memory.shm import SharedMemoryTransport
 
@@ -60,9 +61,11 @@ class FakeNvshmem:
             malloc=self._malloc,
             free=lambda address: self._must_run(f"free {self._buffers.pop(address).nbytes}"),
             ptr=self._ptr,
+            cumodule_init=lambda module: self.log.append(f"initialise module {module}"),
+            cumodule_finalize=lambda module: self.log.append(f"finalise module {module}"),
         )
         return Nvshmem4py(
-            core, bindings, f"device {device}", _tensor_at, lambda: self.log.append("sync"), capability
+            core, bindings, f"device {device}", tensor_at, lambda: self.log.append("sync"), capability
         )
 
     def _must_run(self, what):
@@ -91,13 +94,31 @@ class FakeNvshmem:
         self._buffers[buffer.local.data_ptr()] = buffer
         return buffer.local.data_ptr()
 
+    def heap(self, *args):
+        """What interpreted kernels put into: all that was allocated, however far away."""
+        return _FakeHeap(self, *args)
+
     def _ptr(self, address, pe):
         buffer = self._buffers[address]
         peer = pe - self.pe + self.exchange.rank
         return int(buffer.table[peer]) if peer in self.near else 0
 
 
-def _tensor_at(address, nbytes):
+class _FakeHeap(Heap):
+    def __init__(self, fake, *args):
+        super().__init__(*args)
+        self._fake = fake
+
+    def translate(self, address, pe):
+        fake = self._fake
+        for buffer in fake._buffers.values():
+            offset = address - buffer.local.data_ptr()
+            if 0 <= offset < buffer.nbytes:
+                return int(buffer.table[pe - fake.pe + fake.exchange.rank]) + offset
+        raise AssertionError(f"{address:#x} was not allocated")
+
+
+def tensor_at(address, nbytes):
     return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)
 
 

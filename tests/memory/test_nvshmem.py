@@ -80,6 +80,26 @@ def test_ranks_of_other_nodes_have_no_view_and_the_reason_is_told(on_ranks, tmp_
         )
 
 
+def _parts(member, home):
+    fake = FakeNvshmem(member.exchange("fake"), near={member.rank})
+    transport = start(member, fake, home)
+    whole = transport.allocate(4096, 20.0)
+    part = whole.part(1024, 512)
+    address, far = part.local.data_ptr(), 1 - member.rank
+    assert (part.nbytes, part.address, part.multicast) == (512, whole.address + 1024, 0)
+    assert address == part.table[member.rank] == whole.local.data_ptr() + 1024
+    assert (int(part.table[far]), sorted(part.unreachable)) == (0, [far])
+    transport.close(20.0)
+    assert part.table.tolist() == [0, 0]
+    with pytest.raises(GroupClosedError):
+        part.peer(member.rank)
+    return [entry for entry in fake.log if entry.startswith("free")]
+
+
+def test_a_part_of_a_buffer_is_at_the_same_offset_everywhere_and_ends_with_it(on_ranks, tmp_path):
+    assert on_ranks(2, _parts, install(tmp_path / "nvshmem")) == [["free 4096"]] * 2
+
+
 def _after_close(member, home):
     fake = FakeNvshmem(member.exchange("fake"))
     transport = start(member, fake, home)

@@ -63,6 +63,7 @@ def test_each_topology_has_its_all_reduces(topology, possible):
         ("all_gather_single", "h100x8", {"push", "pull", "multimem"}),
         ("all_gatherv", "h100x8-no-multicast", {"push", "pull"}),
         ("all_gather_single", "2xh100x4", {"hierarchical"}),
+        ("all_gatherv", "2xh100x4", set()),
         ("reduce_scatter_single", "h100x8", {"push", "pull", "multimem"}),
         ("reduce_scatter_single", "2xh100x4", set()),
         ("broadcast", "h100x8", {"push", "pull"}),
@@ -272,3 +273,13 @@ def test_decisions_come_back_from_their_json(topology):
     decisions = [_decide(topology, nbytes=nbytes) for nbytes in (0, 4096, 1 << 28)]
     decisions.append(_decide(topology, "barrier"))
     assert decode_decisions(encode_decisions(decisions)) == decisions
+
+
+def test_between_nodes_ranks_follow_one_another():
+    told = {
+        (0, 1, 0, 1, 0, 1, 0, 1): "the ranks are on nodes (0, 1, 0, 1, 0, 1, 0, 1)",
+        (0, 0, 0, 1, 1, 1, 1, 1): "it needs as many ranks on every node",
+    }
+    for nodes, reason in told.items():
+        decision = _decide(_changed("2xh100x4", nodes=nodes))
+        assert reason in dict(decision.rejected)["triton:hierarchical"]
