@@ -1,8 +1,10 @@
 """Compiled launches, bound once: real kernels and Triton's own ways, over a driver that only writes down."""
 
 import collections
+import gc
 import itertools
 import types
+import weakref
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from tcomm import VirtualRanks
 from tcomm.errors import CapabilityError
 from tcomm.kernels import all_reduce, bound, partition, warmup
 from tcomm.memory.base import LaunchPart
+from tcomm.memory.runtime import HostRuntime
 from tests.compile.cases import PROTOCOLS, discovered_kernels
 from tests.virtual_worlds import ALGORITHMS, CASES, call, length_of
 
@@ -319,3 +322,24 @@ def test_what_prepare_compiles_is_all_that_calls_need(launched, driver, monkeypa
     assert widths == {1, 4}
     call(ranks, "all_reduce", "two_shot", rows(ranks, "all_reduce", 8, torch.float32), root=1)
     assert len(driver.loaded) == loaded + 1
+
+
+def test_what_a_graph_uses_outlives_the_ranks_and_nothing_else_does(launched, monkeypatch):
+    monkeypatch.setattr(bound, "_in_graphs", {})
+    captured, seen = [0], []
+    monkeypatch.setattr(HostRuntime, "capture_id", lambda self, stream: captured[0])
+    for number in (0, 7):
+        ranks = make()
+        x = rows(ranks, "all_gather_single")
+        captured[0] = 0
+        call(ranks, "all_gather_single", "pull", x)
+        captured[0] = number
+        call(ranks, "all_gather_single", "pull", x)
+        arena = ranks.arena
+        kept = [arena.pages, arena.records, arena.staging.buffer.table, arena.staging.buffer.local]
+        seen.append([weakref.ref(tensor) for tensor in kept])
+        del ranks, arena, kept
+    gc.collect()
+    eager, graph = seen
+    assert [reference() is None for reference in eager[:3]] == [True] * 3
+    assert [reference() is not None for reference in graph] == [True] * 4
