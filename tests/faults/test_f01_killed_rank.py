@@ -128,10 +128,10 @@ def _hang_in_torch(member, signals):
     if member.rank == VICTIM:
         run = TorchFallback.run
 
-        def stuck(fallback, op, timeout, start):
+        def stuck(fallback, op, timeout, start, on_stream=False):
             if op == "all_reduce":
                 hang(signals, "stuck")
-            run(fallback, op, timeout, start)
+            run(fallback, op, timeout, start, on_stream)
 
         TorchFallback.run = stuck
     return _until_killed(member, "torch", signals)

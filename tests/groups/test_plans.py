@@ -97,7 +97,8 @@ class _Recorder:
     def agree(self, call, timeout):
         self.calls.append(("agree", call.algorithm, timeout))
 
-    def run(self, op, timeout, start):
+    def run(self, op, timeout, start, on_stream):
+        assert not on_stream
         self.calls.append((op, timeout))
 
 
