@@ -57,10 +57,10 @@ def test_nothing_around_a_tensor_is_touched():
 
 @every_mode
 def test_memory_is_reused_by_calls_back_to_back(mode):
-    worlds.check_reuse("cpu", 3, mode, 60)
+    worlds.check_reuse("cpu", 3, mode, 25)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_any_interleaving_gives_the_same(seed, monkeypatch):
     monkeypatch.setattr(schedule, "_order", random.Random(seed))
     worlds.check_reuse("cpu", 4, MODES[seed % 2], 15, seed=seed)

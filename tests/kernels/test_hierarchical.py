@@ -171,7 +171,7 @@ def _mixed(member, num_nodes, num_calls):
 
 @pytest.mark.parametrize(("world_size", "num_nodes"), WORLDS)
 def test_many_calls_reuse_the_staging_while_ranks_are_late(on_ranks, world_size, num_nodes):
-    on_ranks(world_size, _mixed, num_nodes, 30)
+    on_ranks(world_size, _mixed, num_nodes, 16)
 
 
 def _wrap(member):

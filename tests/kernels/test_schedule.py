@@ -84,18 +84,6 @@ def test_a_rank_that_is_not_launched_is_waited_for_until_the_deadline():
         ranks.barrier()
 
 
-@pytest.mark.parametrize("algorithm", ["one_shot_ll", "one_shot_push", "one_shot_pull", "two_shot"])
-def test_no_order_of_turns_changes_a_bit(algorithm, monkeypatch):
-    monkeypatch.setattr(schedule, "_order", random.Random(5))
-    ranks = VirtualRanks(4, "cpu", timeout=20.0)
-    for numel in (1, 1000, 70_000):
-        x = ranks.empty(numel, dtype=torch.bfloat16)
-        x.copy_(torch.randn(4, numel, generator=torch.Generator().manual_seed(numel)))
-        expected = x[0].float() + x[1].float() + x[2].float() + x[3].float()
-        for _ in range(3):
-            assert ranks.all_reduce(x, algorithm=algorithm).eq(expected.bfloat16()).all()
-
-
 def test_rows_have_to_be_aligned():
     ranks = VirtualRanks(2, "cpu")
     with pytest.raises(ConfigError) as caught:
