@@ -163,6 +163,8 @@ class DeviceMemory:
 
     def close(self, reason: str) -> None:
         """Give the memory back. May be called twice."""
+        # A process that ends while somebody holds a process group is aborted by torch.
+        self._members = dataclasses.replace(self._members, process_group=None)
         if self.arena is not None:
             self.arena.close(reason)
 
