@@ -201,7 +201,13 @@ def await_peers(
         polls += 1
         given_up = tl.where(is_aborted(page, word), 1, given_up)
         waiting = _count_absent(inbox, mask, epoch, ATOMIC_POLL)
-    # The polls above order nothing; this reads the words again, with acquire.
+    return _acquire(page, inbox, mask, epoch, phase, word, LANES)
+
+
+@triton.jit
+def _acquire(page, inbox, mask, epoch, phase, word, LANES: tl.constexpr):
+    """What the words waited for come to: 0, or the kind of an error, which is recorded."""
+    # Polls order nothing; this reads the words again, with acquire.
     seen = tl.atomic_add(inbox, 0, mask=mask, sem="acquire", scope="sys")
     tl.debug_barrier()
     late = mask & (((seen >> 32) & _EPOCH_MASK) != epoch)
@@ -362,13 +368,4 @@ def await_some(
         polls += 1
         given_up = tl.where(is_aborted(page, word) & (tl.program_id(0) > 0), 1, given_up)
         waiting = _count_absent(inbox, mask, epoch, ATOMIC_POLL)
-    # As in `await_peers`: the polls order nothing, this does.
-    seen = tl.atomic_add(inbox, 0, mask=mask, sem="acquire", scope="sys")
-    tl.debug_barrier()
-    late = mask & (((seen >> 32) & _EPOCH_MASK) != epoch)
-    differs = mask & (seen != word) & (late == 0)
-    kind = tl.where(tl.sum(differs.to(tl.int32), axis=0) > 0, _MISMATCH, 0)
-    kind = tl.where((kind == 0) & (tl.sum(late.to(tl.int32), axis=0) > 0), _TIMEOUT, kind)
-    if kind != 0:
-        _record(page, phase, word, seen, kind, tl.where(kind == _MISMATCH, differs, late), LANES)
-    return kind
+    return _acquire(page, inbox, mask, epoch, phase, word, LANES)
