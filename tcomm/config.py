@@ -11,7 +11,7 @@ import msgspec
 
 from tcomm.errors import ConfigError
 
-__all__ = ["TIMEOUT_PROFILES", "Config", "let_ranks_share_a_device", "resolve_timeout"]
+__all__ = ["TIMEOUT_PROFILES", "Config", "EngineConfig", "let_ranks_share_a_device", "resolve_timeout"]
 
 logger = logging.getLogger("tcomm")
 
@@ -56,7 +56,7 @@ class Config(msgspec.Struct, frozen=True):
         environ = os.environ if environ is None else environ
         given = {k.removeprefix("TCOMM_").lower(): v for k, v in environ.items() if k.startswith("TCOMM_")}
         fields = cls.__struct_fields__
-        for unknown in sorted(set(given) - set(fields)):
+        for unknown in sorted(set(given) - {*fields, *EngineConfig.__struct_fields__}):
             close = difflib.get_close_matches(unknown, fields, 1)
             hint = f"; did you mean TCOMM_{close[0].upper()}?" if close else ""
             logger.warning("TCOMM_%s is not a variable of tcomm%s", unknown.upper(), hint)
@@ -72,6 +72,34 @@ class Config(msgspec.Struct, frozen=True):
                 f"TCOMM_STAGING_BYTES={config.staging_bytes} is no positive multiple of the page size, 4096"
             )
         return config
+
+
+class EngineConfig(msgspec.Struct, frozen=True):
+    """What the group layer reads: `TCOMM_<NAME>`, or `VLLM_<NAME>` where that is unset."""
+
+    secret: str = ""
+    """TCOMM_SECRET: shared by the processes of a job; needed to listen on anything but loopback."""
+    host_ip: str = ""
+    """TCOMM_HOST_IP: address at which other hosts reach this one."""
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> EngineConfig:
+        """Read and check the variables.
+
+        Raises:
+            ConfigError: when one has a value that makes no sense; names it.
+        """
+        environ = os.environ if environ is None else environ
+        given = {}
+        for field in cls.__struct_fields__:
+            for name in (f"TCOMM_{field.upper()}", f"VLLM_{field.upper()}"):
+                if name in environ:
+                    given[field] = environ[name]
+                    break
+        try:
+            return msgspec.convert(given, cls, strict=False)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"a variable of the group layer is wrong: {error}") from error
 
 
 def resolve_timeout(timeout: float | str | None) -> float | None:

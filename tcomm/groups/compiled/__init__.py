@@ -1,0 +1,1 @@
+"""Collectives as torch operators: for torch.compile, and with gradients."""

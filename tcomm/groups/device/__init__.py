@@ -1,0 +1,1 @@
+"""Device communicators: what a group coordinator runs its tensor collectives with."""

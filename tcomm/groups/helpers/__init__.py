@@ -1,0 +1,1 @@
+"""Small functions that users of the group layer expect."""

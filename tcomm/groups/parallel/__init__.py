@@ -1,0 +1,1 @@
+"""The groups of an inference engine: TP, PP, DP, EP, DCP and PCP."""

@@ -1,0 +1,1 @@
+"""One writer, many readers: objects through a ring in shared memory, or an authenticated socket."""

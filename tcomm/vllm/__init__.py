@@ -1,0 +1,1 @@
+"""The names of `vllm.distributed`, module for module. Definitions stand elsewhere."""
