@@ -233,11 +233,13 @@ def _message(function, *args, **kwargs):
         ({"world_size": 4, "context_order": "0.15"}, "context_order='0.15' is neither 'newest' nor '0.14'"),
         (
             {"world_size": 4, "dp": 2, "tp": 2, "etp": 3},
-            "an engram tensor parallel size of 3 does not divide data 2 x tensor 2 parallel; give one of 1, 2, 4",
+            "an engram tensor parallel size of 3 does not divide data 2 x tensor 2 parallel; "
+            "give one of 1, 2, 4",
         ),
         (
             {"world_size": 4, "dp": 4, "engram_dp": 3},
-            "an engram data parallel size of 3 does not divide a data parallel size of 4; give one of 1, 2, 4",
+            "an engram data parallel size of 3 does not divide a data parallel size of 4; "
+            "give one of 1, 2, 4",
         ),
         (
             {"world_size": 4, "etp": 0},
