@@ -21,7 +21,7 @@ from tcomm.groups.device.cpu import CpuCommunicator
 from tcomm.groups.device.cuda import CudaCommunicator
 from tcomm.groups.device.loopback import Loopback
 from tcomm.groups.parallel.lanes import Lanes
-from tcomm.groups.parallel.process_groups import ProcessGroups, device_of, find_my_ranks
+from tcomm.groups.parallel.process_groups import ProcessGroups, device_of, find_my_ranks, new_process_group
 from tcomm.groups.parallel.tensor_dicts import TensorDictVerbs
 
 __all__ = ["GroupCoordinator"]
@@ -237,9 +237,9 @@ class GroupCoordinator(TensorDictVerbs):
     def make_sibling_device_group(self, group_desc: str | None = None) -> dist.ProcessGroup:
         """Another process group of the same ranks and backend, which ends with this one. **Collective.**"""
         desc = group_desc or f"{self.unique_name}/sibling"
-        made = ProcessGroups.create(self.ranks, self.torch_distributed_backend, desc, self.timeout)
-        self._groups.owned += made.owned
-        return made.device_group
+        sibling = new_process_group(self.ranks, self.torch_distributed_backend, desc, self.timeout)
+        self._groups.owned.append(sibling)
+        return sibling
 
     def destroy(self) -> None:
         """Give everything back: the communicators, the queues, and then the process groups made here.

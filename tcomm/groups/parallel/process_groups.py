@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tcomm.errors import UsageError
 
-__all__ = ["ProcessGroups", "device_of", "find_my_ranks"]
+__all__ = ["ProcessGroups", "device_of", "find_my_ranks", "new_process_group"]
 
 _FOR_EVER = datetime.timedelta(days=7)
 
@@ -40,6 +40,21 @@ def device_of(backend: str, local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
+def new_process_group(
+    ranks: Sequence[int], backend: str, desc: str, seconds: float | None
+) -> dist.ProcessGroup:
+    """A process group of `ranks`, this process among them. **Collective** over `ranks` alone.
+
+    Other ranks need not take part: the groups of a layout are made at the same time, and a rank makes only
+    those that it is in.
+    """
+    timeout = _FOR_EVER if seconds is None else datetime.timedelta(seconds=seconds)
+    group: dist.ProcessGroup = dist.new_group(
+        list(ranks), timeout, backend, use_local_synchronization=True, group_desc=desc
+    )
+    return group
+
+
 @dataclasses.dataclass
 class ProcessGroups:
     """What torch.distributed knows of a coordinator's ranks."""
@@ -53,21 +68,9 @@ class ProcessGroups:
 
     @classmethod
     def create(cls, ranks: Sequence[int], backend: str, name: str, seconds: float | None) -> ProcessGroups:
-        """Both groups of `ranks`, this process among them. **Collective** over `ranks` alone.
-
-        Other ranks need not take part, so that groups of a layout are made at the same time, and a rank makes
-        only those that it is in.
-        """
-        timeout = _FOR_EVER if seconds is None else datetime.timedelta(seconds=seconds)
-
-        def new(kind: str, what: str) -> dist.ProcessGroup:
-            group: dist.ProcessGroup = dist.new_group(
-                list(ranks), timeout, kind, use_local_synchronization=True, group_desc=f"{name}/{what}"
-            )
-            return group
-
-        device_group = new(backend, "device")
-        cpu_group = new("gloo", "cpu")
+        """Both groups of `ranks`, as `new_process_group` makes them. **Collective** over `ranks`."""
+        device_group = new_process_group(ranks, backend, f"{name}/device", seconds)
+        cpu_group = new_process_group(ranks, "gloo", f"{name}/cpu", seconds)
         return cls(device_group, cpu_group, [device_group, cpu_group])
 
     @classmethod
@@ -75,14 +78,7 @@ class ProcessGroups:
         """A group that somebody else made and ends, with gloo beside it if it has none. **Collective.**"""
         if "gloo" in dist.get_backend_config(group):
             return cls(group, group, [])
-        timeout = _FOR_EVER if seconds is None else datetime.timedelta(seconds=seconds)
-        cpu_group = dist.new_group(
-            dist.get_process_group_ranks(group),
-            timeout,
-            "gloo",
-            use_local_synchronization=True,
-            group_desc=f"{name}/cpu",
-        )
+        cpu_group = new_process_group(dist.get_process_group_ranks(group), "gloo", f"{name}/cpu", seconds)
         return cls(group, cpu_group, [cpu_group])
 
     def destroy(self) -> None:
