@@ -77,7 +77,9 @@ class GroupCoordinator(TensorDictVerbs):
         self.group_ranks = [list(row) for row in group_ranks]
         self.torch_distributed_backend = str(torch_distributed_backend)
         self._name(group_name or "anonymous", ranks, local_rank, timeout)
-        groups = ProcessGroups.create(ranks, self.torch_distributed_backend, self.unique_name, self.timeout)
+        groups = ProcessGroups.create(
+            group_ranks, self.torch_distributed_backend, self.unique_name, self.timeout
+        )
         self._open(groups, use_device_communicator, use_message_queue_broadcaster, use_all2all, use_kernels)
 
     @classmethod
@@ -104,7 +106,7 @@ class GroupCoordinator(TensorDictVerbs):
             timeout: as for the constructor.
 
         Raises:
-            UsageError: for a mesh of several dimensions.
+            UsageError: for a mesh of several dimensions, and a group without gloo.
         """
         if isinstance(group, DeviceMesh):
             if group.ndim != 1:
@@ -120,7 +122,7 @@ class GroupCoordinator(TensorDictVerbs):
             known = EngineConfig.from_environment().local_rank
             local_rank = dist.get_rank() if known is None else known
         coordinator._name(group_name or "anonymous", ranks, local_rank, timeout)
-        groups = ProcessGroups.adopt(group, coordinator.unique_name, coordinator.timeout)
+        groups = ProcessGroups.adopt(group)
         coordinator._open(groups, True, use_message_queue_broadcaster, use_all2all, use_kernels)
         return coordinator
 
@@ -235,9 +237,12 @@ class GroupCoordinator(TensorDictVerbs):
             self.device_communicator.prepare_communication_buffer_for_model(model)
 
     def make_sibling_device_group(self, group_desc: str | None = None) -> dist.ProcessGroup:
-        """Another process group of the same ranks and backend, which ends with this one. **Collective.**"""
+        """Another process group of the same ranks and backend, which ends with this one.
+
+        **Collective** over the world. Not for a coordinator of a group that somebody else made.
+        """
         desc = group_desc or f"{self.unique_name}/sibling"
-        sibling = new_process_group(self.ranks, self.torch_distributed_backend, desc, self.timeout)
+        sibling = new_process_group(self.group_ranks, self.torch_distributed_backend, desc, self.timeout)
         self._groups.owned.append(sibling)
         return sibling
 

@@ -15,7 +15,8 @@ from tcomm.config import EngineConfig
 from tcomm.errors import UsageError
 from tcomm.groups.helpers.names import get_distributed_init_method
 from tcomm.groups.parallel import state
-from tcomm.groups.parallel.parallel_config import ParallelConfig, current_parallel_config
+from tcomm.groups.parallel.current_config import current_parallel_config
+from tcomm.groups.parallel.parallel_config import ParallelConfig
 
 __all__ = [
     "cleanup_dist_env_and_memory",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tcomm.errors import UsageError
+from tcomm.errors import CapabilityError, UsageError
 
 __all__ = ["ProcessGroups", "device_of", "find_my_ranks", "new_process_group"]
 
@@ -41,18 +43,31 @@ def device_of(backend: str, local_rank: int) -> torch.device:
 
 
 def new_process_group(
-    ranks: Sequence[int], backend: str, desc: str, seconds: float | None
+    group_ranks: Sequence[Sequence[int]], backend: str, desc: str, seconds: float | None
 ) -> dist.ProcessGroup:
-    """A process group of `ranks`, this process among them. **Collective** over `ranks` alone.
+    """The process group of this rank, of one for each row. **Collective** over the world.
 
-    Other ranks need not take part: the groups of a layout are made at the same time, and a rank makes only
-    those that it is in.
+    Ranks within a group are in the order of its row.
+
+    Raises:
+        CapabilityError: when a row is not in ascending order and this torch would sort it.
     """
+    options: dict[str, Any] = {}
+    if any(list(ranks) != sorted(ranks) for ranks in group_ranks):
+        if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
+            raise CapabilityError(
+                f"torch {torch.__version__} would sort the ranks of {[list(r) for r in group_ranks]}; "
+                "groups in another order need torch 2.13"
+            )
+        options["sort_ranks"] = False
     timeout = _FOR_EVER if seconds is None else datetime.timedelta(seconds=seconds)
-    group: dist.ProcessGroup = dist.new_group(
-        list(ranks), timeout, backend, use_local_synchronization=True, group_desc=desc
-    )
-    return group
+    mine: dist.ProcessGroup | None = None
+    for ranks in group_ranks:
+        made = dist.new_group(list(ranks), timeout, backend, group_desc=desc, **options)
+        mine = made if dist.get_rank() in ranks else mine
+    if mine is None:
+        raise UsageError(f"rank {dist.get_rank()} is in none of {[list(row) for row in group_ranks]}")
+    return mine
 
 
 @dataclasses.dataclass
@@ -67,19 +82,28 @@ class ProcessGroups:
     """Those that end with the coordinator."""
 
     @classmethod
-    def create(cls, ranks: Sequence[int], backend: str, name: str, seconds: float | None) -> ProcessGroups:
-        """Both groups of `ranks`, as `new_process_group` makes them. **Collective** over `ranks`."""
-        device_group = new_process_group(ranks, backend, f"{name}/device", seconds)
-        cpu_group = new_process_group(ranks, "gloo", f"{name}/cpu", seconds)
+    def create(
+        cls, group_ranks: Sequence[Sequence[int]], backend: str, name: str, seconds: float | None
+    ) -> ProcessGroups:
+        """Both groups of this rank. **Collective** over the world."""
+        device_group = new_process_group(group_ranks, backend, f"{name}/device", seconds)
+        cpu_group = new_process_group(group_ranks, "gloo", f"{name}/cpu", seconds)
         return cls(device_group, cpu_group, [device_group, cpu_group])
 
     @classmethod
-    def adopt(cls, group: dist.ProcessGroup, name: str, seconds: float | None) -> ProcessGroups:
-        """A group that somebody else made and ends, with gloo beside it if it has none. **Collective.**"""
-        if "gloo" in dist.get_backend_config(group):
-            return cls(group, group, [])
-        cpu_group = new_process_group(dist.get_process_group_ranks(group), "gloo", f"{name}/cpu", seconds)
-        return cls(group, cpu_group, [cpu_group])
+    def adopt(cls, group: dist.ProcessGroup) -> ProcessGroups:
+        """A group that somebody else made and ends. Not collective.
+
+        Raises:
+            UsageError: when it cannot move host memory.
+        """
+        backends = dist.get_backend_config(group)
+        if "gloo" not in backends:
+            raise UsageError(
+                f"the backends of this process group are {backends!r}; objects and barriers need gloo beside "
+                'them: make it with backend="cpu:gloo,cuda:nccl"'
+            )
+        return cls(group, group, [])
 
     def destroy(self) -> None:
         """End what was made here. May be called twice."""

@@ -2,8 +2,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tcomm.errors import UsageError
-from tcomm.groups.parallel.process_groups import ProcessGroups, device_of, find_my_ranks
+from tcomm.errors import CapabilityError, UsageError
+from tcomm.groups.parallel.process_groups import ProcessGroups, device_of, find_my_ranks, new_process_group
+from tests.groups.parallel.engine import refusal
 
 
 def test_my_ranks_are_the_row_that_i_am_in():
@@ -26,10 +27,10 @@ def test_the_device_follows_the_backend(monkeypatch):
 
 def _life(member):
     member.process_group()
-    made = ProcessGroups.create([member.rank], "gloo", f"mine{member.rank}", None)
+    made = ProcessGroups.create([[0], [1]], "gloo", f"mine{member.rank}", None)
     known = len(dist.distributed_c10d._world.pg_map)
     names = [group.group_desc for group in (made.device_group, made.cpu_group)]
-    adopted = ProcessGroups.adopt(dist.group.WORLD, "world", 5.0)
+    adopted = ProcessGroups.adopt(dist.group.WORLD)
     adopted.destroy()
     made.destroy()
     made.destroy()
@@ -37,6 +38,31 @@ def _life(member):
     dist.all_reduce(x := torch.ones(1))
     dist.destroy_process_group()
     return names, gone, adopted.cpu_group is adopted.device_group, x.item()
+
+
+def _again(member):
+    """Ranks in another order, made and ended twice."""
+    member.process_group()
+    found = []
+    for _ in range(2):
+        made = ProcessGroups.create([[0, 2, 1]], "gloo", "turned", 20.0)
+        gathered = [torch.zeros(1) for _ in range(3)]
+        dist.all_gather(gathered, torch.full((1,), float(member.rank)), group=made.cpu_group)
+        found.append([int(x) for x in gathered])
+        made.destroy()
+    told = refusal(new_process_group, [[1]], "gloo", "", None)[0] if member.rank == 0 else "UsageError"
+    dist.destroy_process_group()
+    return found, told
+
+
+def test_groups_keep_the_order_of_their_row_and_can_be_made_again(on_ranks):
+    assert on_ranks(3, _again) == [([[0, 2, 1]] * 2, "UsageError")] * 3
+
+
+def test_a_torch_that_sorts_is_told(monkeypatch):
+    monkeypatch.setattr(dist, "new_group", lambda ranks, timeout, backend, group_desc: None)
+    with pytest.raises(CapabilityError, match="groups in another order need torch"):
+        new_process_group([[1, 0]], "gloo", "", None)
 
 
 def test_groups_are_made_by_their_members_and_end_with_their_maker(on_ranks):
