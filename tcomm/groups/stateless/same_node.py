@@ -93,7 +93,7 @@ def _place(pg: dist.ProcessGroup | StatelessProcessGroup) -> tuple[int, int]:
 
 def _gather(pg: dist.ProcessGroup | StatelessProcessGroup, payload: bytes, timeout: float) -> list[bytes]:
     if isinstance(pg, StatelessProcessGroup):
-        return [bytes(row) for row in pg.all_gather_bytes(payload, timeout)]
+        return [bytes(row) for row in pg.all_gather_obj(payload, timeout=timeout) if isinstance(row, bytes)]
     return gather_rows(pg, payload, _ROW_BYTES, timeout)
 
 

@@ -14,6 +14,7 @@ import hmac
 import os
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -26,6 +27,8 @@ __all__ = ["CallThread", "SealedStore"]
 
 _PLAIN, _SIGNED, _TEXT = b"p", b"s", b"t"
 _DIGEST_BYTES = 16
+_LEAST_SECONDS = 0.5
+"""For a call at the end of a wait, which tells the others that it ended."""
 
 T = TypeVar("T")
 
@@ -78,7 +81,7 @@ class SealedStore:
         context: of the group, signed along, so that values of one group mean nothing in another.
         where: the store's address, for errors.
         thread: makes the calls; None calls at once, for a store in this process.
-        seconds: that one call may take.
+        seconds: that calls may take from now on, as `allow` sets it.
     """
 
     def __init__(
@@ -94,7 +97,8 @@ class SealedStore:
         self.where = where
         self.thread = thread
         self.secret = secret
-        self.seconds = seconds
+        self._deadline = 0.0
+        self.allow(seconds)
         self._context = context.encode()
         self._key = hashlib.blake2b(secret, person=b"tcomm store").digest() if secret else None
         self._pid = os.getpid()
@@ -103,7 +107,12 @@ class SealedStore:
         """The part of this store whose keys begin with `prefix`, with values that mean nothing elsewhere."""
         store = dist.PrefixStore(prefix, self.store)
         context = f"{self._context.decode()}/{prefix}"
-        return SealedStore(store, self.secret, context, self.where, self.thread, self.seconds)
+        left = self._deadline - time.monotonic()
+        return SealedStore(store, self.secret, context, self.where, self.thread, left)
+
+    def allow(self, seconds: float) -> None:
+        """Let calls take until so many seconds from now, and never less than a moment."""
+        self._deadline = time.monotonic() + seconds
 
     def set(self, key: str, value: bytes) -> None:
         """Put a value down."""
@@ -141,11 +150,10 @@ class SealedStore:
         try:
             if self.thread is None:
                 return function(*args)
-            return self.thread.call(self.seconds, function, *args)
+            left = max(self._deadline - time.monotonic(), _LEAST_SECONDS)
+            return self.thread.call(left, function, *args)
         except TimeoutError as error:
-            raise PeerTimeoutError(
-                f"rank 0 does not answer: {self.where} was silent for {self.seconds:g} s", peers=(0,)
-            ) from error
+            raise PeerTimeoutError(f"rank 0 does not answer: {self.where} is silent", peers=(0,)) from error
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             reason = str(error).partition("\n")[0]
             raise PeerLostError(f"rank 0 is gone, and {self.where} with it: {reason}", peers=(0,)) from error
