@@ -76,7 +76,9 @@ class Barrier:
                 return self._decide(_PASSED)
             if now - looked > _LOOK_SECONDS:
                 looked = now
-                ended = [(rank, how) for rank in self._missing(self._arrivals) if (how := self._epitaph(rank))]
+                ended = [
+                    (rank, how) for rank in self._missing(self._arrivals) if (how := self._epitaph(rank))
+                ]
                 if ended:
                     told = ", ".join(f"rank {rank} ended ({how})" for rank, how in ended)
                     return self._decide(f"{_LOST}:Barrier failed: {told}")
@@ -94,8 +96,8 @@ class Barrier:
             if time.monotonic() >= deadline:
                 late = self._missing(self._departures)
                 raise PeerTimeoutError(
-                    f"Barrier departure timed out after {self._timeout:.2f} seconds; ranks {list(late)} came and "
-                    "did not leave",
+                    f"Barrier departure timed out after {self._timeout:.2f} seconds; ranks {list(late)} came "
+                    "and did not leave",
                     peers=late,
                 )
             pause()

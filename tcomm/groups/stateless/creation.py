@@ -8,7 +8,7 @@ import errno
 import socket
 import time
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, Store
 
 from tcomm.errors import ConfigError, DuplicateRankError, RendezvousError
 from tcomm.groups.stateless.addresses import address_text
@@ -46,7 +46,7 @@ def open_group(
     name: str,
     timeout: float,
     listen_socket: socket.socket | None = None,
-    via: dist.Store | None = None,
+    via: Store | None = None,
 ) -> OpenedGroup:
     """Meet the other ranks of a group at an address. **Collective.**
 
@@ -71,7 +71,7 @@ def open_group(
     if world_size == 1:
         if listen_socket is not None:
             listen_socket.close()
-        return OpenedGroup(SealedStore(dist.HashStore(), secret), (my_identity(),), None)
+        return OpenedGroup(SealedStore(HashStore(), secret), (my_identity(),), None)
     notes = None if via is None else SealedStore(via, secret, f"address of {name}", seconds=timeout)
     if rank == 0:
         point = _serve(host, port, name, secret, listen_socket, timeout)
@@ -90,7 +90,7 @@ def open_group(
 
 
 def _check_place(
-    rank: int, world_size: int, port: int, listen_socket: socket.socket | None, via: dist.Store | None
+    rank: int, world_size: int, port: int, listen_socket: socket.socket | None, via: Store | None
 ) -> None:
     if not (isinstance(rank, int) and isinstance(world_size, int) and 0 <= rank < world_size):
         raise ConfigError(f"rank {rank} of {world_size} ranks: it must be at least 0 and below their number")
@@ -124,8 +124,8 @@ def _serve(
             other = join_at(host, port, _PROBE_SECONDS).sealed(secret, _PROBE_SECONDS)
             if is_open(other, name):
                 raise DuplicateRankError(
-                    f"another process also claims rank 0 of group {name!r} at {address_text(host, port)}; give "
-                    "each process its own rank, or another group its own port"
+                    f"another process also claims rank 0 of group {name!r} at {address_text(host, port)}; "
+                    "give each process its own rank, or another group its own port"
                 ) from error
         raise
 
@@ -140,7 +140,7 @@ def _turn(point: MeetingPoint, name: str, rank: int, deadline: float):  # type: 
     if not lock.acquire(timeout=_left(deadline)):
         raise RendezvousError(
             f"another group {name!r} of this process still waits for its ranks at "
-            f"{address_text(point.host, point.port)}; give groups that meet at once names of their own (group_name=)"
+            f"{address_text(point.host, point.port)}; give groups that meet at once names of their own"
         )
     try:
         yield
@@ -158,8 +158,8 @@ def _told_port(notes: SealedStore, name: str, rank: int, deadline: float, timeou
     while not notes.check([key]):
         if time.monotonic() >= deadline:
             raise RendezvousError(
-                f"rank 0 of group {name!r} told no port by the store given (via=) within {timeout:g} s; check "
-                "that it runs and makes the same groups"
+                f"rank 0 of group {name!r} told no port by the store given (via=) within {timeout:g} s; "
+                "check that it runs and makes the same groups"
             )
         pause()
     port = int(notes.get(key))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import socket as sockets
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, Store
 
 from tcomm.errors import (
     CollectiveMismatchError,
@@ -36,7 +36,7 @@ __all__ = ["StatelessProcessGroup"]
 
 _LOOK_SECONDS = 0.25
 _MANY_ENTRIES = 64
-_REDUCTIONS = {
+_REDUCTIONS: dict[object, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     dist.ReduceOp.SUM: torch.add,
     dist.ReduceOp.PRODUCT: torch.mul,
     dist.ReduceOp.MAX: torch.maximum,
@@ -70,7 +70,7 @@ class StatelessProcessGroup:
 
     rank: int
     world_size: int
-    store: dist.Store
+    store: Store
     socket: sockets.socket | None
     data_expiration_seconds: float = 3600
     send_dst_counter: dict[int, int] = dataclasses.field(default_factory=dict)
@@ -110,7 +110,7 @@ class StatelessProcessGroup:
         listen_socket: sockets.socket | None = None,
         *,
         group_name: str = "stateless",
-        via: dist.Store | None = None,
+        via: Store | None = None,
     ) -> StatelessProcessGroup:
         """Meet the other ranks at an address and make a group. **Collective.**
 
@@ -135,9 +135,7 @@ class StatelessProcessGroup:
             GroupMismatchError: when the ranks disagree about the group; shows in what.
             RendezvousError: when a rank did not come; names it, and the address.
         """
-        opened = open_group(
-            host, port, rank, world_size, group_name, store_timeout, listen_socket, via
-        )
+        opened = open_group(host, port, rank, world_size, group_name, store_timeout, listen_socket, via)
         return StatelessProcessGroup(
             rank, world_size, opened.sealed.store, None, data_expiration_seconds,
             store_timeout=store_timeout, name=group_name, opened=opened,
@@ -230,8 +228,8 @@ class StatelessProcessGroup:
             timeout: seconds. A store that does not answer is given up half a second later.
 
         Raises:
-            PeerTimeoutError: "Barrier timed out after ... seconds", with the ranks that did not come; on those
-                too, when they come. "Barrier departure timed out after ..." on rank 0.
+            PeerTimeoutError: "Barrier timed out after ... seconds", with the ranks that did not come; on
+                those too, when they come. "Barrier departure timed out after ..." on rank 0.
             PeerLostError: when one of them is gone, or the store with rank 0.
         """
         if self.world_size == 1:
@@ -300,10 +298,14 @@ class StatelessProcessGroup:
         reduce = _REDUCTIONS.get(op)
         if reduce is None:
             raise ConfigError(f"op={op} of all_reduce is none of SUM, PRODUCT, MAX and MIN")
-        parts = [_as_tensor("all_reduce", x, r) for r, x in enumerate(self.all_gather_obj(tensor, timeout=timeout))]
+        parts = [
+            _as_tensor("all_reduce", x, r) for r, x in enumerate(self.all_gather_obj(tensor, timeout=timeout))
+        ]
         kinds = [(part.dtype, tuple(part.shape)) for part in parts]
         if len(set(kinds)) > 1:
-            told = "".join(f"\n  rank {rank}: {dtype} {list(shape)}" for rank, (dtype, shape) in enumerate(kinds))
+            told = "".join(
+                f"\n  rank {rank}: {dtype} {list(shape)}" for rank, (dtype, shape) in enumerate(kinds)
+            )
             raise CollectiveMismatchError(
                 f"all_reduce of group {self.name!r}: the ranks gave different tensors{told}",
                 group=self.name, op="all_reduce", rank=self.rank,
@@ -321,7 +323,7 @@ class StatelessProcessGroup:
         self._closed = True
         self.opened = None
         # An empty store in their place: nothing is held on to.
-        self.store = dist.HashStore()
+        self.store = HashStore()
         self._sealed = SealedStore(self.store)
         self.entries.clear()
 
@@ -369,7 +371,9 @@ class StatelessProcessGroup:
                 epitaph = self._epitaph(src)
                 # What a peer wrote before it ended counts.
                 if epitaph and not self._sealed.check([key]):
-                    raise PeerLostError(f"{op}: rank {src} ended ({epitaph}) and sent nothing more", peers=(src,))
+                    raise PeerLostError(
+                        f"{op}: rank {src} ended ({epitaph}) and sent nothing more", peers=(src,)
+                    )
             if now >= deadline:
                 told = f" ({describe_process(self._identities[src])})" if self._identities else ""
                 raise PeerTimeoutError(

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from tcomm.errors import DecodeError, GroupClosedError, PeerLostError, PeerTimeoutError
 
@@ -86,7 +87,7 @@ class SealedStore:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: Store,
         secret: bytes | None = None,
         context: str = "",
         where: str = "the store",
@@ -105,7 +106,7 @@ class SealedStore:
 
     def below(self, prefix: str) -> SealedStore:
         """The part of this store whose keys begin with `prefix`, with values that mean nothing elsewhere."""
-        store = dist.PrefixStore(prefix, self.store)
+        store = PrefixStore(prefix, self.store)
         context = f"{self._context.decode()}/{prefix}"
         left = self._deadline - time.monotonic()
         return SealedStore(store, self.secret, context, self.where, self.thread, left)
@@ -146,7 +147,9 @@ class SealedStore:
 
     def _call(self, function: Callable[..., Any], *args: object) -> Any:
         if os.getpid() != self._pid:
-            raise GroupClosedError(f"{self.where} belongs to process {self._pid}, not to its child {os.getpid()}")
+            raise GroupClosedError(
+                f"{self.where} belongs to process {self._pid}, not to its child {os.getpid()}"
+            )
         try:
             if self.thread is None:
                 return function(*args)
@@ -186,7 +189,7 @@ class SealedStore:
             return sealed[1:]
         if kind != _SIGNED or not hmac.compare_digest(digest, self._digest(key, value)):
             raise DecodeError(
-                f"{key!r} in {self.where} was not written by a process with this one's TCOMM_SECRET; give every "
-                "process of the job the same one, and keep others from the address"
+                f"{key!r} in {self.where} was not written by a process with this one's TCOMM_SECRET; give "
+                "every process of the job the same one, and keep others from the address"
             )
         return value
