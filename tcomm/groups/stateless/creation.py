@@ -31,7 +31,9 @@ class OpenedGroup:
     """A group that came together."""
 
     sealed: SealedStore
-    """Below keys that no other group has; `.store` is the raw one."""
+    """Below `prefix`; `.store` is the raw one."""
+    prefix: str
+    """Of its keys, which no other group has."""
     identities: tuple[Identity, ...]
     """The process of each rank."""
     point: MeetingPoint | None
@@ -71,7 +73,7 @@ def open_group(
     if world_size == 1:
         if listen_socket is not None:
             listen_socket.close()
-        return OpenedGroup(SealedStore(HashStore(), secret), (my_identity(),), None)
+        return OpenedGroup(SealedStore(HashStore(), secret), "", (my_identity(),), None)
     notes = None if via is None else SealedStore(via, secret, f"address of {name}", seconds=timeout)
     if rank == 0:
         point = _serve(host, port, name, secret, listen_socket, timeout)
@@ -86,7 +88,8 @@ def open_group(
     settings = {"tcomm": installed_version(), "messages": str(VERSION)}
     with _turn(point, name, rank, deadline):
         meeting = meet(hall, name, rank, world_size, _left(deadline), settings)
-    return OpenedGroup(hall.below(f"tcomm/{name}/{meeting.generation}"), meeting.identities, point)
+    prefix = f"tcomm/{name}/{meeting.generation}"
+    return OpenedGroup(hall.below(prefix), prefix, meeting.identities, point)
 
 
 def _check_place(

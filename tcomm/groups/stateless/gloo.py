@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
 import os
@@ -12,17 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store
-from torch.distributed.distributed_c10d import (
-    _register_process_group,
-    _unregister_process_group,
-)
+from torch._C._distributed_c10d import PrefixStore, Store, _register_process_group, _unregister_process_group
 
 from tcomm.config import resolve_timeout
 from tcomm.errors import CapabilityError, PeerLostError, PeerTimeoutError
 from tcomm.groups.arguments import Timeout
 from tcomm.groups.stateless.addresses import local_address_towards
 from tcomm.groups.stateless.creation import OpenedGroup, open_group
+from tcomm.groups.stateless.stores import create_tcp_store
 
 __all__ = [
     "init_gloo_process_group",
@@ -77,13 +73,14 @@ def stateless_init_torch_distributed_process_group(
         )
     seconds = _seconds(timeout)
     opened = open_group(host, port, rank, world_size, group_name or "torch", seconds, listen_socket)
-    store = PrefixStore("gloo", opened.sealed.store)
     limit = datetime.timedelta(seconds=seconds)
+    store = PrefixStore(opened.prefix, _own_connection(opened, limit))
     pg = _make(store, rank, world_size, limit, local_address_towards(host, port))
     _opened[pg] = opened
     if group_name is not None:
-        pg._set_group_name(group_name)
-        _register_process_group(group_name, pg)
+        registered: Any = group_name
+        pg._set_group_name(registered)
+        _register_process_group(registered, pg)
     return (pg, store) if return_store else pg
 
 
@@ -119,6 +116,13 @@ def init_gloo_process_group(
     return _make(prefix_store, group_rank, group_size, timeout, None)
 
 
+def _own_connection(opened: OpenedGroup, timeout: datetime.timedelta) -> Store:
+    """The store of a group by a connection of its own: gloo's waits keep all others from the one they use."""
+    if opened.point is None:
+        return opened.sealed.store
+    return create_tcp_store(opened.point.host, opened.point.port, timeout=timeout)
+
+
 def _make(
     store: Store, rank: int, world_size: int, timeout: datetime.timedelta, address: str | None
 ) -> dist.ProcessGroup:
@@ -126,7 +130,7 @@ def _make(
     options = gloo._Options()
     options._timeout = timeout
     options._devices = [_device(os.getpid(), address)]
-    pg: Any = dist.ProcessGroup(store, rank, world_size)
+    pg = dist.ProcessGroup(store, rank, world_size)
     try:
         backend = gloo(store, rank, world_size, options)
     except RuntimeError as error:
