@@ -81,7 +81,9 @@ class _PairExchange:
         """What the peers gave, in their order."""
         tag, self._tag = self._tag, self._tag + 1
         received = [torch.empty_like(tensor) for _ in peers]
-        pending = [(peer, self._group.recv([into], peer, tag)) for peer, into in zip(peers, received, strict=True)]
+        pending = [
+            (peer, self._group.recv([into], peer, tag)) for peer, into in zip(peers, received, strict=True)
+        ]
         pending += [(peer, self._group.send([tensor], peer, tag)) for peer in peers]
         for peer, work in pending:
             left = max(self._deadline - time.monotonic(), 0.001)

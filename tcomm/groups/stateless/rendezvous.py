@@ -109,7 +109,13 @@ class _Guest:
     """One rank on its way into a group."""
 
     def __init__(
-        self, hall: SealedStore, name: str, rank: int, world_size: int, timeout: float, settings: dict[str, str]
+        self,
+        hall: SealedStore,
+        name: str,
+        rank: int,
+        world_size: int,
+        timeout: float,
+        settings: dict[str, str],
     ) -> None:
         self._hall, self._desk = hall, hall.below(f"group/{name}")
         self._name, self._rank, self._world_size = name, rank, world_size
@@ -144,7 +150,11 @@ class _Guest:
                     taken[generation] = time.monotonic()
                 self._refuse_second(generation, time.monotonic() - taken[generation])
             pause()
-        if self._holder is not None and self._holder != my_identity() and is_running(self._holder) is not False:
+        if (
+            self._holder is not None
+            and self._holder != my_identity()
+            and is_running(self._holder) is not False
+        ):
             raise self._duplicate()
         raise self._missing([0])
 
@@ -221,14 +231,16 @@ class _Guest:
     def _duplicate(self) -> DuplicateRankError:
         assert self._holder is not None
         return DuplicateRankError(
-            f"another process ({describe_process(self._holder)}) also claims rank {self._rank} of {self._what()}; "
-            "give each process its own rank, or another group its own group_name= or port"
+            f"another process ({describe_process(self._holder)}) also claims rank {self._rank} of "
+            f"{self._what()}; give each process its own rank, or another group its own group_name= or port"
         )
 
     def _missing(self, missing: list[int]) -> RendezvousError:
         """The error that names the ranks that did not come, and where they are, as far as they said so."""
         elsewhere = {rank: name for rank in missing if (name := self._place_of(rank)) not in ("", self._name)}
-        are = f"ranks {missing} of {self._world_size} did not come to {self._what()} within {self._timeout:g} s"
+        are = (
+            f"ranks {missing} of {self._world_size} did not come to {self._what()} within {self._timeout:g} s"
+        )
         if elsewhere:
             told = ", ".join(f"rank {rank} waits for {name!r}" for rank, name in elsewhere.items())
             return GroupMismatchError(f"{are}; {told}: make the same groups in the same order on every rank")

@@ -57,7 +57,9 @@ def comm_error(
     """What a failure of gloo means, with the ranks that were waited for."""
     reason = str(error).strip().partition("\n")[0]
     whom = f"for rank{'s' * (len(peers) > 1)} {', '.join(map(str, peers))}" if peers else "for the others"
-    fields = {"group": group.group_name, "op": op, "rank": group.rank(), "peers": peers}
     if "imed out" in reason or "imeout" in reason:
-        return PeerTimeoutError(f"{op}: Timed out after {timeout:g} s of waiting {whom}: {reason}", **fields)
-    return PeerLostError(f"{op}: the connection was lost while waiting {whom}: {reason}", **fields)
+        kind: type[CommError] = PeerTimeoutError
+        told = f"{op}: Timed out after {timeout:g} s of waiting {whom}: {reason}"
+    else:
+        kind, told = PeerLostError, f"{op}: the connection was lost while waiting {whom}: {reason}"
+    return kind(told, group=group.group_name, op=op, rank=group.rank(), peers=peers)

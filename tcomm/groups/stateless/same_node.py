@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
+from typing import cast
 
 import msgspec
 import torch.distributed as dist
@@ -93,7 +94,7 @@ def _place(pg: dist.ProcessGroup | StatelessProcessGroup) -> tuple[int, int]:
 
 def _gather(pg: dist.ProcessGroup | StatelessProcessGroup, payload: bytes, timeout: float) -> list[bytes]:
     if isinstance(pg, StatelessProcessGroup):
-        return [bytes(row) for row in pg.all_gather_bytes(payload, timeout)]
+        return [cast("bytes", row) for row in pg.all_gather_obj(payload, timeout=timeout)]
     return gather_rows(pg, payload, _ROW_BYTES, timeout)
 
 

@@ -14,11 +14,13 @@ import hmac
 import os
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from tcomm.errors import DecodeError, GroupClosedError, PeerLostError, PeerTimeoutError
 
@@ -26,6 +28,8 @@ __all__ = ["CallThread", "SealedStore"]
 
 _PLAIN, _SIGNED, _TEXT = b"p", b"s", b"t"
 _DIGEST_BYTES = 16
+_LEAST_SECONDS = 0.5
+"""For a call at the end of a wait, which tells the others that it ended."""
 
 T = TypeVar("T")
 
@@ -78,12 +82,12 @@ class SealedStore:
         context: of the group, signed along, so that values of one group mean nothing in another.
         where: the store's address, for errors.
         thread: makes the calls; None calls at once, for a store in this process.
-        seconds: that one call may take.
+        seconds: that calls may take from now on, as `allow` sets it.
     """
 
     def __init__(
         self,
-        store: dist.Store,
+        store: Store,
         secret: bytes | None = None,
         context: str = "",
         where: str = "the store",
@@ -94,16 +98,22 @@ class SealedStore:
         self.where = where
         self.thread = thread
         self.secret = secret
-        self.seconds = seconds
+        self._deadline = 0.0
+        self.allow(seconds)
         self._context = context.encode()
         self._key = hashlib.blake2b(secret, person=b"tcomm store").digest() if secret else None
         self._pid = os.getpid()
 
     def below(self, prefix: str) -> SealedStore:
         """The part of this store whose keys begin with `prefix`, with values that mean nothing elsewhere."""
-        store = dist.PrefixStore(prefix, self.store)
+        store = PrefixStore(prefix, self.store)
         context = f"{self._context.decode()}/{prefix}"
-        return SealedStore(store, self.secret, context, self.where, self.thread, self.seconds)
+        left = self._deadline - time.monotonic()
+        return SealedStore(store, self.secret, context, self.where, self.thread, left)
+
+    def allow(self, seconds: float) -> None:
+        """Let calls take until so many seconds from now, and never less than a moment."""
+        self._deadline = time.monotonic() + seconds
 
     def set(self, key: str, value: bytes) -> None:
         """Put a value down."""
@@ -137,15 +147,16 @@ class SealedStore:
 
     def _call(self, function: Callable[..., Any], *args: object) -> Any:
         if os.getpid() != self._pid:
-            raise GroupClosedError(f"{self.where} belongs to process {self._pid}, not to its child {os.getpid()}")
+            raise GroupClosedError(
+                f"{self.where} belongs to process {self._pid}, not to its child {os.getpid()}"
+            )
         try:
             if self.thread is None:
                 return function(*args)
-            return self.thread.call(self.seconds, function, *args)
+            left = max(self._deadline - time.monotonic(), _LEAST_SECONDS)
+            return self.thread.call(left, function, *args)
         except TimeoutError as error:
-            raise PeerTimeoutError(
-                f"rank 0 does not answer: {self.where} was silent for {self.seconds:g} s", peers=(0,)
-            ) from error
+            raise PeerTimeoutError(f"rank 0 does not answer: {self.where} is silent", peers=(0,)) from error
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             reason = str(error).partition("\n")[0]
             raise PeerLostError(f"rank 0 is gone, and {self.where} with it: {reason}", peers=(0,)) from error
@@ -178,7 +189,7 @@ class SealedStore:
             return sealed[1:]
         if kind != _SIGNED or not hmac.compare_digest(digest, self._digest(key, value)):
             raise DecodeError(
-                f"{key!r} in {self.where} was not written by a process with this one's TCOMM_SECRET; give every "
-                "process of the job the same one, and keep others from the address"
+                f"{key!r} in {self.where} was not written by a process with this one's TCOMM_SECRET; give "
+                "every process of the job the same one, and keep others from the address"
             )
         return value

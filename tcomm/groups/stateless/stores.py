@@ -11,6 +11,7 @@ import weakref
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from tcomm.errors import CommError, RendezvousError
 from tcomm.groups.stateless.addresses import address_text, bind_listen_socket, wait_until_listening
@@ -22,7 +23,7 @@ __all__ = ["MeetingPoint", "create_tcp_store", "get_cached_tcp_store_client", "j
 
 def create_tcp_store(
     host: str, port: int, listen_socket: socket.socket | None = None, **kwargs: Any
-) -> dist.TCPStore:
+) -> TCPStore:
     """A `TCPStore`; one that serves listens on `host` and nowhere else.
 
     Its values are not signed, and whoever reaches the address can read and write them.
@@ -58,15 +59,15 @@ def create_tcp_store(
     return store
 
 
-def _connect(host: str, port: int, **kwargs: Any) -> dist.TCPStore:
+def _connect(host: str, port: int, **kwargs: Any) -> TCPStore:
     try:
-        return dist.TCPStore(host, port, **kwargs)
+        return TCPStore(host, port, **kwargs)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = str(error).partition("\n")[0]
         raise RendezvousError(f"no store at {address_text(host, port)}: {reason}") from error
 
 
-def get_cached_tcp_store_client(host: str, port: int) -> dist.TCPStore:
+def get_cached_tcp_store_client(host: str, port: int) -> TCPStore:
     """A client of the store at an address; the last one is kept and given again.
 
     Raises:
@@ -76,7 +77,7 @@ def get_cached_tcp_store_client(host: str, port: int) -> dist.TCPStore:
 
 
 @functools.lru_cache(maxsize=1)
-def _cached_client(host: str, port: int, pid: int) -> dist.TCPStore:
+def _cached_client(host: str, port: int, pid: int) -> TCPStore:
     del pid  # a child of a fork gets a client of its own
     return create_tcp_store(host, port)
 
@@ -91,7 +92,7 @@ class MeetingPoint:
         serves: whether the store is in this process.
     """
 
-    def __init__(self, host: str, port: int, store: dist.TCPStore, serves: bool) -> None:
+    def __init__(self, host: str, port: int, store: TCPStore, serves: bool) -> None:
         self.host = host
         self.port = port
         self.store = store

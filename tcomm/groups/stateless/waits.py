@@ -16,5 +16,6 @@ class Pause:
         self._seconds = _SHORTEST_SECONDS
 
     def __call__(self) -> None:
+        """Sleep."""
         time.sleep(self._seconds)
         self._seconds = min(1.5 * self._seconds, _LONGEST_SECONDS)
