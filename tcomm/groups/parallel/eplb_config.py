@@ -42,12 +42,12 @@ class EPLBConfig:
 
     def __post_init__(self) -> None:
         for name in ("window_size", "step_interval", "log_balancedness_interval"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be greater than 0. Given: {getattr(self, name)}")
-        if self.num_redundant_experts < 0:
-            raise ConfigError(
-                f"num_redundant_experts={self.num_redundant_experts} is negative; give 0 or more"
-            )
+            value = getattr(self, name)
+            if type(value) is not int or value <= 0:
+                raise ConfigError(f"{name} must be greater than 0. Given: {value!r}")
+        redundant = self.num_redundant_experts
+        if type(redundant) is not int or redundant < 0:
+            raise ConfigError(f"num_redundant_experts={redundant!r} is wrong; give an integer of 0 or more")
         if self.communicator not in {None, *get_args(EPLBCommunicator)}:
             known = ", ".join(get_args(EPLBCommunicator))
             raise ConfigError(f"communicator={self.communicator!r} is none of {known}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from tcomm.groups.parallel.ports import reserve_ports
 
 __all__ = ["ParallelConfig"]
 
-logger = init_logger(__name__)
+logger = logging.getLogger("tcomm")
 
 _MASTER_PORT = 29500
 _PORTS_KEPT = 5
@@ -41,9 +42,9 @@ class ParallelConfig:
     `num_redundant_experts`, `eplb_window_size`, `eplb_step_interval` and `eplb_log_balancedness` are older
     names of fields of `eplb_config`: reading and writing them reads and writes those.
 
-    With a data parallel size above 1 and `data_parallel_master_port` left as it is, free ports of the master's
-    address are found and kept where this host has that address. Such a config is made once and sent to
-    the other processes; those that make their own give a port.
+    With a data parallel size above 1 and `data_parallel_master_port` left as it is, free ports of the
+    master's address are found and kept where this host has it. Such a config is made once and sent to the
+    other processes; those that make their own give a port.
 
     What differs from vllm.distributed: balancing experts does not need a GPU, since weights move between
     CPUs as well; custom all-reduces are not turned off without one, since kernels run there too;
@@ -166,7 +167,8 @@ class ParallelConfig:
         # Setting an older name of one of its fields is not to change the one that was given.
         self.eplb_config = replace(self.eplb_config)
         if overriding := EngineConfig.from_environment().all2all_backend:
-            logger.warning_once("TCOMM_ALL2ALL_BACKEND is deprecated; set ParallelConfig.all2all_backend")
+            told = init_logger("tcomm")
+            told.warning_once("TCOMM_ALL2ALL_BACKEND is deprecated; set ParallelConfig.all2all_backend")
             self.all2all_backend = overriding
         parallel_rules.check_sizes(self)
         self._take_data_parallel_place()
@@ -284,7 +286,7 @@ class ParallelConfig:
         port = self.data_parallel_master_port
         if not 0 < port < 65536:
             raise ConfigError(
-                f"data_parallel_master_port={port} is no port to meet at; set it, or TCOMM_DP_MASTER_PORT"
+                f"data_parallel_master_port={port} is no port to meet at; set it or TCOMM_DP_MASTER_PORT"
             )
         kept = self._data_parallel_master_port_list
         self.data_parallel_master_port = kept.pop(0) if kept else port + 1

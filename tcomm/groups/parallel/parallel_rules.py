@@ -102,7 +102,14 @@ _POSITIVE_OR_NONE = (
     "distributed_timeout_seconds",
     "cpu_distributed_timeout_seconds",
 )
-_NOT_NEGATIVE = ("data_parallel_size_local", "ubatch_size", "dbo_decode_token_threshold", "node_rank", "rank")
+_NOT_NEGATIVE = (
+    "data_parallel_size_local",
+    "ubatch_size",
+    "dbo_decode_token_threshold",
+    "dbo_prefill_token_threshold",
+    "node_rank",
+    "rank",
+)
 _PORTS = ("data_parallel_rpc_port", "data_parallel_master_port", "master_port")
 _CHOICES = {
     "data_parallel_backend": ("mp", "ray"),
@@ -194,7 +201,7 @@ def check_data_parallel(config: ParallelConfig) -> None:
     size, local, rank = config.data_parallel_size, config.data_parallel_size_local, config.data_parallel_rank
     if local > size:
         raise ConfigError(f"data_parallel_size_local ({local}) must be <= data_parallel_size ({size})")
-    if not 0 <= rank < size:
+    if type(rank) is not int or not 0 <= rank < size:
         raise ConfigError(f"data_parallel_rank ({rank}) must be in the range [0, {size})")
     if config.data_parallel_external_lb and size <= 1:
         raise ConfigError("data_parallel_external_lb can only be set when data_parallel_size > 1")
