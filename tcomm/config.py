@@ -72,9 +72,11 @@ class Config(msgspec.Struct, frozen=True):
         environ = os.environ if environ is None else environ
         given = {k.removeprefix("TCOMM_").lower(): v for k, v in environ.items() if k.startswith("TCOMM_")}
         fields = cls.__struct_fields__
-        engine = {name.removeprefix("TCOMM_").lower() for name, *_ in EngineConfig.variables().values()}
+        engine = [
+            field for field, (name, *_) in EngineConfig.variables().items() if name.startswith("TCOMM_")
+        ]
         for unknown in sorted(set(given) - {*fields, *engine}):
-            close = difflib.get_close_matches(unknown, [*fields, *sorted(engine)], 1)
+            close = difflib.get_close_matches(unknown, [*fields, *engine], 1)
             hint = f"; did you mean TCOMM_{close[0].upper()}?" if close else ""
             logger.warning("TCOMM_%s is not a variable of tcomm%s", unknown.upper(), hint)
         try:
