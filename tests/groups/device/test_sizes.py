@@ -15,7 +15,7 @@ def test_a_dimension_is_counted_from_the_front():
             UsageError, match=rf"Invalid dim \({bad}\) for input tensor with shape torch.Size"
         ):
             dim_of("all_gather", x, bad)
-    with pytest.raises(ConfigError, match="takes a torch.Tensor, not int"):
+    with pytest.raises(ConfigError, match=r"takes a torch\.Tensor, not int"):
         dim_of("all_gather", 3, 0)
 
 
