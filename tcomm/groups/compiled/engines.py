@@ -76,6 +76,8 @@ def find_torch_engine(name: str) -> Engine | None:
 def _engine_of(group: Any) -> Engine:
     if isinstance(group, Communicator):
         return Engine(group, "")
+    if getattr(group, "destroyed", False):
+        raise ConfigError(f"Group {group.unique_name} is destroyed.")
     if isinstance(communicator := getattr(group, "communicator", None), Communicator):
         return Engine(communicator, group.algorithm)
     if (device := getattr(group, "device_communicator", None)) is not None:

@@ -28,9 +28,11 @@ def test_names_are_names_of_registered_groups():
     assert name_of(group.unique_name) == group.unique_name
     assert find_engine(group.unique_name) == (group.device_communicator.communicator, "")
     assert find_engine(name_of(group)) == find_engine(group.unique_name)
+    name = name_of(group)
     group.destroy()
-    with pytest.raises(ConfigError, match="is destroyed"):
-        find_engine(group.unique_name)
+    for gone in (group.unique_name, name):
+        with pytest.raises(ConfigError, match=f"Group {group.unique_name} is destroyed"):
+            find_engine(gone)
     with pytest.raises(UsageError, match="Group tp:99 is not found"):
         find_engine("tp:99")
 

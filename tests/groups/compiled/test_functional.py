@@ -9,7 +9,7 @@ import torch._dynamo
 import tcomm
 from tcomm.errors import ConfigError
 from tcomm.groups.compiled import functional
-from tests.groups.compiled.groups import Alone, make_group
+from tests.groups.compiled.groups import Alone, Group, make_group
 from tests.groups.verbs import join
 
 SHAPE = (4, 2)
@@ -79,20 +79,20 @@ def _gradients(member):
 
 
 def _numeric(member, name, verb, args, leaves, gradient):
-    """The gradient by differences of the sum of all ranks' losses, one entry after another."""
-    rank, step, estimated = member.rank, 1e-5, torch.zeros(SHAPE, dtype=torch.float64)
-    for source, index in itertools.product(range(member.world_size), range(leaves[0].numel())):
-        both = []
+    """What the sum of all ranks' losses gains along some direction, one rank's input after another."""
+    rank, step, direction = member.rank, 1e-5, torch.arange(1.0, 9.0, dtype=torch.float64).view(SHAPE)
+    slopes = []
+    for source in range(member.world_size):
+        losses = []
         for sign in (1, -1):
-            x = leaves[rank].clone()
-            if source == rank:
-                x.view(-1)[index] += sign * step
+            x = leaves[rank] + sign * step * direction * (source == rank)
             with torch.no_grad():
-                loss = _loss(rank, getattr(functional, verb)(x, name, *args))
-                both.append(functional.all_reduce(loss, name))
-        if source == rank:
-            estimated.view(-1)[index] = (both[0] - both[1]) / (2 * step)
-    return "" if torch.allclose(estimated, gradient, rtol=1e-6) else f"{verb}{args}: {estimated} {gradient}"
+                losses.append(_loss(rank, getattr(functional, verb)(x, name, *args)))
+        slopes.append((losses[0] - losses[1]) / (2 * step))
+    slope, told = functional.all_reduce(torch.stack(slopes), name)[rank], (gradient * direction).sum()
+    return (
+        "" if torch.allclose(slope, told, rtol=1e-6) else f"{verb}{args}: {slope} by differences, not {told}"
+    )
 
 
 def test_gradients_are_those_of_the_sum_of_losses(on_ranks):
@@ -105,30 +105,24 @@ def _layer(x, columns, rows, group):
     return functional.reduce_from_group(hidden @ rows, group)
 
 
-def _tensor_parallel(member, backend):
+def _tensor_parallel(member, group):
     """One loss that counts once; the model in one process is what the ranks have to agree with."""
-    group, rank, world = make_group(member), member.rank, member.world_size
-    generator = torch.Generator().manual_seed(1)
+    rank, world = member.rank, member.world_size
+    generator, found = torch.Generator().manual_seed(1), []
     x, columns, rows = (
         torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
         for shape in ((3, 4), (4, 6), (6, 2))
     )
     whole = ((x @ columns).tanh() @ rows).pow(2).sum()
     want = torch.autograd.grad(whole, [x, columns, rows])
-    layer = torch.compile(_layer, fullgraph=True, backend=backend) if backend else _layer
-    mine = [x, columns.chunk(world, 1)[rank], rows.chunk(world, 0)[rank]]
-    mine = [value.detach().clone().requires_grad_() for value in mine]
-    loss = layer(*mine, group.unique_name).pow(2).sum()
-    got = torch.autograd.grad(loss, mine)
     expected = [want[0], want[1].chunk(world, 1)[rank], want[2].chunk(world, 0)[rank]]
-    torch._dynamo.reset()
-    group.destroy()
-    return [torch.allclose(loss, whole), *map(torch.allclose, got, expected)]
-
-
-@pytest.mark.parametrize("backend", ["", "aot_eager"])
-def test_copy_and_reduce_train_a_split_layer(on_ranks, backend):
-    assert on_ranks(2, _tensor_parallel, backend) == [[True] * 4] * 2
+    for layer in (_layer, torch.compile(_layer, fullgraph=True, backend="aot_eager")):
+        mine = [x, columns.chunk(world, 1)[rank], rows.chunk(world, 0)[rank]]
+        mine = [value.detach().clone().requires_grad_() for value in mine]
+        loss = layer(*mine, group.unique_name).pow(2).sum()
+        found += [torch.allclose(loss, whole)]
+        found += map(torch.allclose, torch.autograd.grad(loss, mine), expected)
+    return found
 
 
 def _all_verbs(x, name):
@@ -146,13 +140,32 @@ def _in_graphs(member):
         leaf = x.clone().requires_grad_()
         y = call(leaf, group.unique_name)
         results.append((y.detach(), *torch.autograd.grad(_loss(member.rank, y), leaf)))
+    trained = _tensor_parallel(member, group)
     torch._dynamo.reset()
     group.destroy()
-    return [torch.equal(a, b) for a, b in zip(*results, strict=True)]
+    return [torch.equal(a, b) for a, b in zip(*results, strict=True)], trained
 
 
-def test_graphs_are_whole_and_have_the_gradient(on_ranks):
-    assert on_ranks(2, _in_graphs) == [[True, True]] * 2
+def test_graphs_are_whole_and_train_a_split_layer(on_ranks):
+    for same, trained in on_ranks(2, _in_graphs):
+        assert same == [True, True]
+        assert trained == [True] * 8
+
+
+def test_torchs_own_checks_of_ops():
+    group, ops = Group(), torch.ops.tcomm_functional
+    x, name = torch.ones(2, 3, requires_grad=True), group.unique_name
+    for op, args in (
+        (ops.all_reduce, ("sum",)),
+        (ops.all_gather, (1,)),
+        (ops.reduce_scatter, (1, "avg")),
+        (ops.all_to_all, ()),
+        (ops.broadcast, (0,)),
+        (ops.reduce_to, (0,)),
+        (ops.reduce_from_group, ()),
+    ):
+        assert set(torch.library.opcheck(op.default, (x, name, *args)).values()) == {"SUCCESS"}
+    group.destroy()
 
 
 def test_other_operations_are_refused():

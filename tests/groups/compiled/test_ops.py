@@ -9,7 +9,7 @@ import torch._inductor.config
 
 from tcomm.errors import ConfigError
 from tcomm.groups.compiled import ops
-from tests.groups.compiled.groups import Alone, make_group
+from tests.groups.compiled.groups import Alone, Group, make_group
 
 OPS = torch.ops.tcomm
 
@@ -40,7 +40,7 @@ def _in_graphs(member, backend, with_gradient):
     torch._inductor.config.compile_threads = 1
     # One rank's generated code meets the other's plain calls.
     backend = "aot_eager" if backend == "inductor" and rank == 1 else backend
-    compiled = torch.compile(_layer, fullgraph=True, backend=backend)
+    compiled = torch.compile(_layer, fullgraph=True, backend=backend, dynamic=with_gradient)
     got = [_layer(x, name), compiled(x, name), compiled(x, name)]
     found = [torch.equal(y, want) and y.stride() == want.stride() for y in got]
     lost = ""
@@ -79,6 +79,8 @@ def _eager(member):
         found.append(torch.equal(ops.all_gather(x, dim, 2, name), torch.cat(inputs, dim)))
         found.append(torch.equal(ops.reduce_scatter(x, dim, 2, name), total.chunk(2, dim)[rank]))
     found.append(torch.equal(ops.all_reduce(x, name), total))
+    with torch.inference_mode():
+        found.append(torch.equal(OPS.all_reduce(x, name), total))
     needs = x.clone().requires_grad_()
     told = [
         _raised(OPS.all_gather, x, 0, 3, name),
@@ -102,6 +104,15 @@ def test_ops_in_eager_code(on_ranks):
         for text, op in zip(told[2:5], ("all_reduce", "all_gather", "reduce_scatter"), strict=True):
             assert f"ConfigError: tcomm::{op} would lose the gradient" in text
         assert told[5] == "UsageError: Group tp:99 is not found."
+
+
+def test_torchs_own_checks_of_ops():
+    """No argument changes or comes back, fakes are like results, and graphs of any shape are whole."""
+    group = Group()
+    x, name = torch.arange(24.0).reshape(6, 4).t(), group.unique_name
+    for op, args in ((OPS.all_reduce, ()), (OPS.all_gather, (-1, 1)), (OPS.reduce_scatter, (0, 1))):
+        assert set(torch.library.opcheck(op.default, (x, *args, name)).values()) == {"SUCCESS"}
+    group.destroy()
 
 
 def test_the_schemas_declare_no_mutation():
