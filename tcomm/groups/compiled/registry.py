@@ -12,7 +12,7 @@ import torch
 
 from tcomm.errors import ConfigError, UsageError
 
-__all__ = ["RegisteredGroup", "find_group", "register", "unique_name"]
+__all__ = ["RegisteredGroup", "find_group", "living_groups", "register", "unique_name"]
 
 
 class RegisteredGroup(Protocol):
@@ -75,3 +75,10 @@ def find_group(name: str) -> RegisteredGroup:
     if group is None or group.destroyed:
         raise ConfigError(f"Group {name} is destroyed.")
     return group
+
+
+def living_groups() -> list[RegisteredGroup]:
+    """Every group that is registered and not destroyed."""
+    with _lock:
+        known = [reference() for reference in _groups.values()]
+    return [group for group in known if group is not None and not group.destroyed]

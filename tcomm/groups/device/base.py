@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from tcomm.errors import CapabilityError, ConfigError, UsageError
+from tcomm.errors import ConfigError, UsageError
 from tcomm.groups.arguments import UNSET, Timeout, Unset, check_rank, check_tensor
-from tcomm.groups.communicator import Communicator
 from tcomm.groups.device.experts import ExpertTraffic
 from tcomm.groups.device.loopback import Loopback
+from tcomm.groups.device.opening import open_communicator
 from tcomm.groups.device.sizes import dim_of, sizes_of
-from tcomm.memory.exchange import Store
 from tcomm.tuning.choose import Decision
 
 __all__ = ["DeviceCommunicatorBase"]
@@ -80,7 +78,7 @@ class DeviceCommunicatorBase(ExpertTraffic):
         self.algorithm = "" if use_kernels else "torch"
         """Given to every call of `communicator`; empty: its own choice."""
         group = device_group if device_group is not None and self.device.type != "cpu" else cpu_group
-        self.communicator = _open(group, unique_name, global_ranks, use_kernels, timeout)
+        self.communicator = open_communicator(group, unique_name, global_ranks, use_kernels, timeout)
         self.rank = self.rank_in_group = self.communicator.rank
         self.world_size = self.communicator.world_size
         self.ranks = list(self.communicator.global_ranks if global_ranks is None else global_ranks)
@@ -365,44 +363,3 @@ class DeviceCommunicatorBase(ExpertTraffic):
         """Leave the group and give its memory back. Not collective; may be called twice."""
         self.communicator.close()
         self._loopback.clear()
-
-
-def _open(
-    group: dist.ProcessGroup | None,
-    name: str,
-    global_ranks: Sequence[int] | None,
-    use_kernels: bool,
-    timeout: Timeout | Unset,
-) -> Communicator:
-    """A communicator of the group's ranks. **Collective.**"""
-    size = _size_of(group)
-    if global_ranks is not None and len(global_ranks) != size:
-        raise ConfigError(
-            f"global_ranks={list(global_ranks)} has {len(global_ranks)} entries for {size} ranks"
-        )
-    if group is None or _is_known_to_torch(group):
-        return Communicator(group, name=name, timeout=timeout)
-    if global_ranks is None:
-        raise ConfigError("torch does not know this process group; give global_ranks= of its members")
-    if not use_kernels and size > 1:
-        raise CapabilityError(
-            "use_kernels=False leaves torch.distributed to do everything, and it does not know this group"
-        )
-    # Groups of one name meet in one order only where they have the same members.
-    name = "/".join([name or "group", *map(str, global_ranks)])
-    store = cast("Store", group.get_group_store())
-    return Communicator.from_store(store, group.rank(), size, name=name, timeout=timeout)
-
-
-def _size_of(group: dist.ProcessGroup | None) -> int:
-    if group is not None:
-        return group.size()
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _is_known_to_torch(group: dist.ProcessGroup) -> bool:
-    try:
-        dist.get_process_group_ranks(group)
-    except KeyError:
-        return False
-    return True
