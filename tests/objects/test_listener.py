@@ -100,6 +100,27 @@ def test_a_stranger_sees_nothing_made_with_the_secret(listening):
         assert guest.recv(1) == b""
 
 
+def test_each_handshake_is_fresh_on_both_sides(listening):
+    given = set()
+    for _ in range(2):
+        with _knock(listening, HELLO) as guest:
+            _serve(listening)
+            given.add(guest.recv(1000))
+    assert len(given) == 2
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def listen_twice():
+            for _ in range(2):
+                with server.accept()[0] as sock:
+                    given.add(sock.recv(1000))
+
+        deaf = Aside(listen_twice)
+        with pytest.raises(RendezvousError):
+            connect_frames(*server.getsockname(), soon(0.3))
+        deaf.result()
+    assert len(given) == 4
+
+
 def test_a_listener_without_the_secret_is_refused():
     with socket.create_server(("127.0.0.1", 0)) as server:
 
