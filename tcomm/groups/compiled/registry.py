@@ -18,15 +18,23 @@ __all__ = ["RegisteredGroup", "find_group", "living_groups", "register", "unique
 class RegisteredGroup(Protocol):
     """What a group needs so that ops can call it by its name. Each method gives a tensor of its own."""
 
-    unique_name: str
-    world_size: int
-    destroyed: bool
+    @property
+    def unique_name(self) -> str:
+        """By which it is found."""
 
-    def _all_reduce_out_place(self, input_: torch.Tensor) -> torch.Tensor: ...
+    @property
+    def world_size(self) -> int:
+        """Number of its ranks."""
 
-    def _all_gather_out_place(self, input_: torch.Tensor, dim: int) -> torch.Tensor: ...
+    @property
+    def destroyed(self) -> bool:
+        """Whether it has ended."""
 
-    def _reduce_scatter_out_place(self, input_: torch.Tensor, dim: int) -> torch.Tensor: ...
+    def _all_reduce_out_place(self, x: torch.Tensor, /) -> torch.Tensor: ...
+
+    def _all_gather_out_place(self, x: torch.Tensor, dim: int, /) -> torch.Tensor: ...
+
+    def _reduce_scatter_out_place(self, x: torch.Tensor, dim: int, /) -> torch.Tensor: ...
 
 
 _groups: dict[str, weakref.ref[RegisteredGroup]] = {}

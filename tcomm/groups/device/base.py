@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,7 +75,8 @@ class DeviceCommunicatorBase(ExpertTraffic):
         """Whether experts are spread over the group."""
         self.use_all2all = self.is_ep_communicator and use_all2all
         self.all2all_backend: str | None = None
-        self.all2all_manager: object | None = None
+        self.all2all_manager: Any | None = None
+        """What exchanges tokens, once somebody has put one here; ends with the communicator."""
         self.algorithm = "" if use_kernels else "torch"
         """Given to every call of `communicator`; empty: its own choice."""
         group = device_group if device_group is not None and self.device.type != "cpu" else cpu_group
@@ -279,7 +281,7 @@ class DeviceCommunicatorBase(ExpertTraffic):
             UsageError: when `src` is no rank of the group; nothing was sent.
             ConfigError, CapabilityError, CommError: as `Communicator.broadcast` does.
         """
-        if not 0 <= src < self.world_size:
+        if not isinstance(src, int) or not 0 <= src < self.world_size:
             raise UsageError(
                 f"Invalid src rank ({src}) of broadcast; ranks of this group are 0 to {self.world_size - 1}"
             )
@@ -361,5 +363,8 @@ class DeviceCommunicatorBase(ExpertTraffic):
 
     def destroy(self) -> None:
         """Leave the group and give its memory back. Not collective; may be called twice."""
+        manager, self.all2all_manager = self.all2all_manager, None
+        if manager is not None:
+            manager.destroy()
         self.communicator.close()
         self._loopback.clear()

@@ -123,13 +123,14 @@ def _mistakes(member):
         told["list"] = _raised(ConfigError, device.all_gather, [x])
         told["none"] = _raised(ConfigError, device.all_gatherv, [])
         told["gradient"] = _raised(ConfigError, device.all_reduce, x.clone().requires_grad_())
+    told["unequal"] = _raised(CollectiveMismatchError, device.all_gatherv, torch.ones(rank + 1, 2))
     total = device.all_reduce(x).sum().item()
     device.destroy()
     return told, total
 
 
 def test_mistakes_are_told_before_anybody_waits(on_ranks):
-    (told, total), (_, other) = on_ranks(2, _mistakes)
+    (told, total), (others, other) = on_ranks(2, _mistakes)
     assert (total, other) == (48, 48)
     assert all(
         "Invalid dim (2) for input tensor with shape torch.Size([4, 6])" in text for text in told["dim"]
@@ -147,6 +148,8 @@ def test_mistakes_are_told_before_anybody_waits(on_ranks):
     assert "takes a torch.Tensor, not list" in told["list"]
     assert "at least one" in told["none"]
     assert "would lose the gradient" in told["gradient"]
+    # Without sizes the ranks must have alike; that they do not is seen by all.
+    assert all("[1, 2]" in text and "[2, 2]" in text for text in (told["unequal"], others["unequal"]))
 
 
 def _ring_and_broadcast(member):
@@ -285,6 +288,19 @@ def test_destroying_forgets_what_was_not_received(alone):
     alone.destroy()
     with pytest.raises(ConfigError, match="has sent nothing"):
         alone.recv((2,), torch.float32)
+
+
+def test_what_exchanges_tokens_ends_with_the_communicator(alone):
+    class Manager:
+        ended = 0
+
+        def destroy(self):
+            self.ended += 1
+
+    alone.all2all_manager = manager = Manager()
+    alone.destroy()
+    alone.destroy()
+    assert (manager.ended, alone.all2all_manager) == (1, None)
 
 
 def test_names_of_groups_are_compared_whole():

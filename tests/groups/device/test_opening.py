@@ -48,6 +48,16 @@ def test_a_group_with_nothing_to_use_is_refused(on_ranks):
     assert "give global_ranks=" in on_ranks(2, _unknown_group, True, True)[0]
 
 
+def _known_group(member):
+    member.process_group()
+    with open_communicator(dist.group.WORLD, "tp:0", None, False, 20.0) as communicator:
+        return communicator.explain("all_reduce", algorithm="torch").reason, communicator.name
+
+
+def test_a_group_that_torch_knows(on_ranks):
+    assert on_ranks(2, _known_group) == [("'torch' was asked for by name", "tp:0")] * 2
+
+
 def test_one_process_alone():
     with open_communicator(None, "tp:0", [4], True, 7.0) as alone:
         assert (alone.name, alone.world_size, alone.timeout) == ("tp:0", 1, 7.0)
