@@ -90,7 +90,7 @@ def meet(
     try:
         generation = guest.open() if rank == 0 else guest.find()
         return Meeting(generation, guest.wait_for_all(generation))
-    except DecodeError as error:
+    except (DecodeError, msgspec.MsgspecError) as error:
         raise GroupMismatchError(f"rank {rank} cannot come to group {name!r}: {error}") from error
     finally:
         hall.delete_key(whereabouts)
