@@ -101,6 +101,8 @@ def test_without_rank_0_that_is_told(hall):
 def test_a_failed_meeting_can_be_repeated(hall):
     with pytest.raises(RendezvousError):
         _guest(hall, 0, timeout=0.05)()
+    with pytest.raises(RendezvousError, match=r"ranks \[0\] of 2 .* \(and before: ranks \[1\] of 2 did not come"):
+        _guest(hall, 1, timeout=0.05)()
     first, second = _meet_all(_guest(hall, 1), lambda: (time.sleep(0.05), _guest(hall, 0)())[1])
     assert first == second
 
@@ -122,7 +124,7 @@ def test_another_number_of_ranks_is_shown_to_all(hall):
 def test_groups_in_another_order_are_told_as_that(hall):
     told = _meet_all(_guest(hall, 0, name="a", timeout=0.3), _guest(hall, 1, name="b", timeout=0.4))
     assert [type(error) for error in told] == [GroupMismatchError] * 2
-    assert "rank 1 waits for 'b': make the same groups in the same order on every rank" in str(told[0])
+    assert "rank 1 came to 'b': make the same groups in the same order on every rank" in str(told[0])
 
 
 @pytest.mark.parametrize("complete", [False, True])
