@@ -103,7 +103,7 @@ class Barrier:
             pause()
 
     def _decide(self, proposal: str) -> str:
-        return self._store.decide(self._verdict, proposal.encode()).decode()
+        return self._store.decide(self._verdict, proposal.encode()).decode(errors="replace")
 
     def _missing(self, keys: list[str]) -> tuple[int, ...]:
         return tuple(rank for rank, key in enumerate(keys) if not self._store.check([key]))

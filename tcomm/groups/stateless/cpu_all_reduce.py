@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tcomm.config import resolve_timeout
-from tcomm.groups.arguments import Timeout, check_tensor
+from tcomm.groups.arguments import Timeout, check_tensor, is_plain
 from tcomm.groups.stateless.rows import comm_error
 
 __all__ = ["cpu_all_reduce_"]
@@ -27,7 +27,7 @@ def cpu_all_reduce_(
     then the sums of the blocks, in the order of the blocks. Works on groups that torch does not know.
 
     Args:
-        tensor: dense and contiguous on the CPU; any other goes to `dist.all_reduce`, whose order is its own.
+        tensor: dense. One that is not on the CPU goes to `dist.all_reduce`, whose order is its own.
         group: with a backend for the CPU.
         timeout: for all of it: seconds, a profile, a timedelta, or None, which is 120 s.
 
@@ -45,9 +45,12 @@ def cpu_all_reduce_(
     seconds = resolve_timeout("default" if timeout is None else timeout) or _NO_LIMIT_SECONDS
     if group.size() == 1:
         return tensor
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if tensor.device.type != "cpu":
         dist.all_reduce(tensor, group=group)
         return tensor
+    if not is_plain(tensor):
+        # Gloo would take the memory for the values.
+        return tensor.copy_(cpu_all_reduce_(tensor.resolve_conj().resolve_neg().contiguous(), group, seconds))
     exchange = _PairExchange(group, seconds)
     block, rank = group.size() & -group.size(), group.rank()
     distance = 1

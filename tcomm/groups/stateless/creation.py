@@ -68,6 +68,8 @@ def open_group(
         DuplicateRankError, GroupMismatchError, RendezvousError: as `meet` does.
     """
     _check_place(rank, world_size, port, listen_socket, via)
+    if not timeout > 0:
+        raise ConfigError(f"a timeout of {timeout!r} s is not positive")
     secret = require_secret(host)
     deadline = time.monotonic() + timeout
     if world_size == 1:
@@ -165,6 +167,8 @@ def _told_port(notes: SealedStore, name: str, rank: int, deadline: float, timeou
                 "check that it runs and makes the same groups"
             )
         pause()
-    port = int(notes.get(key))
+    told = notes.get(key)
     notes.delete_key(key)
-    return port
+    if not told.isdigit():
+        raise RendezvousError(f"what the store given (via=) has as the port of group {name!r} is none: {told!r}")
+    return int(told)

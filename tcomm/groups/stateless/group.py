@@ -234,10 +234,9 @@ class StatelessProcessGroup:
         """
         if self.world_size == 1:
             return
-        number, self._barriers = self._barriers, self._barriers + 1
         with self._operation("barrier", timeout):
-            barrier = Barrier(self._sealed, self.rank, self.world_size, number, timeout, self._epitaph)
-            barrier.run()
+            number, self._barriers = self._barriers, self._barriers + 1
+            Barrier(self._sealed, self.rank, self.world_size, number, timeout, self._epitaph).run()
             self.expire_data()
 
     def broadcast(self, tensor: torch.Tensor, src: int, *, timeout: float | None = None) -> torch.Tensor:

@@ -89,11 +89,12 @@ def meet(
     hall.set(whereabouts, name.encode())
     try:
         generation = guest.open() if rank == 0 else guest.find()
-        return Meeting(generation, guest.wait_for_all(generation))
-    except DecodeError as error:
+        identities = guest.wait_for_all(generation)
+    except (DecodeError, msgspec.MsgspecError) as error:
         raise GroupMismatchError(f"rank {rank} cannot come to group {name!r}: {error}") from error
-    finally:
-        hall.delete_key(whereabouts)
+    # Who failed leaves word of where it was.
+    hall.delete_key(whereabouts)
+    return Meeting(generation, identities)
 
 
 def is_open(hall: SealedStore, name: str) -> bool:
@@ -123,6 +124,7 @@ class _Guest:
         same = {"rendezvous": _PROTOCOL, "world size": str(world_size), **settings}
         self._claim = _Claim(secrets.token_hex(8), my_identity(), same)
         self._holder: Identity | None = None
+        self._failure = ""
 
     def open(self) -> str:
         """Begin a new generation, as rank 0."""
@@ -143,12 +145,13 @@ class _Guest:
         while time.monotonic() < self._deadline:
             if self._desk.check(["open"]):
                 generation = msgspec.msgpack.decode(self._desk.get("open"), type=_Opening).generation
-                if generation not in taken:
+                if generation not in taken and not self._is_over(generation):
                     self._holder = self._take(generation)
                     if self._holder is None:
                         return generation
                     taken[generation] = time.monotonic()
-                self._refuse_second(generation, time.monotonic() - taken[generation])
+                if generation in taken:
+                    self._refuse_second(generation, time.monotonic() - taken[generation])
             pause()
         if (
             self._holder is not None
@@ -218,6 +221,16 @@ class _Guest:
                 found[rank] = msgspec.msgpack.decode(self._desk.get(key), type=_Claim)
         return found
 
+    def _is_over(self, generation: str) -> bool:
+        """Whether a generation failed before this process came; rank 0 may open another one."""
+        if not self._desk.check([f"{generation}/verdict"]):
+            return False
+        verdict = msgspec.msgpack.decode(self._desk.get(f"{generation}/verdict"), type=_Verdict)
+        if verdict.kind == "different":
+            raise GroupMismatchError(verdict.text)
+        self._failure = verdict.text
+        return bool(verdict.kind)
+
     def _refuse_second(self, generation: str, seconds: float) -> None:
         """Raise if the process that has our rank in a generation keeps it, and is not an earlier self."""
         assert self._holder is not None
@@ -241,8 +254,10 @@ class _Guest:
         are = (
             f"ranks {missing} of {self._world_size} did not come to {self._what()} within {self._timeout:g} s"
         )
+        if self._failure:
+            are += f" (and before: {self._failure})"
         if elsewhere:
-            told = ", ".join(f"rank {rank} waits for {name!r}" for rank, name in elsewhere.items())
+            told = ", ".join(f"rank {rank} came to {name!r}" for rank, name in elsewhere.items())
             return GroupMismatchError(f"{are}; {told}: make the same groups in the same order on every rank")
         return RendezvousError(
             f"{are}; check that they run, and with the same address, or give a longer store_timeout="
