@@ -105,7 +105,12 @@ def _methods(node: ast.ClassDef) -> Iterator[ast.FunctionDef]:
 def _does_something(node: ast.FunctionDef) -> bool:
     if any(ast.unparse(decorator).endswith("overload") for decorator in node.decorator_list):
         return False
-    return [ast.unparse(statement) for statement in _body(node)] not in ([], ["..."], ["pass"], ["return None"])
+    return [ast.unparse(statement) for statement in _body(node)] not in (
+        [],
+        ["..."],
+        ["pass"],
+        ["return None"],
+    )
 
 
 def _body(node: ast.FunctionDef) -> list[ast.stmt]:
@@ -179,7 +184,18 @@ def _copy(source: pathlib.Path, goal: pathlib.Path) -> None:
 
 def run_tests(copy: pathlib.Path, files: list[str], seconds: float) -> str:
     """The first test that failed; empty when all passed."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", *files]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-rfE",
+        "--tb=no",
+        "-p",
+        "no:cacheprovider",
+        *files,
+    ]
     # Sources change faster than the times by which bytecode is told to be old.
     variables = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     process = subprocess.Popen(
@@ -236,7 +252,9 @@ def table_of(verdicts: list[Verdict]) -> Table:
 
 def main(arguments: list[str] | None = None) -> int:
     """The number that the process ends with: 1 when something survived."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", help="patterns of full names, such as '*.GroupCoordinator.*'")
     parser.add_argument("--under", action="append", help="file or folder; default: the group layer")
     parser.add_argument("--root", type=pathlib.Path, default=ROOT, help="of the tree")

@@ -91,7 +91,10 @@ def test_what_is_public_and_does_something_is_emptied(toy):
         ("watched", 'def watched(x):\n    """Kept."""\n    return None\n'),
         ("opened", "@contextlib.contextmanager\ndef opened(log):\n    yield\n"),
         ("Box.__init__", "    def __init__(self, x):\n        return None\n"),
-        ("Box.width", '    def width(self):\n        """Kept too."""\n        return None\n\n    def nothing'),
+        (
+            "Box.width",
+            '    def width(self):\n        """Kept too."""\n        return None\n\n    def nothing',
+        ),
     ],
 )
 def test_an_emptied_function_keeps_what_stands_before_its_body(name, function):
