@@ -13,8 +13,8 @@ from tcomm.errors import UsageError
 from tcomm.groups.graphs import GraphCaptureContext
 from tcomm.groups.helpers.loggers import register_first_rank
 from tcomm.groups.parallel.coordinator import GroupCoordinator
-from tcomm.groups.parallel.layouts import make_layout
 from tcomm.groups.parallel.current_config import current_parallel_config
+from tcomm.groups.parallel.layouts import make_layout
 from tcomm.groups.parallel.state import current
 
 __all__ = [

@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import HashStore, Store
 
 from tcomm.errors import ConfigError, DuplicateRankError, RendezvousError
 from tcomm.groups.stateless.addresses import address_text
-from tcomm.groups.stateless.differences import installed_version
+from tcomm.groups.differences import installed_version
 from tcomm.groups.stateless.rendezvous import is_open, meet
 from tcomm.groups.stateless.sealed import SealedStore
 from tcomm.groups.stateless.stores import MeetingPoint, join_at, serve_at
@@ -170,5 +170,7 @@ def _told_port(notes: SealedStore, name: str, rank: int, deadline: float, timeou
     told = notes.get(key)
     notes.delete_key(key)
     if not told.isdigit():
-        raise RendezvousError(f"what the store given (via=) has as the port of group {name!r} is none: {told!r}")
+        raise RendezvousError(
+            f"what the store given (via=) has as the port of group {name!r} is none: {told!r}"
+        )
     return int(told)

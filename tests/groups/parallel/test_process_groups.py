@@ -27,7 +27,7 @@ def test_the_device_follows_the_backend(monkeypatch):
 
 def _life(member):
     member.process_group()
-    made = ProcessGroups.create([[0], [1]], "gloo", f"mine{member.rank}", None)
+    made = ProcessGroups.create([[0], [1]], "gloo", "mine", None)
     known = len(dist.distributed_c10d._world.pg_map)
     names = [group.group_desc for group in (made.device_group, made.cpu_group)]
     adopted = ProcessGroups.adopt(dist.group.WORLD)
@@ -59,6 +59,32 @@ def test_groups_keep_the_order_of_their_row_and_can_be_made_again(on_ranks):
     assert on_ranks(3, _again) == [([[0, 2, 1]] * 2, "UsageError")] * 3
 
 
+def _in_different_order(member):
+    """One rank makes its groups in another order, and of other members: all are told, and can go on."""
+    member.process_group()
+    order = ["tp", "pp"] if member.rank else ["pp", "tp"]
+    told = refusal(ProcessGroups.create, [[0, 1]], "gloo", order[0], None)
+    others = refusal(ProcessGroups.create, [[0, 1]] if member.rank else [[0], [1]], "gloo", "tp", None)
+    made = ProcessGroups.create([[0, 1]], "gloo", "tp", 20.0)
+    dist.all_reduce(x := torch.ones(1), group=made.device_group)
+    made.destroy()
+    dist.destroy_process_group()
+    return told, others, x.item()
+
+
+def test_ranks_that_make_different_groups_are_told(on_ranks):
+    for (kind, text), others, total in on_ranks(2, _in_different_order):
+        assert kind == others[0] == "GroupMismatchError"
+        assert "rank 0: 'pp'" in text
+        assert "rank 1: 'tp'" in text
+        assert "rank 0: '[[0], [1]]'" in others[1]
+        assert total == 2.0
+
+
+def test_without_torch_distributed():
+    assert refusal(ProcessGroups.create, [[0]], "gloo", "tp", None)[0] == "UsageError"
+
+
 def test_a_torch_that_sorts_is_told(monkeypatch):
     monkeypatch.setattr(dist, "new_group", lambda ranks, timeout, backend, group_desc: None)
     with pytest.raises(CapabilityError, match="groups in another order need torch"):
@@ -66,5 +92,5 @@ def test_a_torch_that_sorts_is_told(monkeypatch):
 
 
 def test_groups_are_made_by_their_members_and_end_with_their_maker(on_ranks):
-    for rank, found in enumerate(on_ranks(2, _life)):
-        assert found == ([f"mine{rank}/device", f"mine{rank}/cpu"], 2, True, 2.0)
+    for found in on_ranks(2, _life):
+        assert found == (["mine/device", "mine/cpu"], 2, True, 2.0)
