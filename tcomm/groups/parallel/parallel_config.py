@@ -6,7 +6,7 @@ import errno
 import hashlib
 import logging
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import torch
@@ -72,7 +72,7 @@ class ParallelConfig:
     data_parallel_rank_local: int | None = None
     """This replica among those of its host."""
     data_parallel_index: int = field(init=False, default=0)
-    """This replica, where `data_parallel_rank` has been set back to 0."""
+    """This replica; stays where an engine sets `data_parallel_rank` to another."""
     data_parallel_master_ip: str = "127.0.0.1"
     """Address where replicas meet."""
     data_parallel_rpc_port: int = 29550
@@ -150,9 +150,9 @@ class ParallelConfig:
     cpu_distributed_timeout_seconds: int | None = None
     """How long groups of CPUs wait; None: as the backend does."""
     dcp_kv_cache_interleave_size: int = 1
-    """Tokens in a row on one rank of the cache; older name of the next."""
+    """Tokens in a row on one rank of the cache that decoding shares."""
     cp_kv_cache_interleave_size: int = 1
-    """Tokens in a row on one rank of the cache."""
+    """Tokens in a row on one rank of the cache that either kind of context parallelism shares."""
     enable_multimodal_encoder_data_parallel: bool = False
     """Spread encoders of images by data, not by tensors."""
     world_size: int = field(init=False)
@@ -295,26 +295,28 @@ class ParallelConfig:
     def stateless_init_dp_group(self) -> dist.ProcessGroup:
         """A group of gloo over the replicas, apart from torch's own. **Collective** over them.
 
-        Where the port is taken the next one is tried, up to five of them.
+        Where rank 0 finds its port taken it tries the next one, up to five of them. The others cannot know,
+        and run into their deadline; a port that was kept for the group is not taken.
 
         Raises:
             OSError: when they all are.
             RendezvousError: when replicas are missing.
         """
-        from tcomm.groups.stateless.torch_groups import stateless_init_torch_distributed_process_group
+        from tcomm.groups.stateless.gloo import stateless_init_torch_distributed_process_group
 
         tried = 0
         while True:
             port = self.get_next_dp_init_port()
             tried += 1
             try:
-                return stateless_init_torch_distributed_process_group(
+                group = stateless_init_torch_distributed_process_group(
                     self.data_parallel_master_ip,
                     port,
                     self.data_parallel_rank,
                     self.data_parallel_size,
                     backend="gloo",
                 )
+                return cast(dist.ProcessGroup, group)
             except OSError as error:
                 if error.errno != errno.EADDRINUSE or tried == _TRIES:
                     raise

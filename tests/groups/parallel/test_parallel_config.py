@@ -370,9 +370,9 @@ def meetings(monkeypatch):
             raise outcome
         return outcome
 
-    module = types.ModuleType("torch_groups")
+    module = types.ModuleType("gloo")
     module.stateless_init_torch_distributed_process_group = make
-    monkeypatch.setitem(sys.modules, "tcomm.groups.stateless.torch_groups", module)
+    monkeypatch.setitem(sys.modules, "tcomm.groups.stateless.gloo", module)
     return calls, outcomes
 
 
@@ -434,3 +434,24 @@ def _agree(member):
         "state": [ParallelConfig.sync_dp_state(group, work[rank], pause[rank]) for work, pause in states],
         "memory": [ParallelConfig.sync_kv_cache_memory_size(group, size[rank]) for size in memory],
     }
+
+
+def test_replicas_of_a_config_that_was_sent_to_them_meet_at_the_port_kept_for_them(on_ranks):
+    pytest.importorskip("tcomm.groups.stateless.gloo")
+    config = ParallelConfig(data_parallel_size=2)
+    ports = [config.data_parallel_master_port, *config._data_parallel_master_port_list]
+    assert on_ranks(2, _meet, config) == [[(2, True, ports[2])] * 2] * 2
+
+
+def _meet(member, config):
+    from tcomm.groups.stateless.gloo import stateless_destroy_torch_distributed_process_group
+
+    config = dataclasses.replace(config, data_parallel_rank=member.rank)
+    groups = [config.stateless_init_dp_group() for _ in range(2)]
+    seen = [
+        (group.size(), config.has_unfinished_dp(group, member.rank == 1), config.data_parallel_master_port)
+        for group in groups
+    ]
+    for group in groups:
+        stateless_destroy_torch_distributed_process_group(group)
+    return seen
