@@ -437,7 +437,6 @@ def _agree(member):
 
 
 def test_replicas_of_a_config_that_was_sent_to_them_meet_at_the_port_kept_for_them(on_ranks):
-    pytest.importorskip("tcomm.groups.stateless.gloo")
     config = ParallelConfig(data_parallel_size=2)
     ports = [config.data_parallel_master_port, *config._data_parallel_master_port_list]
     assert on_ranks(2, _meet, config) == [[(2, True, ports[2])] * 2] * 2
