@@ -291,5 +291,6 @@ def _listen(host: str, port: int) -> socket.socket:
             return sock
     except OSError as error:
         raise ConfigError(
-            f"cannot listen at {_told((host, port))}: {error}; give an address of this machine and a free port"
+            f"cannot listen at {_told((host, port))}: {error}; "
+            "give an address of this machine and a free port"
         ) from error
