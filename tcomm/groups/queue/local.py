@@ -222,7 +222,6 @@ class RingWriter:
             if watch is not None:
                 watch.close()
         self._watches = {}
-        self._living = []
         self.ring.close()
 
 

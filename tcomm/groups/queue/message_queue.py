@@ -7,17 +7,18 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from tcomm.config import Config, EngineConfig, resolve_timeout
-from tcomm.errors import CommError, ConfigError, DecodeError, GroupClosedError, QueueFullError
-from tcomm.groups.queue.chunks import Assembler, cut
+from tcomm.errors import CommError, ConfigError, DecodeError, GroupClosedError
 from tcomm.groups.queue.handle import Handle
 from tcomm.groups.queue.local import RingReader, RingWriter
 from tcomm.groups.queue.patience import Patience
+from tcomm.groups.queue.receiving import Receiver
 from tcomm.groups.queue.remote import REMOTE_CHUNK_BYTES, RemoteReader, RemoteReaders
 from tcomm.groups.queue.ring import ShmRingBuffer, Word
-from tcomm.objects.codec import Encoded, decode, encode
+from tcomm.groups.queue.sending import Sender
+from tcomm.objects.codec import decode, encode
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -26,8 +27,17 @@ if TYPE_CHECKING:
 
 __all__ = ["MessageQueue"]
 
-_Writer = RingWriter | RemoteReaders
-_Reader = RingReader | RemoteReader
+_Side = RingWriter | RingReader | RemoteReaders | RemoteReader
+_process = os.getpid()
+"""This process, without a system call for each message."""
+
+
+def _after_fork() -> None:
+    global _process  # noqa: PLW0603 - of this process alone
+    _process = os.getpid()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class MessageQueue:
@@ -69,38 +79,33 @@ class MessageQueue:
                 f"{n_local_reader} local of {n_reader} readers, with local ranks {ranks}; give one rank for "
                 "each local reader, and no more of them than readers"
             )
-        self._reader: _Reader | None = None
-        self._local: RingWriter | None = None
-        self._remote: RemoteReaders | None = None
         chunk_bytes = (
             max_chunk_bytes if n_local_reader == n_reader else min(max_chunk_bytes, REMOTE_CHUNK_BYTES)
         )
-        if n_local_reader:
-            ring = ShmRingBuffer(n_local_reader, chunk_bytes, max_chunks)
-            ring.words[Word.RANK] = writer_rank
-            self._local = RingWriter(ring, ranks, drop_dead_readers)
-        handle = Handle(ranks, self._local.ring.handle() if self._local else None)
-        try:
+        local, remote, handle = None, None, Handle(ranks)
+        with contextlib.ExitStack() as on_failure:
+            if n_local_reader:
+                ring = ShmRingBuffer(n_local_reader, chunk_bytes, max_chunks)
+                ring.words[Word.RANK] = writer_rank
+                local = RingWriter(ring, ranks, drop_dead_readers)
+                on_failure.callback(local.close)
+                handle.buffer_handle = ring.handle()
             if n_reader > n_local_reader:
                 host = connect_ip or EngineConfig.from_environment().host_ip or "127.0.0.1"
-                count = n_reader - n_local_reader
-                self._remote = RemoteReaders(host, count, max_chunks, drop_dead_readers)
-                handle.remote_subscribe_addr, handle.remote_addr_ipv6 = _url(*self._remote.address)
-        except BaseException:
-            if self._local is not None:
-                self._local.close()
-            raise
-        self._chunk_bytes = chunk_bytes
-        self._begin(handle, writer_rank, [side for side in (self._local, self._remote) if side is not None])
+                remote = RemoteReaders(host, n_reader - n_local_reader, max_chunks, drop_dead_readers)
+                handle.remote_subscribe_addr, handle.remote_addr_ipv6 = _url(*remote.address)
+            on_failure.pop_all()
+        self._begin(handle, writer_rank, Sender(local, remote, chunk_bytes, _default_seconds()), None)
 
-    def _begin(self, handle: Handle, rank: int, sides: list[_Writer] | list[_Reader]) -> None:
+    def _begin(self, handle: Handle, rank: int, sender: Sender | None, receiver: Receiver | None) -> None:
         self._handle = handle
         self._rank = rank
-        self._sides = sides
-        self._assembler = Assembler()
-        self._pid = os.getpid()
-        self._seconds = resolve_timeout(Config.from_environment().timeout)
-        self._finalizer = weakref.finalize(self, _close_all, sides, self._pid)
+        self._sender = sender
+        self._receiver = receiver
+        self._process = _process
+        sides: list[_Side] = [receiver.source] if receiver is not None else []
+        sides += sender.sides if sender is not None else []
+        self._finalizer = weakref.finalize(self, _close_all, sides, _process)
 
     @staticmethod
     def create_from_handle(handle: Handle, rank: int) -> MessageQueue:
@@ -110,17 +115,17 @@ class MessageQueue:
             RendezvousError: when there is no such ring. DuplicateRankError: when it was opened for `rank`.
             ConfigError: when the queue has no remote readers and `rank` is not local.
         """
-        queue = MessageQueue.__new__(MessageQueue)
-        queue._local = queue._remote = None
+        source: RingReader | RemoteReader
         if handle.buffer_handle is not None and rank in handle.local_reader_ranks:
             ring = ShmRingBuffer(*handle.buffer_handle)
-            queue._reader = RingReader(ring, handle.local_reader_ranks.index(rank), rank)
+            source = RingReader(ring, handle.local_reader_ranks.index(rank), rank)
         elif handle.remote_subscribe_addr is not None:
             host, _, port = handle.remote_subscribe_addr.removeprefix("tcp://").rpartition(":")
-            queue._reader = RemoteReader(host.strip("[]"), int(port), rank)
+            source = RemoteReader(host.strip("[]"), int(port), rank)
         else:
             raise ConfigError(f"rank {rank} is none of the readers {handle.local_reader_ranks} of the queue")
-        queue._begin(handle, rank, [queue._reader])
+        queue = MessageQueue.__new__(MessageQueue)
+        queue._begin(handle, rank, None, Receiver(source, _default_seconds()))
         return queue
 
     @staticmethod
@@ -207,15 +212,12 @@ class MessageQueue:
         Raises:
             PeerTimeoutError, PeerLostError, RendezvousError: when somebody does not come.
         """
-        patience = Patience(timeout, self._seconds)
+        patience = Patience(timeout, _default_seconds())
         with self._telling("wait_until_ready"):
-            if self._reader is not None:
-                self._reader.wait_until_ready(patience)
-                return
-            for side in self._writers():
-                side.wait_until_open(patience)
-            for side in self._writers():
-                side.publish_ready()
+            if self._receiver is not None:
+                self._receiver.source.wait_until_ready(patience)
+            if self._sender is not None:
+                self._sender.wait_until_ready(patience)
 
     def enqueue(self, obj: object, timeout: float | str | None = None) -> None:
         """Give an object to all readers. Waits only while one of them has no room.
@@ -229,20 +231,10 @@ class MessageQueue:
             QueueFullError: when a reader lags; says who. The object is not sent, and the queue goes on.
             PeerLostError: when a reader is gone. GroupClosedError: when the queue is shut down.
         """
-        if self._reader is not None:
-            raise ConfigError("Only writers can enqueue")
-        encoded = encode(obj)
+        sender = self._sending("enqueue")
+        message = encode(obj)
         try:
-            self._refuse_closed()
-            local = self._local
-            if local is None or self._remote is not None or encoded.nbytes > self._chunk_bytes:
-                self._enqueue_in_chunks(encoded, Patience(timeout, self._seconds))
-                return
-            local.look_now_and_then()
-            if not local.has_room():
-                self._make_room(Patience(timeout, self._seconds))
-            encoded.write_into(local.slot())
-            local.publish(encoded.nbytes, encoded.nbytes, 0)
+            sender.send(message, timeout)
         except CommError as error:
             self._sign(error, "enqueue")
             raise
@@ -266,16 +258,17 @@ class MessageQueue:
             DecodeError: when the message is none; the next call gets the next message.
             CommError: "cancelled". GroupClosedError: when the queue is shut down here.
         """
+        receiver = self._receiving("dequeue")
         try:
-            chunk, is_whole = self._next_message(timeout, cancel, indefinite)
-            if not is_whole:
-                return decode(chunk, borrow=True)
+            message, in_slot = receiver.next_message(timeout, cancel, indefinite)
+            if not in_slot:
+                return decode(message, borrow=True)
             try:
-                value = decode(chunk)
+                value = decode(message)
             except DecodeError:
-                self._source().release()
+                receiver.source.release()
                 raise
-            self._source().release()
+            receiver.source.release()
         except CommError as error:
             self._sign(error, "dequeue")
             raise
@@ -292,19 +285,20 @@ class MessageQueue:
 
         The slot goes back at its end, also when it raises; then the views show what is written next.
         """
+        receiver = self._receiving("dequeue")
         with self._telling("borrow"):
-            chunk, is_whole = self._next_message(timeout, cancel, indefinite)
+            message, in_slot = receiver.next_message(timeout, cancel, indefinite)
             try:
-                value = decode(chunk, borrow=True)
+                value = decode(message, borrow=True)
             except DecodeError:
-                if is_whole:
-                    self._source().release()
+                if in_slot:
+                    receiver.source.release()
                 raise
         try:
             yield value
         finally:
-            if is_whole:
-                self._source().release()
+            if in_slot:
+                receiver.source.release()
 
     @contextlib.contextmanager
     def acquire_write(self, timeout: float | str | None = None) -> Iterator[memoryview]:
@@ -313,20 +307,14 @@ class MessageQueue:
         When the block raises, nothing is given out and the slot is free again. Read by `acquire_read`.
 
         Raises:
-            ConfigError: when this is a reader.
-            QueueFullError, PeerLostError, GroupClosedError: as `enqueue` does.
+            ConfigError, QueueFullError, PeerLostError, GroupClosedError: as `enqueue` does.
         """
-        if self._reader is not None:
-            raise ConfigError("Only writers can acquire write")
+        sender = self._sending("acquire write")
         with self._telling("acquire_write"):
-            self._make_room(Patience(timeout, self._seconds))
-        slot = self._local.slot() if self._local is not None else memoryview(bytearray(self._chunk_bytes))
+            slot = sender.slot(timeout)
         yield slot
         with self._telling("acquire_write"):
-            if self._remote is not None:
-                self._remote.publish([slot], len(slot), 0)
-            if self._local is not None:
-                self._local.publish(len(slot), len(slot), 0)
+            sender.publish_slot(slot)
 
     @contextlib.contextmanager
     def acquire_read(
@@ -335,25 +323,22 @@ class MessageQueue:
         cancel: threading.Event | None = None,
         indefinite: bool = False,
     ) -> Iterator[memoryview]:
-        """The bytes of the next chunk, in its slot. The slot goes back at the end, also when the block raises.
+        """The bytes of the next chunk, in its slot, which goes back at the end, also when the block raises.
 
         Raises:
-            ConfigError: when this is the writer.
-            PeerTimeoutError, PeerLostError, CommError, GroupClosedError: as `dequeue` does.
+            ConfigError, PeerTimeoutError, PeerLostError, CommError, GroupClosedError: as `dequeue` does.
         """
-        if self._reader is None:
-            raise ConfigError("Only readers can acquire read")
+        receiver = self._receiving("acquire read")
         with self._telling("acquire_read"):
-            self._reader.wait(Patience(timeout, self._seconds, cancel, indefinite))
-            _, _, chunk = self._look()
+            chunk = receiver.next_chunk(timeout, cancel, indefinite)
         try:
             yield chunk
         finally:
-            self._reader.release()
+            receiver.source.release()
 
     def broadcast_object(self, obj: object = None) -> object:
-        """The writer's object on everybody. **Collective.** `enqueue` on the writer, `dequeue` on readers."""
-        if self._reader is not None:
+        """The writer's object on everybody. **Collective.** An `enqueue` there, a `dequeue` here."""
+        if self._receiver is not None:
             return self.dequeue()
         self.enqueue(obj)
         return obj
@@ -363,82 +348,33 @@ class MessageQueue:
 
         After the writer's, readers get what was written, then a PeerLostError.
         """
+        self._process = 0
         self._finalizer()
 
-    def _writers(self) -> Iterator[_Writer]:
-        return (side for side in (self._local, self._remote) if side is not None)
+    def _receiving(self, told: str) -> Receiver:
+        if self._process != _process:
+            self._refuse_use()
+        if self._receiver is None:
+            raise ConfigError(f"Only readers can {told}")
+        return self._receiver
 
-    def _source(self) -> _Reader:
-        if self._reader is None:
-            raise ConfigError("Only readers can dequeue")
-        return self._reader
+    def _sending(self, told: str) -> Sender:
+        if self._process != _process:
+            self._refuse_use()
+        if self._sender is None:
+            raise ConfigError(f"Only writers can {told}")
+        return self._sender
 
-    def _refuse_closed(self) -> None:
-        if not self._finalizer.alive:
+    def _refuse_use(self) -> NoReturn:
+        if not self._process:
             raise GroupClosedError("the queue is shut down")
-        if self._pid != os.getpid():
-            raise GroupClosedError(f"the queue belongs to process {self._pid}; make another after a fork")
-
-    def _make_room(self, patience: Patience) -> None:
-        self._refuse_closed()
-        for side in self._writers():
-            if not side.has_room() and not side.wait_for_room(patience):
-                told, ranks = side.describe_lag()
-                raise QueueFullError(
-                    f"the queue is full and stayed so for {patience.seconds:g} s: {told}. Nothing was lost; "
-                    "the object was not sent. Give a longer timeout or more chunks, or see what that reader does",
-                    peers=ranks,
-                )
-
-    def _enqueue_in_chunks(self, encoded: Encoded, patience: Patience) -> None:
-        offset = 0
-        for pieces in cut(encoded.parts, self._chunk_bytes):
-            self._make_room(patience)
-            nbytes = 0
-            if self._remote is not None:
-                self._remote.publish(pieces, encoded.nbytes, offset)
-            for piece in pieces:
-                if self._local is not None:
-                    self._local.slot()[nbytes : nbytes + len(piece)] = piece
-                nbytes += len(piece)
-            if self._local is not None:
-                self._local.publish(nbytes, encoded.nbytes, offset)
-            offset += nbytes
-
-    def _next_message(
-        self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool
-    ) -> tuple[memoryview, bool]:
-        """A whole message, and whether it lies in a slot that is still to be released."""
-        self._refuse_closed()
-        source, patience = self._source(), None
-        while True:
-            if not source.has_chunk():
-                patience = patience or Patience(timeout, self._seconds, cancel, indefinite)
-                source.wait(patience)
-            total, offset, chunk = self._look()
-            if not offset and total == len(chunk):
-                self._assembler.drop()
-                return chunk, True
-            try:
-                message = self._assembler.add(total, offset, chunk)
-            finally:
-                source.release()
-            if message is not None:
-                return message, False
-
-    def _look(self) -> tuple[int, int, memoryview]:
-        source = self._source()
-        try:
-            return source.look()
-        except DecodeError:
-            self._assembler.drop()
-            source.release()
-            raise
+        raise GroupClosedError("the queue belongs to the process that made it; make another after a fork")
 
     @contextlib.contextmanager
     def _telling(self, op: str) -> Iterator[None]:
         try:
-            self._refuse_closed()
+            if self._process != _process:
+                self._refuse_use()
             yield
         except CommError as error:
             self._sign(error, op)
@@ -448,11 +384,15 @@ class MessageQueue:
         error.group, error.op, error.rank = error.group or "queue", error.op or op, self._rank
 
 
-def _close_all(sides: list[_Writer] | list[_Reader], pid: int) -> None:
+def _close_all(sides: list[_Side], process: int) -> None:
     # A forked child has these objects, too, and its parent goes on using them.
-    if os.getpid() == pid:
+    if process == _process:
         for side in sides:
             side.close()
+
+
+def _default_seconds() -> float | None:
+    return resolve_timeout(Config.from_environment().timeout)
 
 
 def _url(host: str, port: int) -> tuple[str, bool]:

@@ -159,7 +159,7 @@ class ShmRingBuffer:
                 self._segment.unlink()
 
     def close(self) -> None:
-        """Give the descriptor back, and remove the name if this made it. The memory ends with its last view."""
+        """Give the descriptor back, and remove the name if this made it. The memory ends with its views."""
         if self.fd >= 0:
             if self.is_creator:
                 self.unlink()
