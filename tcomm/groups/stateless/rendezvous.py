@@ -252,7 +252,7 @@ class _Guest:
         """The error that names the ranks that did not come, and where they are, as far as they said so."""
         elsewhere = {rank: name for rank in missing if (name := self._place_of(rank)) not in ("", self._name)}
         are = (
-            f"ranks {missing} of {self._world_size} did not come to {self._what()} within {self._timeout:g} s"
+            f"ranks {missing} of {self._world_size} did not come to {self._what()} within {self._timeout:.3g} s"
         )
         if self._failure:
             are += f" (and before: {self._failure})"
