@@ -135,5 +135,7 @@ def test_gloo_over_a_store(monkeypatch):
 def test_gloo_gives_up_on_a_rank_that_does_not_come(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     store = dist.PrefixStore("g", dist.HashStore())
-    with pytest.raises(PeerTimeoutError, match=r"gloo did not connect rank 0 to the others of 2 within 0\.3 s"):
+    with pytest.raises(
+        PeerTimeoutError, match=r"gloo did not connect rank 0 to the others of 2 within 0\.3 s"
+    ):
         init_gloo_process_group(store, 0, 2, datetime.timedelta(seconds=0.3))

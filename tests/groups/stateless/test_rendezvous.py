@@ -94,14 +94,18 @@ def test_whoever_did_not_come_is_named_to_all_who_did(hall):
 
 
 def test_without_rank_0_that_is_told(hall):
-    with pytest.raises(RendezvousError, match=r"ranks \[0\] of 2 did not come to group 'g' at the hall within 0.1 s"):
+    with pytest.raises(
+        RendezvousError, match=r"ranks \[0\] of 2 did not come to group 'g' at the hall within 0.1 s"
+    ):
         _guest(hall, 1, timeout=0.1)()
 
 
 def test_a_failed_meeting_can_be_repeated(hall):
     with pytest.raises(RendezvousError):
         _guest(hall, 0, timeout=0.05)()
-    with pytest.raises(RendezvousError, match=r"ranks \[0\] of 2 .* \(and before: ranks \[1\] of 2 did not come"):
+    with pytest.raises(
+        RendezvousError, match=r"ranks \[0\] of 2 .* \(and before: ranks \[1\] of 2 did not come"
+    ):
         _guest(hall, 1, timeout=0.05)()
     first, second = _meet_all(_guest(hall, 1), lambda: (time.sleep(0.05), _guest(hall, 0)())[1])
     assert first == second

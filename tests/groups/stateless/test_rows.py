@@ -15,7 +15,9 @@ def _gather(member):
         gather_rows(group, bytes(13), 16, 10.0)
     assert has_cpu_backend(group)
     if member.rank == 0:
-        with pytest.raises(PeerTimeoutError, match="gather_rows: Timed out after 0.2 s of waiting for the others"):
+        with pytest.raises(
+            PeerTimeoutError, match="gather_rows: Timed out after 0.2 s of waiting for the others"
+        ):
             gather_rows(group, b"", 16, 0.2)
     else:
         member.meet("failed")

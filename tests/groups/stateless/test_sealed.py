@@ -105,7 +105,9 @@ class _Failing:
 
 def test_a_store_that_is_silent_or_gone_is_told_as_rank_0():
     stuck = threading.Event()
-    store = SealedStore(_Failing(lambda keys: stuck.wait()), where="the store", thread=CallThread(), seconds=60)
+    store = SealedStore(
+        _Failing(lambda keys: stuck.wait()), where="the store", thread=CallThread(), seconds=60
+    )
     store.allow(0.1)
     started = time.monotonic()
     with pytest.raises(PeerTimeoutError, match="rank 0 does not answer: the store is silent") as caught:

@@ -4,7 +4,6 @@ import pathlib
 import socket
 
 import pytest
-import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -89,7 +88,12 @@ def test_groups_of_a_process_share_the_store_of_an_address():
     clients = [join_at("127.0.0.1", first.port, 5.0) for _ in range(50)]
     assert set(map(id, clients)) == {id(clients[0])}
     assert _num_files() - served <= 2
-    assert (first.serves, clients[0].serves, first.answers(), clients[0].answers()) == (True, False, True, True)
+    assert (first.serves, clients[0].serves, first.answers(), clients[0].answers()) == (
+        True,
+        False,
+        True,
+        True,
+    )
     clients[0].sealed(None, 5.0).set("a", b"1")
     assert first.sealed(None, 5.0).get("a") == b"1"
     assert first.turn("g") is first.turn("g")
