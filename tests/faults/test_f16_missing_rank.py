@@ -9,8 +9,8 @@ from tests.faults.meeting import create
 from tests.faults.worlds import failure_of
 
 TOLD = (
-    r"ranks \[2\] of 3 did not come to group '{}' at the store at 127\.0\.0\.1:\d+ within [0-9.]+ s; check that "
-    "they run, and with the same address, or give a longer store_timeout="
+    r"ranks \[2\] of 3 did not come to group '{}' at the store at 127\.0\.0\.1:\d+ within [0-9.]+ s; "
+    "check that they run, and with the same address, or give a longer store_timeout="
 )
 
 
@@ -50,6 +50,7 @@ def test_f16_without_rank_0_the_address_that_was_tried_is_told(world):
     for failure, port in world(2, _nobody_listens):
         assert failure.kind == "RendezvousError"
         assert failure.text.startswith(
-            f"rank 0 is missing: nobody accepts connections at 127.0.0.1:{port} after 0.5 s (Connection refused)"
+            f"rank 0 is missing: nobody accepts connections at 127.0.0.1:{port} after 0.5 s "
+            "(Connection refused)"
         )
         assert failure.seconds < 2.0
