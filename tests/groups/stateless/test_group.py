@@ -24,7 +24,14 @@ from tcomm.groups.stateless.group import StatelessProcessGroup
 def made(member, name="test", **options):
     """A stateless group of all ranks, at a port that rank 0 found free."""
     return StatelessProcessGroup.create(
-        "127.0.0.1", 0, member.rank, member.world_size, store_timeout=20, group_name=name, via=member.store, **options
+        "127.0.0.1",
+        0,
+        member.rank,
+        member.world_size,
+        store_timeout=20,
+        group_name=name,
+        via=member.store,
+        **options,
     )
 
 
@@ -81,7 +88,9 @@ def _tensors(group):
         into = torch.zeros(2, 3)
         assert group.recv(into, 0) is into
         assert into.tolist() == [[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]]
-        with pytest.raises(CollectiveMismatchError, match=r"rank 0 sent torch\.float32 \[4\]; the tensor given"):
+        with pytest.raises(
+            CollectiveMismatchError, match=r"rank 0 sent torch\.float32 \[4\]; the tensor given"
+        ):
             group.recv(into, 0)
         with pytest.raises(CollectiveMismatchError, match="rank 0 sent a str and no tensor"):
             group.recv(into, 0)
@@ -164,16 +173,22 @@ def _late(member):
     told = {}
     started = time.monotonic()
     if member.rank == 0:
-        with pytest.raises(PeerTimeoutError, match=r"recv_obj: rank 1 \(pid \d+, running\) sent nothing within 0\.[3-9]"):
+        with pytest.raises(
+            PeerTimeoutError, match=r"recv_obj: rank 1 \(pid \d+, running\) sent nothing within 0\.[3-9]"
+        ):
             group.recv_obj(1, timeout=0.3)
-        with pytest.raises(PeerTimeoutError, match=r"Barrier timed out after 0\.50 seconds on rank 0; ranks \[1\]"):
+        with pytest.raises(
+            PeerTimeoutError, match=r"Barrier timed out after 0\.50 seconds on rank 0; ranks \[1\]"
+        ):
             group.barrier(timeout=0.5)
         told["seconds"] = time.monotonic() - started
         member.meet("late")
     else:
         member.meet("late")
         # The barrier is over, for the one that comes late, too.
-        with pytest.raises(PeerTimeoutError, match=r"Barrier timed out after 0\.50 seconds on rank 0; ranks \[1\]"):
+        with pytest.raises(
+            PeerTimeoutError, match=r"Barrier timed out after 0\.50 seconds on rank 0; ranks \[1\]"
+        ):
             group.barrier(timeout=20)
     group.barrier()
     member.meet("quiet")
@@ -254,7 +269,9 @@ def test_the_fields_are_those_that_callers_give_by_place():
         "recv_src_counter", "broadcast_send_counter", "broadcast_recv_src_counter", "entries",
     ]  # fmt: skip
     group = StatelessProcessGroup(0, 2, dist.HashStore(), None)
-    assert (group.send_dst_counter, group.recv_src_counter, group.broadcast_recv_src_counter) == ({0: 0, 1: 0},) * 3
+    assert (group.send_dst_counter, group.recv_src_counter, group.broadcast_recv_src_counter) == (
+        {0: 0, 1: 0},
+    ) * 3
     with pytest.raises(ConfigError, match="rank 2 of 2 ranks"):
         StatelessProcessGroup(2, 2, dist.HashStore(), None)
 
