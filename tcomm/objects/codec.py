@@ -1,0 +1,167 @@
+"""Objects as bytes and back, over a closed set of types. Nothing that is received is ever executed.
+
+`docs/objects.md` says what may travel and how it is laid out.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+
+from tcomm.errors import ConfigError, DecodeError
+from tcomm.objects.layout import HEAD, MARK, SCALARS, VERSION, align, is_plain
+from tcomm.objects.packing import Packer, encode_plain
+from tcomm.objects.registry import ErrorText, register
+from tcomm.objects.unpacking import Unpacker, decode_plain
+
+__all__ = ["MAX_DEPTH", "MAX_NBYTES", "Encoded", "ErrorText", "decode", "encode", "register"]
+
+MAX_NBYTES = 1 << 32
+"""Bytes that a message may have unless the caller says otherwise."""
+MAX_DEPTH = 64
+"""Containers that may lie in one another unless the caller says otherwise."""
+
+
+class Encoded:
+    """A message in parts, of which the large ones are views of the arrays and tensors that were given.
+
+    They may not change until the message is written.
+
+    Attributes:
+        parts: bytes-like objects of unsigned bytes; put together they are the message.
+        nbytes: of all parts.
+    """
+
+    __slots__ = ("nbytes", "parts")
+
+    def __init__(self, parts: list[bytes | memoryview], nbytes: int) -> None:
+        self.parts = parts
+        self.nbytes = nbytes
+
+    def join(self) -> bytes:
+        """The message in one piece."""
+        return b"".join(self.parts)
+
+    def write_into(self, target: memoryview) -> None:
+        """Write the message to the beginning of `target`, which holds unsigned bytes.
+
+        Raises:
+            ConfigError: when it is too small.
+        """
+        if target.nbytes < self.nbytes:
+            raise ConfigError(f"the message has {self.nbytes} bytes, and {target.nbytes} were given for it")
+        begin = 0
+        for part in self.parts:
+            end = begin + len(part)
+            target[begin:end] = part
+            begin = end
+
+
+def encode(value: object, *, max_nbytes: int = MAX_NBYTES, max_depth: int = MAX_DEPTH) -> Encoded:
+    """`value` as a message. Large arrays, tensors and bytes are not copied.
+
+    Args:
+        value: of the types in `docs/objects.md`, exactly: a subclass travels only where it is registered.
+        max_nbytes: bytes that the message may have.
+        max_depth: containers that may lie in one another.
+
+    Raises:
+        ConfigError: when something in `value` may not travel, with the path to it, or a cap is passed.
+    """
+    try:
+        body = _plain_body(value, max_depth)
+        encoded = _encode_structure(value, max_depth) if body is None else Encoded([body], len(body))
+    except RecursionError:
+        raise ConfigError(f"the value is deeper than Python's stack allows; max_depth={max_depth}") from None
+    if encoded.nbytes > max_nbytes:
+        raise ConfigError(
+            f"the message has {encoded.nbytes} bytes, more than max_nbytes={max_nbytes}; "
+            "send it in parts, or give both sides a larger max_nbytes"
+        )
+    return encoded
+
+
+def _plain_body(value: object, max_depth: int) -> bytes | None:
+    """The message of what msgpack alone gives back; None where that is not so."""
+    if not is_plain(value, max_depth):
+        return None
+    try:
+        return encode_plain(value)
+    except (OverflowError, UnicodeEncodeError):
+        return None
+
+
+def _encode_structure(value: object, max_depth: int) -> Encoded:
+    packer = Packer(max_depth)
+    tree = packer.pack(value)
+    try:
+        structure = encode_plain([[len(buffer) for buffer in packer.buffers], tree])
+        head = HEAD.pack(MARK, VERSION, 0, len(structure)) + structure
+    except (ValueError, OverflowError, struct.error) as error:
+        raise ConfigError(
+            f"all but arrays, tensors and bytes may have 4 GiB in a message: {error}"
+        ) from error
+    parts: list[bytes | memoryview] = [head]
+    end = len(head)
+    for buffer in packer.buffers:
+        begin = align(end)
+        parts.append(bytes(begin - end))
+        parts.append(buffer)
+        end = begin + len(buffer)
+    return Encoded([part for part in parts if len(part)], end)
+
+
+def decode(
+    data: bytes | bytearray | memoryview,
+    *,
+    borrow: bool = False,
+    max_nbytes: int = MAX_NBYTES,
+    max_depth: int = MAX_DEPTH,
+    device: torch.device | None = None,
+) -> object:
+    """The value of a message, with the types that it had.
+
+    Memory that this takes is at most a fixed multiple of the message's.
+
+    Args:
+        data: a whole message; a memoryview holds unsigned bytes.
+        borrow: whether arrays and tensors are views of `data`, which must be writable since torch has no
+            read-only tensors. Aligned to 64 bytes where `data` is.
+        max_nbytes: bytes that the message may have.
+        max_depth: containers that may lie in one another.
+        device: where tensors go that lay on a device of its type; None: every tensor arrives on the CPU.
+
+    Raises:
+        DecodeError: when the bytes are not a message, a cap is passed, or a class is not registered here.
+        ConfigError: when read-only bytes are to be borrowed.
+    """
+    if len(data) > max_nbytes:
+        raise DecodeError(f"a message of {len(data)} bytes is longer than max_nbytes={max_nbytes}")
+    if borrow and memoryview(data).readonly:
+        raise ConfigError(
+            "borrow=True needs writable memory, as torch has no read-only tensors; leave it out"
+        )
+    try:
+        if len(data) and data[0] == MARK:
+            return _decode_structure(memoryview(data), borrow, max_depth, device)
+        value = decode_plain(data)
+        if type(value) in SCALARS or is_plain(value, max_depth):
+            return value
+    except DecodeError:
+        raise
+    except Exception as error:
+        raise DecodeError(f"the bytes are no message: {type(error).__name__}: {error}") from error
+    raise DecodeError("the bytes are no message: too deep, or of a type that may not travel")
+
+
+def _decode_structure(data: memoryview, borrow: bool, max_depth: int, device: torch.device | None) -> object:
+    _, version, zero, nbytes = HEAD.unpack_from(data)
+    if version != VERSION or zero:
+        raise DecodeError(f"a message of version {version}.{zero}; here it is {VERSION}.0")
+    end = HEAD.size + nbytes
+    if end > len(data):
+        raise DecodeError(f"the message says that it has {end} bytes or more, and has {len(data)}")
+    sizes, tree = decode_plain(data[HEAD.size : end])
+    unpacker = Unpacker(data, end, sizes, borrow=borrow, max_depth=max_depth, device=device)
+    return unpacker.finish(tree)
