@@ -97,9 +97,10 @@ def _is_protocol(node: ast.ClassDef) -> bool:
 
 def _methods(node: ast.ClassDef) -> Iterator[ast.FunctionDef]:
     for method in node.body:
-        if isinstance(method, ast.FunctionDef) and _does_something(method):
-            if method.name in {"__init__", "__post_init__"} or not method.name.startswith("_"):
-                yield method
+        if not isinstance(method, ast.FunctionDef) or not _does_something(method):
+            continue
+        if method.name in {"__init__", "__post_init__"} or not method.name.startswith("_"):
+            yield method
 
 
 def _does_something(node: ast.FunctionDef) -> bool:
