@@ -36,6 +36,8 @@ LAYER = (
 """What is emptied unless something else is asked for."""
 MORE_TESTS: dict[str, tuple[str, ...]] = {}
 """Test files of a module beside the one that mirrors it."""
+OF_INTEREST = {"__init__", "__post_init__", "_verify_args"}
+"""Methods that begin with an underscore and are emptied too."""
 COPIED = ("tcomm", "tests", "examples", "pyproject.toml")
 SECONDS = 300.0
 
@@ -97,9 +99,10 @@ def _is_protocol(node: ast.ClassDef) -> bool:
 
 def _methods(node: ast.ClassDef) -> Iterator[ast.FunctionDef]:
     for method in node.body:
-        if isinstance(method, ast.FunctionDef) and _does_something(method):
-            if method.name in {"__init__", "__post_init__"} or not method.name.startswith("_"):
-                yield method
+        if not isinstance(method, ast.FunctionDef) or not _does_something(method):
+            continue
+        if method.name in OF_INTEREST or not method.name.startswith("_"):
+            yield method
 
 
 def _does_something(node: ast.FunctionDef) -> bool:

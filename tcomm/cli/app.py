@@ -19,6 +19,7 @@ from tcomm.cli.cases import VERBS
 from tcomm.cli.demo import run_demo
 from tcomm.cli.explain import EXPLAIN_HEADER, Question, answers, explain_columns, title_of
 from tcomm.cli.inspection import inspect_process
+from tcomm.cli.overhead_bench import OVERHEAD_HEADER, measure_overhead, overhead_columns, overhead_rows
 from tcomm.cli.workers import why_no_mpi
 from tcomm.config import Config
 from tcomm.errors import ConfigError, TcommError
@@ -36,7 +37,7 @@ def _console() -> Console:
     return Console() if Console().is_terminal else Console(width=240)
 
 
-_TEXT = frozenset({"algorithm", "reason", "why not"})
+_TEXT = frozenset({"algorithm", "call", "reason", "why not"})
 
 
 def _table(title: str, header: tuple[str, ...], rows: list[list[str]]) -> None:
@@ -50,7 +51,7 @@ def _table(title: str, header: tuple[str, ...], rows: list[list[str]]) -> None:
 
 @app.command()
 def bench(
-    op: Annotated[str, typer.Argument(help=f"collective: {', '.join(VERBS)}")],
+    op: Annotated[str, typer.Argument(help=f"collective: {', '.join(VERBS)}; or call_overhead")],
     ranks: Annotated[int, typer.Option(help="processes on this machine")] = 2,
     sizes: Annotated[
         str, typer.Option(help="bytes of the message, as nccl-tests counts it")
@@ -66,7 +67,15 @@ def bench(
     timeout: Annotated[float, typer.Option(help="seconds for all of it")] = 900.0,
     json_file: Annotated[pathlib.Path | None, typer.Option("--json", help="write rows here")] = None,
 ) -> None:
-    """Measure a collective against torch.distributed's and MPI's, in alternating blocks of checked calls."""
+    """Measure a collective against torch.distributed's and MPI's, in alternating blocks of checked calls.
+
+    `call_overhead`: what the group layer adds to a call of the communicator, whose transport does nothing.
+    """
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ConfigError(f"--json {json_file}: {json_file.parent} is no folder")
+    if op == "call_overhead":
+        _bench_call_overhead(Schedule(blocks, calls), json_file)
+        return
     if out not in {"reused", "allocated", "both"}:
         raise ConfigError(f"--out {out!r} is none of reused, allocated, both")
     request = BenchRequest(
@@ -74,14 +83,19 @@ def bench(
         ("reused", "allocated") if out == "both" else (out,), Schedule(blocks, calls), pin,
         _baselines(against),
     )  # fmt: skip
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"--json {json_file}: {json_file.parent} is no folder")
     rows = run_bench(request, timeout)
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=1) + "\n")
     _table(f"{op}, {ranks} ranks, {rows[0]['affinity']}, torch {torch.__version__}", HEADER, columns(rows))
     if not all(row["checked"] for row in rows):
         raise TcommError("some results were wrong")
+
+
+def _bench_call_overhead(schedule: Schedule, json_file: pathlib.Path | None) -> None:
+    found = measure_overhead(schedule)
+    if json_file is not None:
+        json_file.write_text(json.dumps(overhead_rows(found), indent=1) + "\n")
+    _table(f"a call in one process, torch {torch.__version__}", OVERHEAD_HEADER, overhead_columns(found))
 
 
 def _baselines(names: str) -> tuple[str, ...]:

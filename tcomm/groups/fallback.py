@@ -23,7 +23,8 @@ from tcomm.signature import CallDescription
 __all__ = ["TorchFallback"]
 
 _DYING_SECONDS = 1.0
-_SLICE_SECONDS = 0.1
+_SLICE_SECONDS = 0.05
+"""Of a wait inside torch, during which no signal of Python's is handled."""
 _FOR_EVER = 7 * 24 * 3600.0
 
 
@@ -128,16 +129,19 @@ class TorchFallback:
             self._translate(op, timeout, error)
 
     def _wait_a_little(self, work: dist.Work, deadline: float) -> bool:
-        """Whether `work` is done; looks at the dead in between, whom torch sees only where it reads from."""
+        """Whether `work` is done. In between, signals are handled, and the dead are looked for.
+
+        Torch sees the dead only where it reads from.
+        """
         left = deadline - time.monotonic()
-        sliced = self._channel is not None and left > _SLICE_SECONDS and self.is_gloo
+        sliced = left > _SLICE_SECONDS and self.is_gloo
         try:
             work.wait(datetime.timedelta(seconds=_SLICE_SECONDS if sliced else max(left, 0.001)))
         except RuntimeError:
             if not sliced or work.is_completed():
                 raise
-            assert self._channel is not None
-            self._channel.refuse_the_lost()
+            if self._channel is not None:
+                self._channel.refuse_the_lost()
             return False
         return True
 

@@ -50,7 +50,8 @@ PARALLEL_STATE = {
     "graph_capture": "(device)",
     "in_the_same_node_as": "(pg, source_rank=0)",
     "init_distributed_environment": (
-        "(world_size=-1, rank=-1, distributed_init_method='env://', local_rank=-1, backend='nccl', timeout=None)"
+        "(world_size=-1, rank=-1, distributed_init_method='env://', local_rank=-1, backend='nccl',"
+        " timeout=None)"
     ),
     "init_logger": "(name)",
     "init_model_parallel_group": (
@@ -59,8 +60,8 @@ PARALLEL_STATE = {
     ),
     "init_world_group": "(ranks, local_rank, backend)",
     "initialize_model_parallel": (
-        "(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, prefill_context_model_parallel_size=1,"
-        " decode_context_model_parallel_size=1, backend=None)"
+        "(tensor_model_parallel_size=1, pipeline_model_parallel_size=1,"
+        " prefill_context_model_parallel_size=1, decode_context_model_parallel_size=1, backend=None)"
     ),
     "is_global_first_rank": "()",
     "is_local_first_rank": "()",
@@ -99,9 +100,9 @@ COORDINATOR = {
     "GroupCoordinator.send": "(self, tensor, dst=None)",
     "GroupCoordinator.recv": "(self, size, dtype, src=None)",
     "GroupCoordinator.barrier": "(self)",
-    "GroupCoordinator.dispatch": (
-        "(self, hidden_states, router_logits, is_sequence_parallel=False, extra_tensors=None)"
-    ),
+    # It passes on what `DeviceCommunicatorBase.dispatch` takes.
+    "GroupCoordinator.dispatch": NAME,
+    "GroupCoordinator.dispatch_router_logits": NAME,
     "GroupCoordinator.combine": "(self, hidden_states, is_sequence_parallel=False)",
     "GroupCoordinator.prepare_communication_buffer_for_model": "(self, model)",
     "GroupCoordinator.broadcast_object": "(self, obj=None, src=0)",
@@ -182,7 +183,14 @@ def _device_communicator(name: str) -> dict[str, str]:
         "all_reduce": "(self, input_)",
         "combine": "(self, hidden_states, is_sequence_parallel=False)",
         "destroy": "(self)",
-        "dispatch": "(self, hidden_states, router_logits, is_sequence_parallel=False, extra_tensors=None)",
+        # Of two versions at once; without `topk_ids`, the older one's places of the last two count too.
+        "dispatch": (
+            "(self, hidden_states, router_logits, topk_ids=None, is_sequence_parallel=False,"
+            " extra_tensors=None)"
+        ),
+        "dispatch_router_logits": (
+            "(self, hidden_states, router_logits, is_sequence_parallel=False, extra_tensors=None)"
+        ),
         "gather": "(self, input_, dst=0, dim=-1)",
         "prepare_communication_buffer_for_model": "(self, model)",
         "recv": "(self, size, dtype, src=None)",
@@ -248,7 +256,6 @@ SIGNATURES: dict[str, dict[str, str]] = {
     "device_communicators.base_device_communicator": _device_communicator("DeviceCommunicatorBase"),
     "device_communicators.cuda_communicator": _device_communicator("CudaCommunicator"),
     "device_communicators.cpu_communicator": _device_communicator("CpuCommunicator"),
-    "device_communicators.shm_broadcast": MESSAGE_QUEUE,
     "eplb": EPLB,
     "": {
         **PARALLEL_STATE,
@@ -327,6 +334,7 @@ LATER_ARGUMENTS = {
     "stateless_init_torch_distributed_process_group": {
         "group_name", "listen_socket", "return_store", "timeout",
     },
+    "StatelessProcessGroup": {"name", "opened", "store_timeout"},
     "StatelessProcessGroup.create": {"listen_socket"},
 }  # fmt: skip
-"""What newer versions of it take in addition, behind all that is listed above."""
+"""What newer versions of it, or we, take in addition, behind all that is listed above."""

@@ -4,6 +4,7 @@ import inspect
 import pytest
 
 import tcomm.vllm
+from tests import mutants
 from tests.vllm import names
 
 CASES = [
@@ -90,6 +91,20 @@ def test_a_star_import_brings_every_listed_name_and_nothing_that_is_not_there(mo
     assert len(public) == len(set(public))
     assert {name for name in listed if not name.startswith("_")} <= set(public)
     assert all(hasattr(_module(module), name) for name in public)
+
+
+def test_every_listed_function_is_among_those_that_mutants_empties():
+    emptied = {str(target) for target in mutants.targets_in(mutants.ROOT, mutants.LAYER)}
+    for module, name, _ in CASES:
+        found = inspect.unwrap(_find(module, name))
+        if inspect.isfunction(found):
+            full = f"{found.__module__}.{found.__qualname__}"
+            assert full in emptied or _does_nothing(found), full
+
+
+def _does_nothing(function):
+    """As the methods of a base class that others override."""
+    return inspect.getsource(function).rstrip().endswith('"""')
 
 
 def _toy(a, b=1, *, c=2):

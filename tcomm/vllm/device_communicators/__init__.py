@@ -1,0 +1,1 @@
+"""`vllm.distributed.device_communicators`."""

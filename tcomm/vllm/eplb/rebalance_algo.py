@@ -1,0 +1,1 @@
+"""`vllm.distributed.eplb.rebalance_algo`. Its functions are not there yet."""
