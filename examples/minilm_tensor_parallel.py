@@ -37,17 +37,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tcomm import Communicator, Decision, TcommError
-from tcomm.groups.helpers.partition import get_pp_indices
-from tcomm.groups.parallel.environment import destroy_distributed_environment, init_distributed_environment
-from tcomm.groups.parallel.lanes import Handle
-from tcomm.groups.parallel.parallel_state import (
+from tcomm import Communicator, Decision, ParallelState, TcommError, use_parallel_state
+from tcomm.vllm.parallel_state import (
+    Handle,
+    destroy_distributed_environment,
     get_pp_group,
     get_tp_group,
     get_world_group,
+    init_distributed_environment,
     initialize_model_parallel,
 )
-from tcomm.groups.parallel.state import ParallelState, use
+from tcomm.vllm.utils import get_pp_indices
 
 SENTENCES = Path(__file__).with_name("sentences.txt")
 TIMEOUT_SECONDS = 60
@@ -287,7 +287,7 @@ def join_groups(tp: int, pp: int) -> Iterator[Communicator]:
     by_torchrun = "WORLD_SIZE" in os.environ
     size, rank, method = (-1, -1, "env://") if by_torchrun else (1, 0, "tcp://127.0.0.1:0")
     timeout = dt.timedelta(seconds=TIMEOUT_SECONDS)
-    with use(ParallelState(timeout=TIMEOUT_SECONDS)), contextlib.ExitStack() as stack:
+    with use_parallel_state(ParallelState(timeout=TIMEOUT_SECONDS)), contextlib.ExitStack() as stack:
         stack.callback(destroy_distributed_environment)
         init_distributed_environment(size, rank, method, backend="gloo", timeout=timeout)
         initialize_model_parallel(tp, pp)

@@ -1,5 +1,11 @@
 """tcomm: multi-GPU communication written as Triton kernels over symmetric memory."""
 
+# isort: off
+# First the names of the group layer: where names meet, what follows counts.
+from tcomm.vllm import *  # noqa: F403
+
+# isort: on
+from tcomm import vllm
 from tcomm.errors import (
     CapabilityError,
     CollectiveMismatchError,
@@ -17,9 +23,18 @@ from tcomm.errors import (
     UsageError,
 )
 from tcomm.groups.communicator import Communicator
-from tcomm.groups.graphs import GraphCaptureContext, graph_capture
+from tcomm.groups.graphs import (
+    GraphCaptureContext,
+    graph_capture,  # type: ignore[assignment]  # the other one takes a device
+)
+from tcomm.groups.parallel.current_config import current_parallel_config, use_parallel_config
+from tcomm.groups.parallel.eplb_config import EPLBConfig
+from tcomm.groups.parallel.parallel_config import ParallelConfig
+from tcomm.groups.parallel.state import ParallelState
+from tcomm.groups.parallel.state import use as use_parallel_state
 from tcomm.groups.virtual import VirtualRanks
 from tcomm.groups.work import Work
+from tcomm.objects.codec import register
 from tcomm.tuning.choose import Decision
 
 __all__ = [
@@ -31,9 +46,12 @@ __all__ = [
     "Decision",
     "DecodeError",
     "DuplicateRankError",
+    "EPLBConfig",
     "GraphCaptureContext",
     "GroupClosedError",
     "GroupMismatchError",
+    "ParallelConfig",
+    "ParallelState",
     "PeerLostError",
     "PeerTimeoutError",
     "QueueFullError",
@@ -42,7 +60,12 @@ __all__ = [
     "UsageError",
     "VirtualRanks",
     "Work",
+    "current_parallel_config",
     "graph_capture",
+    "register",
+    "use_parallel_config",
+    "use_parallel_state",
 ]
+__all__ += [name for name in vllm.__all__ if name not in __all__]
 
 __version__ = "0.1.0"

@@ -39,6 +39,23 @@ class Slicing(NamedTuple):
             return False
         return (self.chosen or {}).get(key, numel % self.group.world_size == 0)
 
+    def kind(self, key: Any, numel: int) -> str:
+        """`slice` or `tensor`: how one of `numel` elements under `key` travels."""
+        return "slice" if self.applies(key, numel) else "tensor"
+
+    def refuse_another(self, key: Any, kind: str, numel: int) -> None:
+        """Raise when what came is not of the kind that this end expects.
+
+        Raises:
+            UsageError: when the ends slice in different ways.
+        """
+        expected = self.kind(key, numel)
+        if kind != expected:
+            raise UsageError(
+                f"{key!r} was sent as a {kind} and is expected as a {expected}: give the same "
+                "all_gather_group and all_gather_tensors at both ends"
+            )
+
     def cut(self, key: Any, x: torch.Tensor) -> torch.Tensor:
         """What travels of x.
 
@@ -64,8 +81,8 @@ class Slicing(NamedTuple):
 class Packed(NamedTuple):
     """A dict on its way."""
 
-    entries: list[tuple[Any, bool, Any]]
-    """Of each key: itself, whether a tensor, and its metadata or the value."""
+    entries: list[tuple[Any, str, Any]]
+    """Of each key: itself, whether a `value`, a `tensor` or a `slice` of one, and the value or metadata."""
     in_host_memory: list[torch.Tensor]
     """Tensors that travel in the message, in the order of the dict."""
     on_devices: list[torch.Tensor]
@@ -88,10 +105,11 @@ def pack(tensor_dict: Any, slicing: Slicing) -> Packed:
     packed = Packed([], [], [])
     for key, value in tensor_dict.items():
         if not isinstance(value, torch.Tensor):
-            packed.entries.append((key, False, value))
+            packed.entries.append((key, "value", value))
             continue
-        packed.entries.append((key, True, TensorMetadata(value.device.type, value.dtype, value.size())))
         x = slicing.cut(key, value)
+        metadata = TensorMetadata(value.device.type, value.dtype, value.size())
+        packed.entries.append((key, slicing.kind(key, value.numel()), metadata))
         if x.is_cpu:
             packed.in_host_memory.append(x)
         elif x.numel():
@@ -114,16 +132,23 @@ def unpack(
 
     Raises:
         DecodeError: when the message is no dict.
+        UsageError: when it was sliced in another way.
     """
     result: dict[Any, Any] = {}
     finish: list[Callable[[], None]] = []
     try:
         entries, in_host_memory = message
         host = iter(in_host_memory)
-        for key, is_tensor, value in entries:
-            result[key] = _tensor(key, value, slicing, host, receive) if is_tensor else value
-            if is_tensor and slicing.applies(key, value.size.numel()):
+        for key, kind, value in entries:
+            if kind == "value":
+                result[key] = value
+                continue
+            slicing.refuse_another(key, kind, value.size.numel())
+            result[key] = _tensor(key, value, slicing, host, receive)
+            if kind == "slice":
                 finish.append(functools.partial(_gather, result, key, value.size, slicing))
+    except UsageError:
+        raise
     except (TypeError, ValueError, AttributeError, StopIteration) as error:
         raise DecodeError(f"what came is no dict with tensors: {error!r}") from error
     return result, finish

@@ -15,7 +15,7 @@ GROUP = types.SimpleNamespace(
 def test_a_dict_is_one_message_with_what_is_in_host_memory():
     x = torch.arange(6).reshape(2, 3)
     packed = pack({"x": x, "n": 3}, Slicing())
-    assert packed.entries == [("x", True, TensorMetadata("cpu", torch.int64, x.shape)), ("n", False, 3)]
+    assert packed.entries == [("x", "tensor", TensorMetadata("cpu", torch.int64, x.shape)), ("n", "value", 3)]
     assert packed.in_host_memory[0] is x
     assert packed.on_devices == []
     received, finish = unpack(decode(encode(packed.message).join()), Slicing(), None)
@@ -57,13 +57,21 @@ def test_slices_of_what_does_not_divide():
         pack([], Slicing())
 
 
+@pytest.mark.parametrize(("sender", "receiver"), [(GROUP, None), (None, GROUP)])
+def test_ends_that_slice_in_different_ways(sender, receiver):
+    packed = pack({"x": torch.arange(6)}, Slicing(sender))
+    kinds = ("slice", "tensor") if sender else ("tensor", "slice")
+    with pytest.raises(UsageError, match=r"'x' was sent as a {} and is expected as a {}".format(*kinds)):
+        unpack(packed.message, Slicing(receiver), None)
+
+
 @pytest.mark.parametrize(
     "message",
     [
         1,
         (1, 2),
-        ([("x", True, TensorMetadata("cpu", torch.int8, torch.Size([1])))], []),
-        ([("x", True, 3)], []),
+        ([("x", "tensor", TensorMetadata("cpu", torch.int8, torch.Size([1])))], []),
+        ([("x", "tensor", 3)], []),
     ],
 )
 def test_a_message_that_is_no_dict(message):

@@ -1,6 +1,10 @@
+import time
+import types
+
 import pytest
 import torch
 
+from tcomm.groups.parallel.coordinator import GroupCoordinator
 from tests.groups.parallel.engine import coordinator, numbers, refusal
 
 
@@ -60,7 +64,11 @@ def _moving(member):
             got = group.recv(torch.Size([2, 4]), torch.float32, 0)
             assert torch.equal(got, numbers(2, 3, 4)[:, 1])
             group.send(x[:, 1], 0)
+        if rank == 1:
+            time.sleep(0.1)
+            member.store.set("here", b"")
         group.barrier()
+        assert member.store.check(["here"]), "rank 1 has come"
 
 
 def test_moving_along_every_dim(on_ranks):
@@ -133,6 +141,14 @@ def _alone(member):
 
 def test_a_group_of_one_gives_back_what_it_got(on_ranks):
     on_ranks(1, _alone)
+
+
+def test_what_combines_without_a_copy_is_the_device_communicators():
+    group = GroupCoordinator.__new__(GroupCoordinator)
+    memory = torch.empty(2, 4)
+    group.device_communicator = types.SimpleNamespace(allocate_combine_input=lambda *args: (args, memory))
+    asked = [2, 4], torch.float32, torch.device("cpu"), True
+    assert group.allocate_combine_input(*asked) == (asked, memory)
 
 
 def _without_device(member):
