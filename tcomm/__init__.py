@@ -14,6 +14,7 @@ from tcomm.errors import (
     QueueFullError,
     RendezvousError,
     TcommError,
+    UsageError,
 )
 from tcomm.groups.communicator import Communicator
 from tcomm.groups.graphs import GraphCaptureContext, graph_capture
@@ -38,6 +39,7 @@ __all__ = [
     "QueueFullError",
     "RendezvousError",
     "TcommError",
+    "UsageError",
     "VirtualRanks",
     "Work",
     "graph_capture",

@@ -4,6 +4,7 @@
 
     TcommError
     |-- ConfigError (ValueError)            an argument, a variable or a table is wrong: the caller's to mend
+    |   `-- UsageError (AssertionError)     a function of the group layer was called out of place or wrongly
     |-- CapabilityError                     this machine, build or dtype cannot do what was asked
     |-- RendezvousError                     the ranks did not find one another
     |   |-- GroupMismatchError              they did, and disagree about the group
@@ -37,6 +38,7 @@ __all__ = [
     "QueueFullError",
     "RendezvousError",
     "TcommError",
+    "UsageError",
 ]
 
 
@@ -46,6 +48,13 @@ class TcommError(Exception):
 
 class ConfigError(TcommError, ValueError):
     """An argument, an environment variable or a table is wrong. Nothing was sent."""
+
+
+class UsageError(ConfigError, AssertionError):
+    """A function of the group layer was called out of place, or with what it cannot take.
+
+    An `AssertionError` too: that is what users of vllm.distributed catch there.
+    """
 
 
 class CapabilityError(TcommError):

@@ -25,6 +25,10 @@ def pytest_configure(config):
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if os.environ["TRITON_INTERPRET"] == "1":
+        from tests.quick_interpreter import use_quick_interpreter
+
+        use_quick_interpreter()
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -9,6 +9,8 @@ import pytest  # noqa: F401
 import tcomm.kernels.all_reduce
 import tcomm.kernels.point_to_point
 import tests.ranks  # noqa: F401
+from tests.quick_interpreter import use_quick_interpreter
 
 assert tcomm.kernels.all_reduce.LAUNCHERS
 assert tcomm.kernels.point_to_point.send
+use_quick_interpreter()

@@ -8,6 +8,7 @@ from tcomm import errors
 TREE = {
     "TcommError": (Exception,),
     "ConfigError": (errors.TcommError, ValueError),
+    "UsageError": (errors.ConfigError, AssertionError),
     "CapabilityError": (errors.TcommError,),
     "RendezvousError": (errors.TcommError,),
     "GroupMismatchError": (errors.RendezvousError,),

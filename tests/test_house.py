@@ -113,10 +113,15 @@ def test_every_kernel_shows_an_example():
 
 
 def test_every_variable_is_documented():
-    from tcomm.config import Config
+    from tcomm.config import WITHOUT_EFFECT, Config, EngineConfig
 
     text = (ROOT / "docs" / "environment.md").read_text()
     assert [f for f in Config.__struct_fields__ if f"`TCOMM_{f.upper()}`" not in text] == []
+    for field, (variable, *_) in EngineConfig.variables().items():
+        value = getattr(EngineConfig(), field)
+        default = {None: "unset", "": "empty"}.get(value, str(int(value) if value in {0, 1} else value))
+        row = f"\n| `{variable}` | {default} | {WITHOUT_EFFECT.get(field, '')}"
+        assert row in text, variable
 
 
 def test_import_initialises_no_cuda_and_imports_no_triton():

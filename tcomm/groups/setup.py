@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import importlib.metadata
 import logging
 import os
 import secrets
@@ -17,7 +16,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from tcomm.config import Config
-from tcomm.errors import ConfigError, DuplicateRankError, GroupMismatchError
+from tcomm.errors import ConfigError, DuplicateRankError
+from tcomm.groups.differences import installed_version, refuse_differences
 from tcomm.interpret import why_not_runnable
 from tcomm.memory.base import Exchange
 from tcomm.memory.control import LAYOUT_VERSION
@@ -30,6 +30,7 @@ __all__ = [
     "agree_on_settings",
     "from_process_group",
     "from_store",
+    "group_prefix",
     "split_exchange",
     "split_membership",
 ]
@@ -54,7 +55,7 @@ class Membership:
     """Rank of each member in the world it was made from."""
 
 
-def _prefix(name: str) -> str:
+def group_prefix(name: str) -> str:
     """Keys of one group. Ranks make their groups of one name in the same order."""
     with _counter_lock:
         _made[name] += 1
@@ -82,7 +83,7 @@ def from_process_group(group: dist.ProcessGroup | DeviceMesh | None, name: str) 
         raise ConfigError(f"{group!r} is no process group that this rank belongs to, and no DeviceMesh")
     name = name or group.group_desc or group.group_name
     rank, size = group.rank(), group.size()
-    key = _prefix(f"{group.group_name}/{name}")
+    key = group_prefix(f"{group.group_name}/{name}")
     store = cast("Store", group.get_group_store())
     exchange = StoreExchange(store, rank, size, key)
     return Membership(name, exchange, group, tuple(dist.get_process_group_ranks(group)))
@@ -96,19 +97,19 @@ def from_store(store: Store, rank: int, world_size: int, name: str) -> Membershi
     """
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank {rank} of {world_size} ranks: it must be at least 0 and below their number")
-    exchange = StoreExchange(store, rank, world_size, _prefix(name))
+    exchange = StoreExchange(store, rank, world_size, group_prefix(name))
     return Membership(name, exchange, None, tuple(range(world_size)))
 
 
 def split_exchange(members: Membership, name: str) -> Exchange:
     """Another exchange of the same ranks, whose messages meet nobody else's. **Collective.**"""
-    return members.exchange.split(_prefix(f"{members.name}/{name}"))
+    return members.exchange.split(group_prefix(f"{members.name}/{name}"))
 
 
 def split_membership(members: Membership, name: str) -> Membership:
     """The same ranks, as another group that reaches them by keys of its own."""
     name = f"{members.name}/{name}"
-    return dataclasses.replace(members, name=name, exchange=members.exchange.split(_prefix(name)))
+    return dataclasses.replace(members, name=name, exchange=members.exchange.split(group_prefix(name)))
 
 
 class _Settings(msgspec.Struct, frozen=True):
@@ -144,7 +145,7 @@ def agree_on_settings(members: Membership, config: Config, timeout: float) -> Se
     table = load_table(config.table)
     rank = members.exchange.rank
     same = {
-        "tcomm": importlib.metadata.version("tcomm") if _is_installed() else "source",
+        "tcomm": installed_version(),
         "control page layout": str(LAYOUT_VERSION),
         "torch": str(torch.__version__),
         "members": str(members.global_ranks),
@@ -167,30 +168,10 @@ def agree_on_settings(members: Membership, config: Config, timeout: float) -> Se
         raise DuplicateRankError(
             f"another process also claims rank {rank} of group {members.name!r}; give each its own rank"
         )
-    _refuse_differences(members.name, everyone)
+    refuse_differences(members.name, [settings.same for settings in everyone])
     agreed = decode_table(everyone[0].table, "the tuning table of rank 0")
     if agreed.digest != table.digest:
         logger.warning("group %r: using the tuning table of rank 0, which differs from mine", members.name)
     reasons = [f"rank {r}: {s.no_kernels}" for r, s in enumerate(everyone) if s.no_kernels]
     cores = {core for settings in everyone for core in settings.cores}
     return Settlement(agreed, "; ".join(reasons), len(cores))
-
-
-def _refuse_differences(name: str, everyone: list[_Settings]) -> None:
-    lines = []
-    for key in dict.fromkeys(key for settings in everyone for key in settings.same):
-        values = [settings.same.get(key, "(unknown)") for settings in everyone]
-        if len(set(values)) > 1:
-            lines += [f"  {key}:"] + [f"    rank {rank}: {value!r}" for rank, value in enumerate(values)]
-    if lines:
-        raise GroupMismatchError(
-            "\n".join([f"the ranks of group {name!r} have different settings", *lines, "make them the same"])
-        )
-
-
-def _is_installed() -> bool:
-    try:
-        importlib.metadata.version("tcomm")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True

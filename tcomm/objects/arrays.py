@@ -55,8 +55,9 @@ def array_bytes(array: np.ndarray[Any, Any]) -> memoryview:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The elements in C order; a view where they lie so on the CPU, else of a copy."""
-    flat = tensor.detach().resolve_conj().resolve_neg().cpu().reshape(-1)
-    view: memoryview = flat.view(torch.uint8).numpy().data
+    dense = tensor.resolve_conj().resolve_neg().cpu().contiguous()
+    # A dimension of one element may have any stride, which a view of another dtype would mind.
+    view: memoryview = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy().data
     return view
 
 
@@ -105,8 +106,8 @@ def make_tensor(name: str, shape: Sequence[object], payload: memoryview, borrow:
     dtype = TENSOR_DTYPES[name]
     sizes = _check_shape(shape, dtype.itemsize, len(payload))
     if borrow and payload:
-        return torch.frombuffer(payload, dtype=torch.uint8).view(dtype).reshape(sizes)
-    tensor = torch.empty(sizes, dtype=dtype)
-    if payload:
-        tensor.view(-1).view(torch.uint8).numpy()[:] = np.frombuffer(payload, np.uint8)
-    return tensor
+        flat = torch.frombuffer(payload, dtype=torch.uint8)
+    else:
+        flat = torch.empty(len(payload), dtype=torch.uint8)
+        flat.numpy()[:] = np.frombuffer(payload, np.uint8)
+    return flat.view(dtype).reshape(sizes)

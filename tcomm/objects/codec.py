@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import torch
 
 from tcomm.errors import ConfigError, DecodeError
@@ -67,30 +69,39 @@ def encode(value: object, *, max_nbytes: int = MAX_NBYTES, max_depth: int = MAX_
     Raises:
         ConfigError: when something in `value` may not travel, with the path to it, or a cap is passed.
     """
-    if is_plain(value, max_depth):
-        try:
-            body = encode_plain(value)
-        except (OverflowError, UnicodeEncodeError):
-            pass
-        else:
-            if len(body) > max_nbytes:
-                _refuse_size(len(body), max_nbytes)
-            return Encoded([body], len(body))
-    return _encode_structure(value, max_nbytes, max_depth)
-
-
-def _encode_structure(value: object, max_nbytes: int, max_depth: int) -> Encoded:
-    packer = Packer(max_depth)
     try:
-        tree = packer.pack(value)
-        structure = encode_plain([[len(buffer) for buffer in packer.buffers], tree])
-        head = HEAD.pack(MARK, VERSION, 0, len(structure)) + structure
+        body = _plain_body(value, max_depth)
+        encoded = _encode_structure(value, max_depth) if body is None else Encoded([body], len(body))
     except RecursionError:
         raise ConfigError(f"the value is deeper than Python's stack allows; max_depth={max_depth}") from None
-    except (ValueError, OverflowError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"the value is too large for one message: {error}") from error
+    if encoded.nbytes > max_nbytes:
+        raise ConfigError(
+            f"the message has {encoded.nbytes} bytes, more than max_nbytes={max_nbytes}; "
+            "send it in parts, or give both sides a larger max_nbytes"
+        )
+    return encoded
+
+
+def _plain_body(value: object, max_depth: int) -> bytes | None:
+    """The message of what msgpack alone gives back; None where that is not so."""
+    if not is_plain(value, max_depth):
+        return None
+    try:
+        return encode_plain(value)
+    except (OverflowError, UnicodeEncodeError):
+        return None
+
+
+def _encode_structure(value: object, max_depth: int) -> Encoded:
+    packer = Packer(max_depth)
+    tree = packer.pack(value)
+    try:
+        structure = encode_plain([[len(buffer) for buffer in packer.buffers], tree])
+        head = HEAD.pack(MARK, VERSION, 0, len(structure)) + structure
+    except (ValueError, OverflowError, struct.error) as error:
+        raise ConfigError(
+            f"all but arrays, tensors and bytes may have 4 GiB in a message: {error}"
+        ) from error
     parts: list[bytes | memoryview] = [head]
     end = len(head)
     for buffer in packer.buffers:
@@ -98,16 +109,7 @@ def _encode_structure(value: object, max_nbytes: int, max_depth: int) -> Encoded
         parts.append(bytes(begin - end))
         parts.append(buffer)
         end = begin + len(buffer)
-    if end > max_nbytes:
-        _refuse_size(end, max_nbytes)
     return Encoded([part for part in parts if len(part)], end)
-
-
-def _refuse_size(nbytes: int, max_nbytes: int) -> None:
-    raise ConfigError(
-        f"the message has {nbytes} bytes, more than max_nbytes={max_nbytes}; "
-        "send it in parts, or give both sides a larger max_nbytes"
-    )
 
 
 def decode(
@@ -144,13 +146,13 @@ def decode(
         if len(data) and data[0] == MARK:
             return _decode_structure(memoryview(data), borrow, max_depth, device)
         value = decode_plain(data)
+        if type(value) in SCALARS or is_plain(value, max_depth):
+            return value
     except DecodeError:
         raise
     except Exception as error:
         raise DecodeError(f"the bytes are no message: {type(error).__name__}: {error}") from error
-    if type(value) not in SCALARS and not is_plain(value, max_depth):
-        raise DecodeError("the bytes are no message: too deep, or of a type that may not travel")
-    return value
+    raise DecodeError("the bytes are no message: too deep, or of a type that may not travel")
 
 
 def _decode_structure(data: memoryview, borrow: bool, max_depth: int, device: torch.device | None) -> object:
@@ -158,8 +160,6 @@ def _decode_structure(data: memoryview, borrow: bool, max_depth: int, device: to
     if version != VERSION or zero:
         raise DecodeError(f"a message of version {version}.{zero}; here it is {VERSION}.0")
     end = HEAD.size + nbytes
-    if end > len(data):
-        raise DecodeError(f"the message says that it has {end} bytes or more, and has {len(data)}")
     sizes, tree = decode_plain(data[HEAD.size : end])
     unpacker = Unpacker(data, end, sizes, borrow=borrow, max_depth=max_depth, device=device)
     return unpacker.finish(tree)

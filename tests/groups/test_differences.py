@@ -1,6 +1,6 @@
 import importlib.metadata
 
-from tcomm.groups.stateless.differences import describe_differences, installed_version
+from tcomm.groups.differences import describe_differences, installed_version
 
 
 def test_what_is_the_same_is_not_told():

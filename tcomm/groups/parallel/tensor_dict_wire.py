@@ -1,0 +1,151 @@
+"""How a dict with tensors in it travels: one message, and the tensors of devices behind it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from tcomm.errors import DecodeError, UsageError
+from tcomm.objects.codec import register
+
+if TYPE_CHECKING:
+    from tcomm.groups.parallel.tensor_verbs import TensorVerbs
+
+__all__ = ["Packed", "Slicing", "TensorMetadata", "pack", "unpack"]
+
+
+@register
+class TensorMetadata(NamedTuple):
+    """A tensor without its values."""
+
+    device: str
+    """Type of its device, such as `cuda`: the receiver allocates on its own device of that type."""
+    dtype: torch.dtype
+    size: torch.Size
+
+
+class Slicing(NamedTuple):
+    """Which tensors travel as a slice, to be gathered by the receiver's `group`. Alike at both ends."""
+
+    group: TensorVerbs | None = None
+    chosen: dict[str, bool] | None = None
+
+    def applies(self, key: Any, numel: int) -> bool:
+        """Whether a tensor of `numel` elements under `key` travels as a slice."""
+        if self.group is None or numel == 0:
+            return False
+        return (self.chosen or {}).get(key, numel % self.group.world_size == 0)
+
+    def cut(self, key: Any, x: torch.Tensor) -> torch.Tensor:
+        """What travels of x.
+
+        Raises:
+            UsageError: when a slice was asked for and the elements of x cannot be shared out.
+        """
+        if self.group is None or not self.applies(key, x.numel()):
+            return x
+        if x.numel() % self.group.world_size:
+            raise UsageError(
+                f"all_gather_tensors asks for slices of {key!r}, whose {x.numel()} elements do not divide "
+                f"by the {self.group.world_size} ranks of group {self.group.unique_name!r}"
+            )
+        return x.reshape(self.group.world_size, -1)[self.group.rank_in_group]
+
+    def sent_size(self, key: Any, size: torch.Size) -> torch.Size:
+        """Size of what travels of a tensor of `size`."""
+        if self.group is None or not self.applies(key, size.numel()):
+            return size
+        return torch.Size([size.numel() // self.group.world_size])
+
+
+class Packed(NamedTuple):
+    """A dict on its way."""
+
+    entries: list[tuple[Any, bool, Any]]
+    """Of each key: itself, whether a tensor, and its metadata or the value."""
+    in_host_memory: list[torch.Tensor]
+    """Tensors that travel in the message, in the order of the dict."""
+    on_devices: list[torch.Tensor]
+    """Tensors that follow it, likewise; none is empty."""
+
+    @property
+    def message(self) -> tuple[Any, Any]:
+        """What is encoded."""
+        return self.entries, self.in_host_memory
+
+
+def pack(tensor_dict: Any, slicing: Slicing) -> Packed:
+    """Take a dict apart.
+
+    Raises:
+        UsageError: "Expecting a dictionary, got ..."
+    """
+    if not isinstance(tensor_dict, dict):
+        raise UsageError(f"Expecting a dictionary, got {type(tensor_dict)}")
+    packed = Packed([], [], [])
+    for key, value in tensor_dict.items():
+        if not isinstance(value, torch.Tensor):
+            packed.entries.append((key, False, value))
+            continue
+        packed.entries.append((key, True, TensorMetadata(value.device.type, value.dtype, value.size())))
+        x = slicing.cut(key, value)
+        if x.is_cpu:
+            packed.in_host_memory.append(x)
+        elif x.numel():
+            packed.on_devices.append(x.contiguous())
+    return packed
+
+
+def unpack(
+    message: Any, slicing: Slicing, receive: Callable[[torch.Tensor], None]
+) -> tuple[dict[Any, Any], list[Callable[[], None]]]:
+    """Put a dict together again.
+
+    Args:
+        message: what came.
+        slicing: as at the other end.
+        receive: called, in order, with each tensor on a device that has to be received.
+
+    Returns:
+        The dict, and functions that gather what came as slices, to be called in order when all has come.
+
+    Raises:
+        DecodeError: when the message is no dict.
+    """
+    result: dict[Any, Any] = {}
+    finish: list[Callable[[], None]] = []
+    try:
+        entries, in_host_memory = message
+        host = iter(in_host_memory)
+        for key, is_tensor, value in entries:
+            result[key] = _tensor(key, value, slicing, host, receive) if is_tensor else value
+            if is_tensor and slicing.applies(key, value.size.numel()):
+                finish.append(functools.partial(_gather, result, key, value.size, slicing))
+    except (TypeError, ValueError, AttributeError, StopIteration) as error:
+        raise DecodeError(f"what came is no dict with tensors: {error!r}") from error
+    return result, finish
+
+
+def _tensor(
+    key: Any,
+    metadata: TensorMetadata,
+    slicing: Slicing,
+    host: Any,
+    receive: Callable[[torch.Tensor], None],
+) -> torch.Tensor:
+    if metadata.device == "cpu":
+        x: torch.Tensor = next(host)
+        return x
+    size = slicing.sent_size(key, metadata.size)
+    x = torch.empty(size, dtype=metadata.dtype, device=metadata.device)
+    if x.numel():
+        receive(x)
+    return x
+
+
+def _gather(result: dict[Any, Any], key: Any, size: torch.Size, slicing: Slicing) -> None:
+    if slicing.group is not None:
+        result[key] = slicing.group.all_gather(result[key], dim=0).reshape(size)

@@ -1,0 +1,136 @@
+import textwrap
+
+import pytest
+
+from tests import mutants
+
+TOY = '''
+import contextlib
+
+__all__ = ["Box", "careful", "opened", "watched"]
+
+
+def watched(x):
+    """Kept."""
+    y = x + 1
+    return y
+
+
+def careful(x):
+    """Nobody looks."""
+    return x
+
+
+@contextlib.contextmanager
+def opened(log):
+    log.append("in")
+    try:
+        yield 7
+    finally:
+        log.append("out")
+
+
+def _private():
+    return 1
+
+
+class Box:
+    def __init__(self, x):
+        self.x = x
+
+    @property
+    def width(self):
+        """Kept too."""
+        @contextlib.contextmanager
+        def inner():
+            yield
+        return self.x
+
+    def nothing(self):
+        """Does nothing already."""
+
+    def _hidden(self):
+        return 2
+'''
+TOY_TESTS = """
+from toy.a.b import Box, opened, watched
+
+def test_watched():
+    assert watched(1) == 2
+
+def test_opened():
+    log = []
+    with opened(log) as seven:
+        assert seven == 7
+    assert log == ["in", "out"]
+
+def test_box():
+    assert Box(3).width == 3
+"""
+NAMES = ["watched", "careful", "opened", "Box.__init__", "Box.width"]
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    for folder, name, text in (("toy/a", "b.py", TOY), ("tests/a", "test_b.py", TOY_TESTS)):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / name).write_text(text)
+    monkeypatch.setattr(mutants, "COPIED", ("toy", "tests"))
+    return tmp_path
+
+
+def test_what_is_public_and_does_something_is_emptied(toy):
+    found = mutants.targets_in(toy, ("toy", "missing.py"))
+    assert [target.name for target in found] == NAMES
+    assert str(found[-1]) == "toy.a.b.Box.width"
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("watched", 'def watched(x):\n    """Kept."""\n    return None\n'),
+        ("opened", "@contextlib.contextmanager\ndef opened(log):\n    yield\n"),
+        ("Box.__init__", "    def __init__(self, x):\n        return None\n"),
+        (
+            "Box.width",
+            '    def width(self):\n        """Kept too."""\n        return None\n\n    def nothing',
+        ),
+    ],
+)
+def test_an_emptied_function_keeps_what_stands_before_its_body(name, function):
+    source = mutants.emptied(TOY, name)
+    assert function in source
+    before, after = TOY.splitlines(), source.splitlines()
+    assert [line for line in before if line in after] == [line for line in after if line in before]
+
+
+def test_a_survivor_is_named_and_is_an_error_and_the_tree_stays_as_it_was(toy, capsys):
+    assert mutants.main(["--root", str(toy), "--under", "toy"]) == 1
+    out = capsys.readouterr().out
+    table = {line.split()[0]: line.split()[1] for line in out.splitlines() if line.strip().startswith("toy.")}
+    assert table == {
+        "toy.a.b.Box.__init__": "tests/a/test_b.py::test_box",
+        "toy.a.b.Box.width": "tests/a/test_b.py::test_box",
+        "toy.a.b.careful": "SURVIVED",
+        "toy.a.b.opened": "tests/a/test_b.py::test_opened",
+        "toy.a.b.watched": "tests/a/test_b.py::test_watched",
+    }
+    assert "5 emptied, 1 survived" in out
+    assert (toy / "toy/a/b.py").read_text() == TOY
+
+
+def test_names_are_selected_and_nothing_is_run_to_list_them(toy, capsys):
+    assert mutants.main(["--root", str(toy), "--under", "toy", "--list", "*.Box.*"]) == 0
+    assert capsys.readouterr().out.split() == ["toy.a.b.Box.__init__", "toy.a.b.Box.width"]
+    assert mutants.main(["--root", str(toy), "--under", "toy", "*.nobody"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("def test_wrong():\n    assert False\n", "with nothing emptied"), (None, "has no tests")],
+)
+def test_tests_that_cannot_tell_are_refused(toy, text, word):
+    tests = toy / "tests/a/test_b.py"
+    tests.unlink() if text is None else tests.write_text(textwrap.dedent(text))
+    with pytest.raises(SystemExit, match=word):
+        mutants.main(["--root", str(toy), "--under", "toy", "*.watched"])
