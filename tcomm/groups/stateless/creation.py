@@ -11,8 +11,8 @@ import time
 from torch._C._distributed_c10d import HashStore, Store
 
 from tcomm.errors import ConfigError, DuplicateRankError, RendezvousError, TcommError
-from tcomm.groups.stateless.addresses import address_text
 from tcomm.groups.differences import installed_version
+from tcomm.groups.stateless.addresses import address_text
 from tcomm.groups.stateless.rendezvous import is_open, meet
 from tcomm.groups.stateless.sealed import SealedStore
 from tcomm.groups.stateless.stores import MeetingPoint, join_at, serve_at
