@@ -124,7 +124,8 @@ def attacked():
 
 def _throw(port, data):
     """Connect, send and leave."""
-    with (
+    connection = socket.create_connection(("127.0.0.1", port), 5.0)
+    with contextlib.suppress(ConnectionError), connection:
         contextlib.suppress(ConnectionError),
         socket.create_connection(("127.0.0.1", port), 5.0) as connection,
     ):
