@@ -126,9 +126,6 @@ def _throw(port, data):
     """Connect, send and leave."""
     connection = socket.create_connection(("127.0.0.1", port), 5.0)
     with contextlib.suppress(ConnectionError), connection:
-        contextlib.suppress(ConnectionError),
-        socket.create_connection(("127.0.0.1", port), 5.0) as connection,
-    ):
         connection.sendall(data)
 
 
