@@ -78,9 +78,9 @@ def test_what_makes_no_sense_is_refused(options, told):
 
 
 def test_only_rank_0_listens():
-    with bind_listen_socket("127.0.0.1") as listening:
-        with pytest.raises(ConfigError, match="rank 1 gave a listen_socket; rank 0 alone listens"):
-            open_group("127.0.0.1", 1, 1, 2, "g", 1.0, listening)
+    told = "rank 1 gave a listen_socket; rank 0 alone listens"
+    with bind_listen_socket("127.0.0.1") as listening, pytest.raises(ConfigError, match=told):
+        open_group("127.0.0.1", 1, 1, 2, "g", 1.0, listening)
 
 
 def test_alone_a_socket_is_closed():

@@ -122,13 +122,18 @@ def attacked():
     return point
 
 
+def _throw(port, data):
+    """Connect, send and leave."""
+    connection = socket.create_connection(("127.0.0.1", port), 5.0)
+    with contextlib.suppress(ConnectionError), connection:
+        connection.sendall(data)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.one_of(st.binary(max_size=300), st.builds(bytes.__add__, st.sampled_from(
     [bytes([command]) + b"\x00" * 7 for command in range(20)]), st.binary(max_size=60))))  # fmt: skip
 def test_random_bytes_change_nothing(attacked, data):
-    with socket.create_connection(("127.0.0.1", attacked.port), 5.0) as connection:
-        with contextlib.suppress(ConnectionError):
-            connection.sendall(data)
+    _throw(attacked.port, data)
     store = attacked.sealed(None, 5.0)
     assert store.get("ours") == b"value"
     assert attacked.store.num_keys() < 70
@@ -137,8 +142,6 @@ def test_random_bytes_change_nothing(attacked, data):
 def test_random_bytes_leave_no_connections(attacked):
     before = _num_files()
     for length in range(0, 200, 5):
-        with socket.create_connection(("127.0.0.1", attacked.port), 5.0) as connection:
-            with contextlib.suppress(ConnectionError):
-                connection.sendall(os.urandom(length))
+        _throw(attacked.port, os.urandom(length))
     assert attacked.sealed(None, 5.0).get("ours") == b"value"
     assert _num_files() <= before + 2
