@@ -65,6 +65,8 @@ def group_prefix(name: str) -> str:
 def from_process_group(group: dist.ProcessGroup | DeviceMesh | None, name: str) -> Membership:
     """Membership of a process group, a one-dimensional mesh, the default group or, without one, alone.
 
+    A group that torch.distributed does not know has nothing to fall back to.
+
     Raises:
         ConfigError: when the mesh has several dimensions, or this process is not a member.
     """
@@ -81,12 +83,17 @@ def from_process_group(group: dist.ProcessGroup | DeviceMesh | None, name: str) 
         group = dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup):
         raise ConfigError(f"{group!r} is no process group that this rank belongs to, and no DeviceMesh")
-    name = name or group.group_desc or group.group_name
+    name = name or group.group_desc or group.group_name or "stateless"
     rank, size = group.rank(), group.size()
     key = group_prefix(f"{group.group_name}/{name}")
     store = cast("Store", group.get_group_store())
     exchange = StoreExchange(store, rank, size, key)
-    return Membership(name, exchange, group, tuple(dist.get_process_group_ranks(group)))
+    try:
+        global_ranks = tuple(dist.get_process_group_ranks(group))
+    except KeyError:
+        # torch.distributed's verbs do not take a group that it does not know.
+        return Membership(name, exchange, None, tuple(range(size)))
+    return Membership(name, exchange, group, global_ranks)
 
 
 def from_store(store: Store, rank: int, world_size: int, name: str) -> Membership:

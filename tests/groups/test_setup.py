@@ -1,3 +1,4 @@
+import datetime
 import logging
 import os
 import time
@@ -8,9 +9,10 @@ import torch.distributed as dist
 
 import tcomm
 from tcomm.config import Config
-from tcomm.errors import ConfigError, DuplicateRankError
+from tcomm.errors import CapabilityError, ConfigError, DuplicateRankError
 from tcomm.groups import handle, setup
 from tcomm.groups.setup import agree_on_settings, from_process_group, from_store
+from tcomm.groups.stateless.gloo import init_gloo_process_group
 from tcomm.tuning.table import Row, Table
 
 
@@ -194,3 +196,17 @@ def _late(member):
 
 def test_a_rank_may_come_late(on_ranks):
     assert on_ranks(2, _late) == [2.0, 2.0]
+
+
+def _group_that_torch_does_not_know(member):
+    store = dist.PrefixStore("gloo", member.store)
+    group = init_gloo_process_group(store, member.rank, member.world_size, datetime.timedelta(seconds=20))
+    with tcomm.Communicator(group, timeout=20.0) as comm:
+        total = comm.all_reduce(torch.ones(3)).tolist()
+        with pytest.raises(CapabilityError):
+            comm.all_reduce(torch.ones(3), algorithm="torch")
+        return total, comm.global_ranks, comm.name
+
+
+def test_a_group_that_torch_does_not_know_has_nothing_to_fall_back_to(on_ranks):
+    assert on_ranks(2, _group_that_torch_does_not_know) == [([2.0] * 3, (0, 1), "stateless")] * 2

@@ -102,7 +102,7 @@ def init_gloo_process_group(
 ) -> dist.ProcessGroup:
     """A process group of gloo alone over a store. **Collective.**
 
-    Gloo listens on loopback when the store does, else where GLOO_SOCKET_IFNAME or the host's name says.
+    Gloo listens where GLOO_SOCKET_IFNAME or the host's name says: a store tells no address.
 
     Args:
         prefix_store: a store below a prefix that no other group has.
