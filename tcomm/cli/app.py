@@ -19,6 +19,7 @@ from tcomm.cli.cases import VERBS
 from tcomm.cli.demo import run_demo
 from tcomm.cli.explain import EXPLAIN_HEADER, Question, answers, explain_columns, title_of
 from tcomm.cli.inspection import inspect_process
+from tcomm.cli.object_bench import OBJECT_HEADER, ObjectRequest, object_columns, run_object_bench
 from tcomm.cli.overhead_bench import OVERHEAD_HEADER, measure_overhead, overhead_columns, overhead_rows
 from tcomm.cli.workers import why_no_mpi
 from tcomm.config import Config
@@ -51,12 +52,17 @@ def _table(title: str, header: tuple[str, ...], rows: list[list[str]]) -> None:
 
 @app.command()
 def bench(
-    op: Annotated[str, typer.Argument(help=f"collective: {', '.join(VERBS)}; or call_overhead")],
+    op: Annotated[
+        str, typer.Argument(help=f"collective: {', '.join(VERBS)}; or object_broadcast, or call_overhead")
+    ],
     ranks: Annotated[int, typer.Option(help="processes on this machine")] = 2,
     sizes: Annotated[
         str, typer.Option(help="bytes of the message, as nccl-tests counts it")
     ] = "1KiB,16KiB,256KiB,1MiB",
-    against: Annotated[str, typer.Option(help="baselines in the same run: gloo, mpi or both")] = "gloo",
+    readers: Annotated[str, typer.Option(help="of object_broadcast, instead of --ranks")] = "1,3",
+    against: Annotated[
+        str, typer.Option(help="baselines in the same run: gloo, mpi or both; of object_broadcast gloo, zmq")
+    ] = "gloo",
     dtype: Annotated[str, typer.Option(help="element type")] = "float32",
     redop: Annotated[str, typer.Option(help="reduce operation")] = "sum",
     algorithm: Annotated[str, typer.Option(help="engine, algorithm or both; empty: the table's")] = "",
@@ -75,6 +81,12 @@ def bench(
         raise ConfigError(f"--json {json_file}: {json_file.parent} is no folder")
     if op == "call_overhead":
         _bench_call_overhead(Schedule(blocks, calls), json_file)
+        return
+    if op == "object_broadcast":
+        objects = ObjectRequest(
+            _numbers(readers), parse_sizes(sizes), tuple(against.split(",")), Schedule(blocks, calls), pin
+        )
+        _bench_objects(objects, timeout, json_file)
         return
     if out not in {"reused", "allocated", "both"}:
         raise ConfigError(f"--out {out!r} is none of reused, allocated, both")
@@ -96,6 +108,23 @@ def _bench_call_overhead(schedule: Schedule, json_file: pathlib.Path | None) -> 
     if json_file is not None:
         json_file.write_text(json.dumps(overhead_rows(found), indent=1) + "\n")
     _table(f"a call in one process, torch {torch.__version__}", OVERHEAD_HEADER, overhead_columns(found))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--readers {text!r} is not numbers with commas between") from None
+
+
+def _bench_objects(request: ObjectRequest, timeout: float, json_file: pathlib.Path | None) -> None:
+    rows = run_object_bench(request, timeout)
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+    affinities = " / ".join(dict.fromkeys(row["affinity"] for row in rows))
+    _table(f"object_broadcast, {affinities}, torch {torch.__version__}", OBJECT_HEADER, object_columns(rows))
+    if not all(row["checked"] for row in rows):
+        raise TcommError("some results were wrong")
 
 
 def _baselines(names: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 
 from tcomm.config import Config, resolve_timeout
 from tcomm.cpu.point_to_point import TransferPlan
@@ -102,7 +103,9 @@ class GroupHandle:
     def _open_arena(self, exchange: Exchange, num_cores: int) -> tuple[Arena | None, str]:
         if self.world_size == 1:
             return None, "a world of one needs no shared memory"
-        spins = _SPINS_WITH_A_CORE_EACH if self.world_size <= num_cores else _SPINS_OTHERWISE
+        # Ranks of other groups want these cores as well.
+        num_ranks = max(self.world_size, dist.get_world_size() if dist.is_initialized() else 1)
+        spins = _SPINS_WITH_A_CORE_EACH if num_ranks <= num_cores else _SPINS_OTHERWISE
         made = open_arena(self.name, exchange, self.config.shm_dir, self.config.spins or spins, SETUP_SECONDS)
         if isinstance(made, NotShared):
             logger.info("group %r uses torch.distributed: %s", self.name, made.reason)

@@ -19,7 +19,7 @@ def _until_lost(member, drop, idle):
             time.sleep(0.5)
         began, sent = time.monotonic(), 0
         try:
-            for sent in range(20):  # noqa: B007
+            for sent in range(20):
                 queue.enqueue(sent, timeout=20)
         except PeerLostError as error:
             return str(error), error.peers, time.monotonic() - began, sent
