@@ -62,12 +62,17 @@ class TorchFallback:
     def gather_bytes(self, payload: bytes, nbytes: int, timeout: float | None) -> list[bytes]:
         """Every rank's payload, of at most `nbytes` less 2. **Collective.**"""
         data = len(payload).to_bytes(2, "little") + payload
-        mine = torch.zeros(nbytes, dtype=torch.uint8)
-        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        padded = torch.frombuffer(bytearray(data.ljust(nbytes, b"\0")), dtype=torch.uint8)
+        mine = padded.to(self._device_of_bytes())
         rows = [torch.empty_like(mine) for _ in range(self.world_size)]
         self.run("agree", timeout, lambda: dist.all_gather(rows, mine, group=self.group, async_op=True))
-        gathered = [bytes(row.numpy()) for row in rows]
+        gathered = [bytes(row.cpu().numpy()) for row in rows]
         return [row[2 : 2 + int.from_bytes(row[:2], "little")] for row in gathered]
+
+    def _device_of_bytes(self) -> str:
+        """Host memory, or where no backend moves that, the device of one that there is."""
+        devices = [device for device, _ in self.backends]
+        return "cpu" if "cpu" in devices or not devices else devices[0]
 
     def send(self, x: torch.Tensor, dst: int, timeout: float | None) -> None:
         """Send x to one rank."""

@@ -160,8 +160,6 @@ def _decode_structure(data: memoryview, borrow: bool, max_depth: int, device: to
     if version != VERSION or zero:
         raise DecodeError(f"a message of version {version}.{zero}; here it is {VERSION}.0")
     end = HEAD.size + nbytes
-    if end > len(data):
-        raise DecodeError(f"the message says that it has {end} bytes or more, and has {len(data)}")
     sizes, tree = decode_plain(data[HEAD.size : end])
     unpacker = Unpacker(data, end, sizes, borrow=borrow, max_depth=max_depth, device=device)
     return unpacker.finish(tree)

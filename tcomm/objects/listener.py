@@ -265,9 +265,8 @@ def _derive(key: bytes, purpose: bytes, nonces: bytes) -> bytes:
 
 def _frame_keys(key: bytes, nonces: bytes) -> tuple[FrameKey, FrameKey]:
     """Of the direction from who connects, and of that from who listens."""
-    return FrameKey(_derive(key, b"from connecting", nonces)), FrameKey(
-        _derive(key, b"from listening", nonces)
-    )
+    there, back = _derive(key, b"from connecting", nonces), _derive(key, b"from listening", nonces)
+    return FrameKey(there), FrameKey(back)
 
 
 def _told(address: tuple[object, ...]) -> str:

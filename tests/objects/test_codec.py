@@ -214,7 +214,8 @@ HOSTILE = {
     "more than one value": b"\x01\x01",
     "a tuple as a key": b"\x81\x91\x01\x00",
     "only a mark": b"\xc1",
-    "another version": b"\xc1\x02\0\0\x02\0\0\0\x90\xc0",
+    "another version": b"\xc1\x02\0\0\x03\0\0\0\x92\x90\xc0",
+    "what is zero is not": b"\xc1\x01\0\x01\x03\0\0\0\x92\x90\xc0",
     "a longer structure": b"\xc1\x01\0\0\xff\xff\xff\xff\x92\x90\xc0",
     "an array of 2^60": _structure([10, "<f4f", [HUGE]], [16], bytes(16)),
     "an array of 2^60 that has a place": _structure([10, "|u1B", [HUGE]], [HUGE], bytes(16)),
@@ -272,6 +273,13 @@ def test_hostile_bytes_are_a_decode_error_and_take_no_memory(message):
         assert type(error) is DecodeError
         assert peak < FLOOR + 20 * len(message)
         assert len(str(error)) < 600
+
+
+def test_the_messages_that_are_hostile_are_nearly_right():
+    assert decode(b"\xc1\x01\0\0\x03\0\0\0\x92\x90\xc0") is None
+    assert decode(_structure([10, "<f4f", [4]], [16], bytes(16))).tolist() == [0] * 4
+    with pytest.raises(DecodeError, match=r"a message of version 2\.0; here it is 1\.0"):
+        decode(HOSTILE["another version"])
 
 
 def test_what_is_no_bytes_at_all_is_said_to_be_no_message():

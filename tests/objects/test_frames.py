@@ -62,7 +62,7 @@ def test_frames_arrive_whole_and_in_order_however_they_are_cut(sockets):
     dripping.result()
 
 
-def _cut(frame, pieces=150):
+def _cut(frame, pieces=3000):
     step = len(frame) // pieces + 1
     return [frame[i : i + step] for i in range(0, len(frame), step)]
 
@@ -178,7 +178,8 @@ def test_wait_until_ready_sleeps_until_then(sockets):
 
 
 def test_a_connection_sends_both_ways_with_keys_of_their_own():
-    with pair() as (a, b):
+    with pair() as (a, b), a as entered:
+        assert entered is a
         a.send([b"to ", b"b"], soon())
         b.send([b"to a"], soon())
         assert select.select([a.fileno(), b.fileno()], [], [], 5)[0] == [a.fileno(), b.fileno()]

@@ -13,6 +13,7 @@ import pytest
 
 from tcomm.errors import ConfigError, PeerLostError, PeerTimeoutError, RendezvousError
 from tcomm.objects import listener as module
+from tcomm.objects.frames import recv_frame
 from tcomm.objects.listener import FrameListener, connect_frames
 from tests.objects.pairs import Aside, connect_to, soon
 
@@ -98,6 +99,31 @@ def test_a_stranger_sees_nothing_made_with_the_secret(listening):
         _serve(listening)
         assert guest.recv(1000) == bytes(33)
         assert guest.recv(1) == b""
+
+
+def test_another_protocol_gets_no_answer(listening, caplog):
+    with _knock(listening, b"GET / HTTP/1.1\r\nHost: tcomm.example.org".ljust(40)) as guest:
+        _serve(listening)
+        assert guest.recv(1000) == b""
+    assert "refused connection 1 to 127.0.0.1:" in caplog.text
+    assert "it speaks another protocol" in caplog.text
+
+
+def test_the_handshake_takes_no_byte_of_the_frame_behind_it(listening):
+    with _knock(listening, HELLO) as guest:
+        _serve(listening)
+        key, nonces = module._master_key(None), bytes(32) + guest.recv(32)
+        sending, receiving = module._frame_keys(key, nonces)
+        length = (5).to_bytes(8, "little")
+        guest.sendall(
+            module._derive(key, b"who connects", nonces) + length + sending.tag(length, [b"early"]) + b"early"
+        )
+        with listening.accept(soon()) as connection:
+            assert connection.receive(10, soon()) == b"early"
+            connection.send([b"answer"], soon())
+        guest.setblocking(False)
+        assert guest.recv(33) == b"\x01" + module._derive(key, b"who listens", nonces)
+        assert recv_frame(guest, receiving, 10, soon()) == b"answer"
 
 
 def test_each_handshake_is_fresh_on_both_sides(listening):

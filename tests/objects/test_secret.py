@@ -41,3 +41,11 @@ def test_other_addresses_need_one(host, monkeypatch):
 def test_what_is_no_address_is_refused(host):
     with pytest.raises(ConfigError, match="is no address and resolves to none"):
         is_loopback(host)
+
+
+def test_a_name_is_loopback_only_if_all_its_addresses_are(monkeypatch):
+    found = [(0, 0, 0, "", ("127.0.0.1", 0)), (0, 0, 0, "", ("10.0.0.1", 0))]
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: found)
+    assert not is_loopback("two.example")
+    found.pop()
+    assert is_loopback("two.example")

@@ -73,7 +73,7 @@ def wait_until_listening(host: str, port: int, timeout: float) -> None:
             if time.monotonic() >= deadline:
                 raise RendezvousError(
                     f"rank 0 is missing: nobody accepts connections at {address_text(host, port)} after "
-                    f"{timeout:g} s ({error.strerror or error}); check the address, and that rank 0 runs"
+                    f"{timeout:.3g} s ({error.strerror or error}); check the address, and that rank 0 runs"
                 ) from error
             time.sleep(_PAUSE_SECONDS)
         else:

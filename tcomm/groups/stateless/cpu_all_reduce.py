@@ -43,7 +43,7 @@ def cpu_all_reduce_(
     if isinstance(timeout, datetime.timedelta):
         timeout = timeout.total_seconds()
     seconds = resolve_timeout("default" if timeout is None else timeout) or _NO_LIMIT_SECONDS
-    if group.size() == 1:
+    if group.size() == 1 or not tensor.numel():
         return tensor
     if tensor.device.type != "cpu":
         dist.all_reduce(tensor, group=group)

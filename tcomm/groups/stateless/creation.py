@@ -10,7 +10,7 @@ import time
 
 from torch._C._distributed_c10d import HashStore, Store
 
-from tcomm.errors import ConfigError, DuplicateRankError, RendezvousError
+from tcomm.errors import ConfigError, DuplicateRankError, RendezvousError, TcommError
 from tcomm.groups.stateless.addresses import address_text
 from tcomm.groups.differences import installed_version
 from tcomm.groups.stateless.rendezvous import is_open, meet
@@ -23,7 +23,7 @@ from tcomm.objects.secret import require_secret
 
 __all__ = ["OpenedGroup", "open_group"]
 
-_PROBE_SECONDS = 1.0
+_PROBE_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,14 +125,15 @@ def _serve(
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
-        with contextlib.suppress(Exception):
-            other = join_at(host, port, _PROBE_SECONDS).sealed(secret, _PROBE_SECONDS)
-            if is_open(other, name):
-                raise DuplicateRankError(
-                    f"another process also claims rank 0 of group {name!r} at {address_text(host, port)}; "
-                    "give each process its own rank, or another group its own port"
-                ) from error
-        raise
+        taken = False
+        with contextlib.suppress(TcommError):
+            taken = is_open(join_at(host, port, _PROBE_SECONDS).sealed(secret, _PROBE_SECONDS), name)
+        if not taken:
+            raise
+        raise DuplicateRankError(
+            f"another process also claims rank 0 of group {name!r} at {address_text(host, port)}; give each "
+            "process its own rank, or another group its own port"
+        ) from error
 
 
 @contextlib.contextmanager

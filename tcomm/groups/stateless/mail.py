@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tcomm.errors import DecodeError
+import contextlib
+
+from tcomm.errors import DecodeError, PeerLostError
 from tcomm.groups.stateless.sealed import SealedStore
 
 __all__ = ["PIECE_NBYTES", "put_message", "remove_message", "take_message"]
@@ -37,11 +39,13 @@ def take_message(store: SealedStore, key: str, num_readers: int) -> bytes:
     except DecodeError:
         remove_message(store, key)
         raise
-    if num_readers == 1:
-        _remove(store, key, count)
-    elif store.add(f"{key}/read", 1) == num_readers:
-        _remove(store, key, count)
-        store.delete_key(f"{key}/read")
+    # A store that ends now, with rank 0, takes nothing of what was read.
+    with contextlib.suppress(PeerLostError):
+        if num_readers == 1:
+            _remove(store, key, count)
+        elif store.add(f"{key}/read", 1) == num_readers:
+            _remove(store, key, count)
+            store.delete_key(f"{key}/read")
     return b"".join([first[_COUNT_BYTES:], *pieces])
 
 

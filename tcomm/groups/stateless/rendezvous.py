@@ -251,9 +251,8 @@ class _Guest:
     def _missing(self, missing: list[int]) -> RendezvousError:
         """The error that names the ranks that did not come, and where they are, as far as they said so."""
         elsewhere = {rank: name for rank in missing if (name := self._place_of(rank)) not in ("", self._name)}
-        are = (
-            f"ranks {missing} of {self._world_size} did not come to {self._what()} within {self._timeout:g} s"
-        )
+        seconds = f"{self._timeout:.3g} s"
+        are = f"ranks {missing} of {self._world_size} did not come to {self._what()} within {seconds}"
         if self._failure:
             are += f" (and before: {self._failure})"
         if elsewhere:

@@ -60,8 +60,15 @@ def create_tcp_store(
 
 
 def _connect(host: str, port: int, **kwargs: Any) -> TCPStore:
+    seconds = kwargs["timeout"].total_seconds()
     try:
-        return TCPStore(host, port, **kwargs)
+        # In a thread: torch waits for ever on somebody who accepts and says nothing.
+        return CallThread().call(seconds, lambda: TCPStore(host, port, **kwargs))
+    except TimeoutError as error:
+        raise RendezvousError(
+            f"who accepts connections at {address_text(host, port)} is no store, or a stopped one: it said "
+            f"nothing within {seconds:g} s"
+        ) from error
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = str(error).partition("\n")[0]
         raise RendezvousError(f"no store at {address_text(host, port)}: {reason}") from error

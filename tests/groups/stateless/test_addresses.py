@@ -75,8 +75,8 @@ def test_where_nobody_listens_rank_0_is_missing():
     with pytest.raises(RendezvousError) as caught:
         wait_until_listening("127.0.0.1", port, 0.1)
     assert str(caught.value) == (
-        f"rank 0 is missing: nobody accepts connections at 127.0.0.1:{port} after 0.1 s (Connection refused); "
-        "check the address, and that rank 0 runs"
+        f"rank 0 is missing: nobody accepts connections at 127.0.0.1:{port} after 0.1 s "
+        "(Connection refused); check the address, and that rank 0 runs"
     )
 
 

@@ -115,7 +115,10 @@ def test_settings_that_differ_are_shown_to_all(hall):
     started = time.monotonic()
     told = _meet_all(_guest(hall, 0, a="1"), _guest(hall, 1, a="2"))
     assert time.monotonic() - started < 5
-    lines = "the ranks of group 'g' have different settings\n  a:\n    rank 0: '1'\n    rank 1: '2'\nmake them the same"
+    lines = (
+        "the ranks of group 'g' have different settings\n  a:\n    rank 0: '1'\n    rank 1: '2'\n"
+        "make them the same"
+    )
     assert [(type(error), str(error)) for error in told] == [(GroupMismatchError, lines)] * 2
 
 

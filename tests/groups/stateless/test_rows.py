@@ -16,7 +16,7 @@ def _gather(member):
     assert has_cpu_backend(group)
     if member.rank == 0:
         with pytest.raises(
-            PeerTimeoutError, match="gather_rows: Timed out after 0.2 s of waiting for the others"
+            PeerTimeoutError, match=r"gather_rows: Timed out after 0\.2 s of waiting for the others"
         ):
             gather_rows(group, b"", 16, 0.2)
     else:

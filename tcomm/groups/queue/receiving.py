@@ -1,0 +1,74 @@
+"""The reader's side of a queue, wherever the writer is: chunks into messages."""
+
+from __future__ import annotations
+
+import threading
+
+from tcomm.errors import DecodeError
+from tcomm.groups.queue.chunks import Assembler
+from tcomm.groups.queue.local import RingReader
+from tcomm.groups.queue.patience import Patience
+from tcomm.groups.queue.remote import RemoteReader
+
+__all__ = ["Receiver"]
+
+
+class Receiver:
+    """Whole messages from the chunks of a source.
+
+    Args:
+        source: local or remote.
+        seconds: to wait where a call says nothing; None: as long as the writer lives.
+
+    Attributes:
+        source: as given.
+    """
+
+    def __init__(self, source: RingReader | RemoteReader, seconds: float | None) -> None:
+        self.source = source
+        self._seconds = seconds
+        self._assembler = Assembler()
+
+    def next_message(
+        self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool
+    ) -> tuple[memoryview, bool]:
+        """A whole message, and whether it lies in a slot that the caller has to release.
+
+        Half a message that came before the deadline is kept for the next call.
+
+        Raises:
+            PeerTimeoutError, PeerLostError, GroupClosedError, CommError: when none comes.
+            DecodeError: when a chunk is not what follows; its slot is released.
+        """
+        source, patience = self.source, None
+        while True:
+            if not source.has_chunk():
+                patience = patience or Patience(timeout, self._seconds, cancel, indefinite)
+                source.wait(patience)
+            try:
+                total, offset, chunk = source.look()
+            except DecodeError:
+                self._assembler.drop()
+                source.release()
+                raise
+            if not offset and total == len(chunk):
+                self._assembler.drop()
+                return chunk, True
+            try:
+                message = self._assembler.add(total, offset, chunk)
+            finally:
+                source.release()
+            if message is not None:
+                return message, False
+
+    def next_chunk(
+        self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool
+    ) -> memoryview:
+        """The bytes of the next chunk, in a slot that the caller has to release. Raises as `next_message`."""
+        if not self.source.has_chunk():
+            self.source.wait(Patience(timeout, self._seconds, cancel, indefinite))
+        try:
+            return self.source.look()[2]
+        except DecodeError:
+            self.source.release()
+            raise

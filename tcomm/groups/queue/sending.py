@@ -1,0 +1,95 @@
+"""The writer's side of a queue: to the ring of this node, to other nodes, or to both."""
+
+from __future__ import annotations
+
+from tcomm.errors import QueueFullError
+from tcomm.groups.queue.chunks import cut
+from tcomm.groups.queue.local import RingWriter
+from tcomm.groups.queue.patience import Patience
+from tcomm.groups.queue.remote import RemoteReaders
+from tcomm.objects.codec import Encoded
+
+__all__ = ["Sender"]
+
+
+class Sender:
+    """Messages as chunks, each given out to all readers or to none.
+
+    Args:
+        local: the readers of this node; None: there are none.
+        remote: all others; None: there are none.
+        chunk_bytes: bytes of a chunk at most.
+        seconds: to wait where a call says nothing; None: as long as the readers live.
+
+    Attributes:
+        sides: those of the two that there are.
+    """
+
+    def __init__(
+        self, local: RingWriter | None, remote: RemoteReaders | None, chunk_bytes: int, seconds: float | None
+    ) -> None:
+        self._local = local
+        self._remote = remote
+        self._chunk_bytes = chunk_bytes
+        self._seconds = seconds
+        self.sides: list[RingWriter | RemoteReaders] = [s for s in (local, remote) if s is not None]
+
+    def wait_until_ready(self, patience: Patience) -> None:
+        """Wait for all readers, then tell them. Raises as the sides do."""
+        for side in self.sides:
+            side.wait_until_open(patience)
+        for side in self.sides:
+            side.publish_ready()
+
+    def send(self, message: Encoded, timeout: float | str | None) -> None:
+        """Give a message out.
+
+        Raises:
+            QueueFullError: when a reader has no room in time. PeerLostError: when one is gone.
+        """
+        local, nbytes = self._local, message.nbytes
+        if local is None or self._remote is not None or nbytes > self._chunk_bytes:
+            self._send_in_chunks(message, Patience(timeout, self._seconds))
+            return
+        local.look_now_and_then()
+        if not local.has_room():
+            self._make_room(Patience(timeout, self._seconds))
+        message.write_into(local.slot())
+        local.publish(nbytes, nbytes, 0)
+
+    def slot(self, timeout: float | str | None) -> memoryview:
+        """Memory for a whole chunk, once there is room; for `publish_slot`. Raises as `send`."""
+        self._make_room(Patience(timeout, self._seconds))
+        return self._local.slot() if self._local is not None else memoryview(bytearray(self._chunk_bytes))
+
+    def publish_slot(self, slot: memoryview) -> None:
+        """Give out what `slot` returned."""
+        if self._remote is not None:
+            self._remote.publish([slot], len(slot), 0)
+        if self._local is not None:
+            self._local.publish(len(slot), len(slot), 0)
+
+    def _make_room(self, patience: Patience) -> None:
+        for side in self.sides:
+            if not side.has_room() and not side.wait_for_room(patience):
+                told, ranks = side.describe_lag()
+                raise QueueFullError(
+                    f"the queue is full and stayed so for {patience.seconds:g} s: {told}. Nothing was lost; "
+                    "the object was not sent. Give a longer timeout or more chunks",
+                    peers=ranks,
+                )
+
+    def _send_in_chunks(self, message: Encoded, patience: Patience) -> None:
+        offset = 0
+        for pieces in cut(message.parts, self._chunk_bytes):
+            self._make_room(patience)
+            nbytes = 0
+            if self._remote is not None:
+                self._remote.publish(pieces, message.nbytes, offset)
+            for piece in pieces:
+                if self._local is not None:
+                    self._local.slot()[nbytes : nbytes + len(piece)] = piece
+                nbytes += len(piece)
+            if self._local is not None:
+                self._local.publish(nbytes, message.nbytes, offset)
+            offset += nbytes

@@ -1,0 +1,25 @@
+import numpy as np
+
+from tests.groups.queue.peers import from_rank_0
+
+NBYTES = 1 << 30
+
+
+def _pass_large(member):
+    queue = from_rank_0(member, chunk_bytes=4 << 20, chunks=4)
+    value = np.zeros(NBYTES // 8, np.int64)
+    value[:: 1 << 16] = np.arange(len(value[:: 1 << 16]))
+    if member.rank == 0:
+        for message in ("before", value, "after"):
+            queue.enqueue(message, 60)
+        member.meet("done")
+        return None
+    assert queue.dequeue(60) == "before"
+    got = queue.dequeue(60)
+    assert queue.dequeue(60) == "after"
+    member.meet("done")
+    return np.array_equal(got, value), got.flags.writeable
+
+
+def test_f24_a_gibibyte_passes_a_ring_of_sixteen_mebibytes_in_order(world):
+    assert world(2, _pass_large, timeout=100)[1] == (True, True)
