@@ -9,11 +9,7 @@ def test_f23_received_values_stay_when_the_ring_wraps(memory_directory, monkeypa
     with pair(chunk_bytes=3 << 20, chunks=2) as (writer, reader):
         kept = []
         for number in range(12):
-            given = {
-                "a": np.full(1 << 17, number),
-                "t": torch.full((1000,), number),
-                "b": bytes([number]) * 9999,
-            }
+            given = {"a": np.full(1 << 17, number), "t": torch.full((1000,), number), "b": bytes([number]) * 9999}
             writer.enqueue(given)
             given["a"][:] = -1
             kept.append(reader.dequeue(5))

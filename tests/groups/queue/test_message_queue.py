@@ -173,9 +173,7 @@ def test_a_borrowed_array_is_a_view_while_the_block_runs():
 def test_timeouts_cancel_and_shutdown_end_a_wait():
     with pair() as (writer, reader):
         began = time.monotonic()
-        with pytest.raises(
-            PeerTimeoutError, match=rf"pid {os.getpid()}.*wrote nothing within 0.2 s"
-        ) as caught:
+        with pytest.raises(PeerTimeoutError, match=rf"pid {os.getpid()}.*wrote nothing within 0.2 s") as caught:
             reader.dequeue(0.2)
         assert 0.2 <= time.monotonic() - began < 1.5
         assert (caught.value.op, caught.value.group) == ("dequeue", "queue")

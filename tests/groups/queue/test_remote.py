@@ -5,14 +5,7 @@ import time
 import pytest
 import torch
 
-from tcomm.errors import (
-    CommError,
-    DecodeError,
-    PeerLostError,
-    PeerTimeoutError,
-    QueueFullError,
-    RendezvousError,
-)
+from tcomm.errors import CommError, DecodeError, PeerLostError, PeerTimeoutError, QueueFullError, RendezvousError
 from tcomm.groups.queue.message_queue import MessageQueue
 from tcomm.groups.queue.remote import RemoteReader
 from tcomm.objects.codec import decode, encode
@@ -69,9 +62,7 @@ def test_a_lagging_remote_reader_is_named_and_nothing_is_lost(on_ranks):
 def _lag(member, queue):
     if member.rank == 0:
         sent = 0
-        with pytest.raises(
-            QueueFullError, match=r"remote reader of rank 2 .pid \d+ on .*chunks behind"
-        ) as caught:
+        with pytest.raises(QueueFullError, match=r"remote reader of rank 2 .pid \d+ on .*chunks behind") as caught:
             for sent in range(100):  # noqa: B007
                 queue.enqueue(bytes(3000) + bytes([sent]), 0.3)
         assert caught.value.peers == (2,)
