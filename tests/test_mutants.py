@@ -125,7 +125,7 @@ def test_names_are_selected_and_nothing_is_run_to_list_them(toy, capsys):
 
 def test_tests_that_fail_anyway_are_refused(toy):
     (toy / "tests/a/test_b.py").write_text("def test_wrong():\n    assert False\n")
-    with pytest.raises(SystemExit, match="with nothing emptied, this fails: tests/a/test_b.py::test_wrong"):
+    with pytest.raises(SystemExit, match=r"with nothing emptied, this fails: tests/a/test_b\.py::test_wrong"):
         mutants.main(["--root", str(toy), "--under", "toy", "*.watched"])
 
 
