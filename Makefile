@@ -8,8 +8,9 @@ NVSHMEM := 3.8.0
 INTERPRETED := tests/kernels
 BENCH_JSON ?= .benchmarks/collectives.json
 BENCH ?=
+MUTANTS ?=
 
-.PHONY: install demo short-demo test lint type compile fetch-nvshmem compile-nvshmem bench bench-gpu
+.PHONY: install demo short-demo test mutants lint type compile fetch-nvshmem compile-nvshmem bench bench-gpu
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -47,6 +48,11 @@ short-demo: install
 
 test: $(VENV)/.model
 	$(BIN)/python -m pytest --ignore=tests/compile --ignore=tests/compile_nvshmem
+
+# Each function of the group layer emptied in turn, in a copy: its tests must notice. MUTANTS narrows it:
+# make mutants MUTANTS="--under tcomm/groups/queue '*.MessageQueue.*'".
+mutants: install
+	$(BIN)/python -m tests.mutants $(MUTANTS)
 
 lint: install
 	$(BIN)/ruff check .

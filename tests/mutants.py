@@ -34,8 +34,10 @@ LAYER = (
     *(f"tcomm/groups/{room}" for room in ("helpers", "stateless", "queue", "device", "compiled", "parallel")),
 )
 """What is emptied unless something else is asked for."""
-MORE_TESTS: dict[str, tuple[str, ...]] = {}
-"""Test files of a module beside the one that mirrors it."""
+MORE_TESTS: dict[str, tuple[str, ...]] = {
+    "tcomm/groups/queue": ("tests/groups/queue/test_message_queue.py", "tests/groups/queue/test_remote.py"),
+}
+"""Test files of a module, or of all modules of a folder, beside those that mirror them."""
 OF_INTEREST = {"__init__", "__post_init__", "_verify_args"}
 """Methods that begin with an underscore and are emptied too."""
 COPIED = ("tcomm", "tests", "examples", "pyproject.toml")
@@ -156,7 +158,8 @@ def tests_of(root: pathlib.Path, path: str) -> list[str]:
     """The test files of a module: `package/a/b.py` has `tests/a/test_b.py`."""
     parts = pathlib.PurePath(path).parts
     mirror = str(pathlib.PurePath("tests", *parts[1:-1], f"test_{parts[-1]}"))
-    return [file for file in (mirror, *MORE_TESTS.get(path, ())) if (root / file).exists()]
+    more = MORE_TESTS.get(path, MORE_TESTS.get(os.path.dirname(path), ()))
+    return [file for file in dict.fromkeys((mirror, *more)) if (root / file).exists()]
 
 
 class Copies:
@@ -221,25 +224,25 @@ def judge(copies: Copies, target: Target, seconds: float) -> Verdict:
     """Empty the function, run its tests, and put it back."""
     started = time.monotonic()
     with copies.one() as copy:
-        file = copy / target.path
+        file, files = copy / target.path, tests_of(copy, target.path)
+        if not files:
+            return Verdict(target, "", 0.0)
         source = file.read_text()
         file.write_text(emptied(source, target.name))
         try:
-            by = run_tests(copy, tests_of(copy, target.path), seconds)
+            by = run_tests(copy, files, seconds)
         finally:
             file.write_text(source)
     return Verdict(target, by, time.monotonic() - started)
 
 
 def refuse_failing(copies: Copies, targets: list[Target], seconds: float) -> None:
-    """Leave with a word when tests fail although nothing is emptied, or when a module has none."""
-    for path in sorted({target.path for target in targets}):
-        with copies.one() as copy:
-            files = tests_of(copy, path)
-            if not files:
-                raise SystemExit(f"{path} has no tests")
-            if by := run_tests(copy, files, seconds):
-                raise SystemExit(f"with nothing emptied in {path}, this fails: {by}")
+    """Leave with a word when tests fail although nothing is emptied."""
+    with copies.one() as copy:
+        suites = {tuple(tests_of(copy, target.path)) for target in targets} - {()}
+        for files in sorted(suites):
+            if by := run_tests(copy, list(files), seconds):
+                raise SystemExit(f"with nothing emptied, this fails: {by}")
 
 
 def table_of(verdicts: list[Verdict]) -> Table:

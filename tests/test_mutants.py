@@ -1,5 +1,3 @@
-import textwrap
-
 import pytest
 
 from tests import mutants
@@ -125,12 +123,17 @@ def test_names_are_selected_and_nothing_is_run_to_list_them(toy, capsys):
     assert mutants.main(["--root", str(toy), "--under", "toy", "*.nobody"]) == 2
 
 
-@pytest.mark.parametrize(
-    ("text", "word"),
-    [("def test_wrong():\n    assert False\n", "with nothing emptied"), (None, "has no tests")],
-)
-def test_tests_that_cannot_tell_are_refused(toy, text, word):
-    tests = toy / "tests/a/test_b.py"
-    tests.unlink() if text is None else tests.write_text(textwrap.dedent(text))
-    with pytest.raises(SystemExit, match=word):
+def test_tests_that_fail_anyway_are_refused(toy):
+    (toy / "tests/a/test_b.py").write_text("def test_wrong():\n    assert False\n")
+    with pytest.raises(SystemExit, match=r"with nothing emptied, this fails: tests/a/test_b\.py::test_wrong"):
         mutants.main(["--root", str(toy), "--under", "toy", "*.watched"])
+
+
+def test_a_module_without_tests_survives_and_may_have_some_elsewhere(toy, monkeypatch, capsys):
+    (toy / "tests/a/test_b.py").rename(toy / "tests/a/test_all.py")
+    only = ["--root", str(toy), "--under", "toy", "*.watched"]
+    assert mutants.main(only) == 1
+    assert "1 emptied, 1 survived" in capsys.readouterr().out
+    monkeypatch.setattr(mutants, "MORE_TESTS", {"toy/a": ("tests/a/test_all.py",)})
+    assert mutants.main(only) == 0
+    assert "tests/a/test_all.py::test_watched" in capsys.readouterr().out

@@ -36,25 +36,15 @@ def test_a_module_level_communicator_that_nobody_closes_ends_cleanly(tmp_path):
         assert done.stdout.count("end") == 2
 
 
-def test_the_variable_forces_the_kernels(tmp_path):
+def test_the_variable_forces_the_kernels_and_ranks_with_different_variables_are_told_which(tmp_path):
     source = """
-        import torch, torch.distributed as dist, tcomm
+        import os, torch, torch.distributed as dist, tcomm
         dist.init_process_group("gloo")
         with tcomm.Communicator() as comm:
             assert comm.all_reduce(torch.ones(3)).tolist() == [2.0, 2.0, 2.0]
             assert comm.explain("all_reduce", nbytes=12).algorithm == "triton:two_shot"
         from tcomm.kernels.launch import launches
         assert dict(launches) == {"_two_shot_all_reduce_kernel": 1}, launches
-        dist.destroy_process_group()
-    """
-    done = _torchrun(tmp_path, 2, source, TCOMM_ALGORITHM="triton:two_shot")
-    assert done.returncode == 0, done.stderr
-
-
-def test_ranks_with_different_variables_are_told_which(tmp_path):
-    source = """
-        import os, torch, torch.distributed as dist, tcomm
-        dist.init_process_group("gloo")
         for variable, values in (
             ("TCOMM_ALGORITHM", ("cpu", "torch")), ("TCOMM_STAGING_BYTES", ("1048576", "2097152"))
         ):
@@ -67,7 +57,7 @@ def test_ranks_with_different_variables_are_told_which(tmp_path):
             del os.environ[variable]
         dist.destroy_process_group()
     """
-    done = _torchrun(tmp_path, 2, source)
+    done = _torchrun(tmp_path, 2, source, TCOMM_ALGORITHM="triton:two_shot")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("refused: TCOMM_ALGORITHM:") == 2
     assert done.stdout.count("refused: TCOMM_STAGING_BYTES:") == 2

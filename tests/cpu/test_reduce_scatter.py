@@ -22,18 +22,17 @@ def _bits(member, unit, in_place):
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("unit", [5, LONG])
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(("world_size", "unit"), [(2, 5), (3, 5), (4, 5), (2, LONG), (3, LONG)])
 def test_every_operation_and_dtype_has_the_bits_of_the_reference(on_ranks, world_size, unit):
     on_ranks(world_size, _bits, unit, False)
 
 
-@pytest.mark.parametrize(("world_size", "unit"), [(2, 5), (3, 5), (3, LONG)])
+@pytest.mark.parametrize(("world_size", "unit"), [(2, 5), (3, LONG)])
 def test_a_root_may_reduce_in_place(on_ranks, world_size, unit):
     on_ranks(world_size, _bits, unit, True)
 
 
-@pytest.mark.parametrize("world_size", [1, 8, 16])
+@pytest.mark.parametrize("world_size", [1, 16])
 def test_worlds_of_other_sizes(on_ranks, world_size):
     on_ranks(world_size, _bits, 7, False)
 

@@ -206,7 +206,10 @@ def _device_communicator(name: str) -> dict[str, str]:
 
 MESSAGE_QUEUE = {
     "Handle": NAME,
-    "ShmRingBuffer": NAME,
+    "ShmRingBuffer": "(n_reader, max_chunk_bytes, max_chunks, name=None)",
+    "ShmRingBuffer.get_data": "(self, current_idx)",
+    "ShmRingBuffer.get_metadata": "(self, current_idx)",
+    "ShmRingBuffer.handle": "(self)",
     "MessageQueue": (
         "(n_reader, n_local_reader, local_reader_ranks=None, max_chunk_bytes=25165824, max_chunks=10,"
         " connect_ip=None)"
@@ -256,6 +259,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
     "device_communicators.base_device_communicator": _device_communicator("DeviceCommunicatorBase"),
     "device_communicators.cuda_communicator": _device_communicator("CudaCommunicator"),
     "device_communicators.cpu_communicator": _device_communicator("CpuCommunicator"),
+    "device_communicators.shm_broadcast": MESSAGE_QUEUE,
     "eplb": EPLB,
     "": {
         **PARALLEL_STATE,
@@ -336,5 +340,6 @@ LATER_ARGUMENTS = {
     },
     "StatelessProcessGroup": {"name", "opened", "store_timeout"},
     "StatelessProcessGroup.create": {"listen_socket"},
+    "MessageQueue.wait_until_ready": {"timeout"},
 }  # fmt: skip
 """What newer versions of it, or we, take in addition, behind all that is listed above."""
