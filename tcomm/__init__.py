@@ -23,10 +23,7 @@ from tcomm.errors import (
     UsageError,
 )
 from tcomm.groups.communicator import Communicator
-from tcomm.groups.graphs import (
-    GraphCaptureContext,
-    graph_capture,  # type: ignore[assignment]  # the other one takes a device
-)
+from tcomm.groups.graphs import GraphCaptureContext, graph_capture  # type: ignore[assignment]
 from tcomm.groups.parallel.current_config import current_parallel_config, use_parallel_config
 from tcomm.groups.parallel.eplb_config import EPLBConfig
 from tcomm.groups.parallel.parallel_config import ParallelConfig
