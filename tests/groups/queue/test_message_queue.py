@@ -182,7 +182,7 @@ def test_timeouts_cancel_and_shutdown_end_a_wait():
         event = threading.Event()
         threading.Timer(0.15, event.set).start()
         began = time.monotonic()
-        with pytest.raises(CommError, match="^cancelled$"):
+        with pytest.raises(CommError, match=r"^cancelled$"):
             reader.dequeue(cancel=event, indefinite=True)
         assert time.monotonic() - began < 1.0
         threading.Timer(0.15, reader.shutdown).start()
