@@ -24,7 +24,7 @@ __all__ = ["RingReader", "RingWriter"]
 
 logger = logging.getLogger("tcomm")
 
-_SPINS_WITH_A_CORE_EACH, _SPINS_OTHERWISE = 50, 1
+_SPINS_WITH_A_CORE_EACH, _SPINS_OTHERWISE = 500, 1
 _HEAD, _READY, _CLOSED, _ASLEEP = int(Word.HEAD), int(Word.READY), int(Word.CLOSED), int(Word.ASLEEP)
 _LENGTH, _TOTAL, _OFFSET = int(SlotWord.LENGTH), int(SlotWord.TOTAL), int(SlotWord.OFFSET)
 _PROGRESS, _READER_ASLEEP = int(ReaderWord.PROGRESS_NS), int(ReaderWord.ASLEEP)
@@ -81,12 +81,13 @@ class RingWriter:
         self._floor = min((words[lines[index]] for index in self._living), default=self.head)
         return self.head - self._floor < self._chunks
 
-    def look_now_and_then(self) -> None:
-        """Look after the readers, if that was not done just now. Raises as `look` does."""
+    def has_room_now(self) -> bool:
+        """As `has_room`; looks after the readers first, if that was not done just now. Raises as `look`."""
         now = time.monotonic()
         if now - self._looked > LOOK_SECONDS:
             self._looked = now
             self.look()
+        return self.head - self._floor < self._chunks or self.has_room()
 
     def look(self) -> None:
         """Look after the readers; one that is gone is dropped where that was asked for.
@@ -274,7 +275,12 @@ class RingReader:
         Raises:
             PeerTimeoutError, PeerLostError, GroupClosedError, CommError: when none comes.
         """
-        if not spin_until(self.has_chunk, self._spins):
+        words, cursor = self._words, self._cursor
+        # As `spin_until` does, without a call for each look: here a microsecond counts.
+        for _ in range(self._spins):
+            if words[_HEAD] != cursor:
+                return
+        if not spin_until(self.has_chunk, 0):
             self._wait_for(_HEAD, self._cursor, patience, "wrote nothing")
 
     def wait_until_ready(self, patience: Patience) -> None:

@@ -48,7 +48,7 @@ class Word(enum.IntEnum):
 
 @enum.unique
 class ReaderWord(enum.IntEnum):
-    """Index of each word in the line of a reader."""
+    """Index of each word in the two lines of a reader."""
 
     CURSOR = 0
     STATE = 1
@@ -56,7 +56,8 @@ class ReaderWord(enum.IntEnum):
     START_TIME = 3
     NAMESPACE = 4
     PROGRESS_NS = 5
-    ASLEEP = 6
+    # In a line of its own, for the writer looks at it after each chunk and it seldom changes.
+    ASLEEP = 8
 
 
 @enum.unique
@@ -109,7 +110,7 @@ class ShmRingBuffer:
         _check_sizes(n_reader, max_chunk_bytes, max_chunks)
         self.n_reader, self.max_chunk_bytes, self.max_chunks = n_reader, max_chunk_bytes, max_chunks
         self.is_creator = name is None
-        self.slots_begin = Word.READERS_BEGIN + LINE * n_reader
+        self.slots_begin = self.reader_line(n_reader)
         stride = -(-max_chunk_bytes // _ALIGNMENT) * _ALIGNMENT
         begin = -(-8 * (self.slots_begin + LINE * max_chunks) // _PAGE) * _PAGE
         nbytes = begin + stride * max_chunks
@@ -149,7 +150,7 @@ class ShmRingBuffer:
 
     def reader_line(self, index: int) -> int:
         """The first word of a reader."""
-        return int(Word.READERS_BEGIN) + LINE * index
+        return int(Word.READERS_BEGIN) + 2 * LINE * index
 
     def unlink(self) -> None:
         """Remove the name. May be called twice, and by a reader whose writer is gone."""

@@ -51,8 +51,7 @@ class Sender:
         if local is None or self._remote is not None or nbytes > self._chunk_bytes:
             self._send_in_chunks(message, Patience(timeout, self._seconds))
             return
-        local.look_now_and_then()
-        if not local.has_room():
+        if not local.has_room_now():
             self._make_room(Patience(timeout, self._seconds))
         message.write_into(local.slot())
         local.publish(nbytes, nbytes, 0)

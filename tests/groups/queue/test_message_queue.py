@@ -106,7 +106,7 @@ def test_only_a_writer_writes_and_only_a_reader_reads():
     with pair() as (writer, reader):
         for call, told in [
             (lambda: reader.enqueue(1), "Only writers can enqueue"),
-            (lambda: writer.dequeue(), "Only readers can dequeue"),
+            (writer.dequeue, "Only readers can dequeue"),
             (lambda: reader.acquire_write().__enter__(), "Only writers can acquire write"),
             (lambda: writer.acquire_read().__enter__(), "Only readers can acquire read"),
             (lambda: writer.borrow().__enter__(), "Only readers can dequeue"),
@@ -174,7 +174,7 @@ def test_timeouts_cancel_and_shutdown_end_a_wait():
     with pair() as (writer, reader):
         began = time.monotonic()
         with pytest.raises(
-            PeerTimeoutError, match=rf"pid {os.getpid()}.*wrote nothing within 0.2 s"
+            PeerTimeoutError, match=rf"pid {os.getpid()}.*wrote nothing within 0\.2 s"
         ) as caught:
             reader.dequeue(0.2)
         assert 0.2 <= time.monotonic() - began < 1.5
@@ -182,7 +182,7 @@ def test_timeouts_cancel_and_shutdown_end_a_wait():
         event = threading.Event()
         threading.Timer(0.15, event.set).start()
         began = time.monotonic()
-        with pytest.raises(CommError, match="^cancelled$"):
+        with pytest.raises(CommError, match=r"^cancelled$"):
             reader.dequeue(cancel=event, indefinite=True)
         assert time.monotonic() - began < 1.0
         threading.Timer(0.15, reader.shutdown).start()
@@ -190,9 +190,13 @@ def test_timeouts_cancel_and_shutdown_end_a_wait():
             reader.dequeue(20)
         with pytest.raises(GroupClosedError):
             reader.dequeue(20)
-        with pytest.raises(PeerLostError, match=f"rank 0 has left .pid {os.getpid()}"):
-            for _ in range(6):
-                writer.enqueue(1, 5)
+        with pytest.raises(PeerLostError, match=rf"rank 0 has left .pid {os.getpid()}"):
+            _enqueue_times(writer, 6)
+
+
+def _enqueue_times(writer, count):
+    for _ in range(count):
+        writer.enqueue(1, 5)
 
 
 def test_a_shut_down_writer_wakes_readers_after_what_it_wrote():
@@ -224,10 +228,10 @@ def test_a_blocked_writer_is_woken_by_its_own_shutdown_and_by_a_reader():
 def test_no_timeout_means_the_profile_and_not_for_ever(monkeypatch):
     monkeypatch.setenv("TCOMM_TIMEOUT", "0.1")
     with pair(chunks=1) as (writer, reader):
-        with pytest.raises(PeerTimeoutError, match="within 0.1 s"):
+        with pytest.raises(PeerTimeoutError, match=r"within 0\.1 s"):
             reader.dequeue()
         writer.enqueue(1)
-        with pytest.raises(QueueFullError, match="stayed so for 0.1 s"):
+        with pytest.raises(QueueFullError, match=r"stayed so for 0\.1 s"):
             writer.enqueue(2)
     assert TIMEOUT_PROFILES["default"] == 120.0
 
@@ -235,7 +239,7 @@ def test_no_timeout_means_the_profile_and_not_for_ever(monkeypatch):
 def test_readers_that_do_not_come_are_named():
     writer = MessageQueue(2, 2, [4, 6])
     reader = MessageQueue.create_from_handle(writer.export_handle(), 4)
-    with pytest.raises(PeerTimeoutError, match="ranks 6 did not open the queue within 0.1 s") as caught:
+    with pytest.raises(PeerTimeoutError, match=r"ranks 6 did not open the queue within 0\.1 s") as caught:
         writer.wait_until_ready(0.1)
     assert caught.value.peers == (6,)
     with pytest.raises(PeerTimeoutError, match="did not get all its readers"):
@@ -283,7 +287,7 @@ def test_random_bytes_in_a_slot_are_one_clear_error_and_nothing_after_it(words, 
 
 
 def test_a_damaged_head_is_a_clear_error():
-    with pair() as (writer, reader):
+    with pair() as (_, reader):
         reader._receiver.source.ring.words[Word.HEAD] = -5
         with pytest.raises(CommError, match="the memory of the queue is damaged"):
             reader.dequeue(1)
@@ -317,11 +321,11 @@ def _interrupted(member, number):
         queue.enqueue("after")
         return None
 
-    class Interrupted(Exception):
+    class InterruptedByTestError(Exception):
         pass
 
     def handler(*_):
-        raise Interrupted(time.monotonic())
+        raise InterruptedByTestError(time.monotonic())
 
     signal.signal(number, handler)
     at = []
@@ -332,7 +336,7 @@ def _interrupted(member, number):
         os.kill(os.getpid(), number)
 
     threading.Thread(target=interrupt).start()
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedByTestError):
         queue.dequeue(20)
     late = time.monotonic() - at[0]
     member.meet("interrupted")

@@ -51,7 +51,7 @@ def _pass_all_kinds(member, queue):
             assert got == value
     with queue.acquire_read(20) as slot:
         assert bytes(slot[:5]) == b"bytes"
-    with pytest.raises(PeerTimeoutError, match="wrote nothing within 0.1 s"):
+    with pytest.raises(PeerTimeoutError, match=r"wrote nothing within 0\.1 s"):
         queue.dequeue(0.1)
     return True
 
@@ -66,19 +66,28 @@ def test_a_lagging_remote_reader_is_named_and_nothing_is_lost(on_ranks):
     assert first == second == list(range(sent))
 
 
+def _enqueue_counted(queue, sent):
+    for number in range(100):
+        queue.enqueue(bytes(3000) + bytes([number]), 0.3)
+        sent.append(number)
+
+
+def _dequeue_into(queue, got):
+    while True:
+        got.append(queue.dequeue(20))
+
+
 def _lag(member, queue):
     if member.rank == 0:
-        sent = 0
         with pytest.raises(
             QueueFullError, match=r"remote reader of rank 2 .pid \d+ on .*chunks behind"
         ) as caught:
-            for sent in range(100):
-                queue.enqueue(bytes(3000) + bytes([sent]), 0.3)
+            _enqueue_counted(queue, count := [])
         assert caught.value.peers == (2,)
         assert failure_of(queue.enqueue, bytes(400_000), 0.3).kind == "QueueFullError"
         member.store.set("go", b"1")
         queue.enqueue("end", 20)
-        return sent
+        return len(count)
     if member.rank == 2:
         member.store.get("go")
     got = []
@@ -109,8 +118,7 @@ def _die(member, drop):
         os.kill(os.getpid(), signal.SIGKILL)
     got = []
     with pytest.raises(PeerLostError, match="shut the queue down"):
-        while True:
-            got.append(queue.dequeue(20))
+        _dequeue_into(queue, got)
     return got
 
 
@@ -136,7 +144,7 @@ def _writer_dies(member):
         queue.enqueue("last")
         os.kill(os.getpid(), signal.SIGKILL)
     queue = MessageQueue.create_from_handle(decode(member.store.get("handle")), 0)
-    with pytest.raises(CommError, match="call wait_until_ready"):
+    with pytest.raises(CommError, match=r"call wait_until_ready"):
         queue.dequeue(1)
     queue.wait_until_ready(20)
     assert queue.dequeue(20) == "last"
@@ -155,7 +163,7 @@ def test_a_remote_reader_names_its_lost_writer(on_ranks):
 def test_nobody_at_the_address_and_nobody_who_comes():
     writer = MessageQueue(1, 0)
     handle = writer.export_handle()
-    with pytest.raises(PeerTimeoutError, match="1 of 1 remote readers did not connect to 127.0.0.1:"):
+    with pytest.raises(PeerTimeoutError, match=r"1 of 1 remote readers did not connect to 127\.0\.0\.1:"):
         writer.wait_until_ready(0.2)
     writer.shutdown()
     reader = MessageQueue.create_from_handle(handle, 0)
