@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from tests.faults import plain
+from tests.faults.meeting import create
 from tests.faults.worlds import failure_of, group, reduce_ones
+from tests.groups.queue.peers import from_rank_0
 from tests.ranks import Member
 
 VICTIM = 1
@@ -166,3 +168,38 @@ def test_f27_a_program_that_handles_no_signal_ends_by_it_and_the_peers_are_told(
     assert (failure.kind, failure.peers) == ("PeerLostError", (VICTIM,))
     assert reason.format(pid=program.pid) in failure.text, failure.text
     assert failure.seconds < 2.0
+
+
+def _interrupted_in_a_queue(member, number):
+    queue = from_rank_0(member)
+    seconds = None
+    if member.rank == VICTIM:
+        seconds = _seconds_to_interrupt(number, lambda: queue.dequeue(20))
+    member.meet("interrupted")
+    if member.rank == 0:
+        queue.enqueue("later", 20)
+    else:
+        assert queue.dequeue(20) == "later"
+    member.meet("read")
+    queue.shutdown()
+    return seconds
+
+
+def _interrupted_in_a_stateless_group(member, number):
+    made = create(member, member.rank, member.world_size)
+    if member.rank == VICTIM:
+        seconds = [
+            _seconds_to_interrupt(number, wait)
+            for wait in (lambda: made.recv_obj(0), lambda: made.barrier(20.0))
+        ]
+        member.meet("interrupted")
+        return max(seconds)
+    member.meet("interrupted")
+    return None
+
+
+@pytest.mark.parametrize("number", RAISED)
+@pytest.mark.parametrize("wait", [_interrupted_in_a_queue, _interrupted_in_a_stateless_group])
+def test_f27_a_signal_ends_a_wait_for_an_object_at_once(world, wait, number):
+    _, seconds = world(2, wait, number)
+    assert seconds < LIMIT_SECONDS
