@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tcomm.errors import ConfigError, UsageError
-from tcomm.groups.compiled import ops
+from tcomm.groups.compiled import ops  # noqa: F401  it defines what _OPS has
 from tcomm.groups.device.experts import ExpertTraffic
 from tcomm.groups.device.loopback import Loopback
 
@@ -20,6 +20,8 @@ __all__ = ["TensorVerbs"]
 
 
 _NOBODY = ExpertTraffic()
+_OPS = torch.ops.tcomm
+"""A compiled graph holds an op and the name of the group."""
 
 
 class TensorVerbs:
@@ -48,7 +50,8 @@ class TensorVerbs:
         if self.world_size == 1:
             return input_
         if torch.compiler.is_compiling():
-            return ops.all_reduce(input_, self.unique_name)
+            result: torch.Tensor = _OPS.all_reduce(input_, self.unique_name)
+            return result
         return self._all_reduce_out_place(input_)
 
     def all_gather(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor:
@@ -68,7 +71,8 @@ class TensorVerbs:
         if self.world_size == 1:
             return input_
         if torch.compiler.is_compiling():
-            return ops.all_gather(input_, dim, self.world_size, self.unique_name)
+            result: torch.Tensor = _OPS.all_gather(input_, dim, self.world_size, self.unique_name)
+            return result
         return self._all_gather_out_place(input_, dim)
 
     def all_gatherv(
@@ -109,7 +113,8 @@ class TensorVerbs:
         if self.world_size == 1:
             return input_
         if torch.compiler.is_compiling():
-            return ops.reduce_scatter(input_, dim, self.world_size, self.unique_name)
+            result: torch.Tensor = _OPS.reduce_scatter(input_, dim, self.world_size, self.unique_name)
+            return result
         return self._reduce_scatter_out_place(input_, dim)
 
     def reduce_scatterv(

@@ -27,3 +27,27 @@ def test_without_torch_distributed_a_dict_stays():
     contents = {"x": 1}
     assert ops.broadcast_tensor_dict(contents) is contents
     assert ops.broadcast_tensor_dict() is None
+
+
+def _compiled(member):
+    """Whole graphs, of several shapes, after the groups were made again."""
+    found = []
+    for _ in range(2):
+        torch.compiler.reset()
+        with engine(member, tp=2):
+
+            def block(x):
+                total = ops.tensor_model_parallel_all_reduce(x * 2) + 1
+                return ops.tensor_model_parallel_reduce_scatter(
+                    ops.tensor_model_parallel_all_gather(total), 0
+                )
+
+            compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+            for rows in (2, 4):
+                x = numbers(rows, 3, offset=member.rank)
+                found.append(torch.equal(compiled(x), block(x)))
+    return found
+
+
+def test_they_compile_whole(on_ranks):
+    assert on_ranks(2, _compiled) == [[True] * 4] * 2
