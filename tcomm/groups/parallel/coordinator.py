@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from tcomm.config import Config, EngineConfig, resolve_timeout
-from tcomm.errors import UsageError
+from tcomm.errors import ConfigError, UsageError
 from tcomm.groups import graphs
 from tcomm.groups.arguments import UNSET, Timeout, Unset
 from tcomm.groups.communicator import Communicator
@@ -226,21 +226,28 @@ class GroupCoordinator(TensorDictVerbs):
         """Surround code that captures graphs in which this group is used: see `tcomm.graph_capture`.
 
         **Collective.** On a CPU nothing is captured and the code inside runs as it is.
+
+        Raises:
+            ConfigError: when the context is none.
         """
+        self._check_alive()
+        context = graph_capture_context
+        if context is not None and not isinstance(context, graphs.GraphCaptureContext):
+            raise ConfigError(f"a context of graph_capture is a GraphCaptureContext or None, not {context!r}")
         used = [] if self.device_communicator is None else [self.device_communicator.communicator]
-        with graphs.graph_capture(*used, device=self.device, context=graph_capture_context) as context:
-            yield context
+        with graphs.graph_capture(*used, device=self.device, context=context) as entered:
+            yield entered
 
     def prepare_communication_buffer_for_model(self, model: torch.nn.Module) -> None:
         """Make what the model's layers will need: see the device communicator's method."""
-        if self.device_communicator is not None:
-            self.device_communicator.prepare_communication_buffer_for_model(model)
+        self._experts.prepare_communication_buffer_for_model(model)
 
     def make_sibling_device_group(self, group_desc: str | None = None) -> dist.ProcessGroup:
         """Another process group of the same ranks and backend, which ends with this one.
 
         **Collective** over the world. Not for a coordinator of a group that somebody else made.
         """
+        self._check_alive()
         desc = group_desc or f"{self.unique_name}/sibling"
         sibling = new_process_group(self.group_ranks, self.torch_distributed_backend, desc, self.timeout)
         self._groups.owned.append(sibling)
