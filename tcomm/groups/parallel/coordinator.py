@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from tcomm.config import Config, EngineConfig, resolve_timeout
-from tcomm.errors import ConfigError, UsageError
+from tcomm.errors import ConfigError
 from tcomm.groups import graphs
 from tcomm.groups.arguments import UNSET, Timeout, Unset
 from tcomm.groups.communicator import Communicator
@@ -20,6 +20,14 @@ from tcomm.groups.compiled import registry
 from tcomm.groups.device.cpu import CpuCommunicator
 from tcomm.groups.device.cuda import CudaCommunicator
 from tcomm.groups.device.loopback import Loopback
+from tcomm.groups.parallel.coordinator_arguments import (
+    backend_of,
+    check_initialized,
+    local_rank_of,
+    name_of,
+    process_group_of,
+    rows_of,
+)
 from tcomm.groups.parallel.lanes import Lanes
 from tcomm.groups.parallel.process_groups import ProcessGroups, device_of, find_my_ranks, new_process_group
 from tcomm.groups.parallel.tensor_dicts import TensorDictVerbs
@@ -56,7 +64,8 @@ class GroupCoordinator(TensorDictVerbs):
         destroyed: whether `destroy` was called.
 
     Raises:
-        UsageError: when `group_ranks` do not divide the world; before anything is created.
+        UsageError: when `group_ranks` do not divide the world, there is no world yet, or an argument makes no
+            sense; before anything is created.
         RendezvousError, GroupMismatchError, CapabilityError: as `Communicator` does.
     """
 
@@ -73,12 +82,13 @@ class GroupCoordinator(TensorDictVerbs):
         use_kernels: bool = True,
         timeout: Timeout | Unset = UNSET,
     ) -> None:
-        ranks = find_my_ranks(group_ranks, dist.get_rank(), dist.get_world_size())
-        self.group_ranks = [list(row) for row in group_ranks]
-        self.torch_distributed_backend = str(torch_distributed_backend)
-        self._name(group_name or "anonymous", ranks, local_rank, timeout)
+        check_initialized()
+        self.group_ranks = rows_of(group_ranks)
+        ranks = find_my_ranks(self.group_ranks, dist.get_rank(), dist.get_world_size())
+        self.torch_distributed_backend = backend_of(torch_distributed_backend)
+        self._name(name_of(group_name), ranks, local_rank_of(local_rank), timeout)
         groups = ProcessGroups.create(
-            group_ranks, self.torch_distributed_backend, self.unique_name, self.timeout
+            self.group_ranks, self.torch_distributed_backend, self.unique_name, self.timeout
         )
         self._open(groups, use_device_communicator, use_message_queue_broadcaster, use_all2all, use_kernels)
 
@@ -106,14 +116,12 @@ class GroupCoordinator(TensorDictVerbs):
             timeout: as for the constructor.
 
         Raises:
-            UsageError: for a mesh of several dimensions, and a group without gloo.
+            UsageError: for a mesh of several dimensions, a group without gloo, and what is no group.
         """
-        if isinstance(group, DeviceMesh):
-            if group.ndim != 1:
-                raise UsageError(
-                    f"a mesh of {group.ndim} dimensions is not one group; take one, as in mesh['tp']"
-                )
-            group = group.get_group()
+        check_initialized()
+        group = process_group_of(group)
+        name, local_rank = name_of(group_name), local_rank_of(local_rank)
+        groups = ProcessGroups.adopt(group)
         coordinator = cls.__new__(cls)
         ranks = list(dist.get_process_group_ranks(group))
         coordinator.group_ranks = [ranks]
@@ -121,8 +129,7 @@ class GroupCoordinator(TensorDictVerbs):
         if local_rank == -1:
             known = EngineConfig.from_environment().local_rank
             local_rank = dist.get_rank() if known is None else known
-        coordinator._name(group_name or "anonymous", ranks, local_rank, timeout)
-        groups = ProcessGroups.adopt(group)
+        coordinator._name(name, ranks, local_rank, timeout)
         coordinator._open(groups, True, use_message_queue_broadcaster, use_all2all, use_kernels)
         return coordinator
 
