@@ -66,7 +66,7 @@ def all_gather(x: torch.Tensor, group: object, dim: int = 0) -> torch.Tensor:
     Raises:
         ConfigError, CapabilityError, CommError: as `Communicator.all_gather_single` does.
     """
-    return _call("all_gather", x, name_of(group), dim)
+    return _call("all_gather", x, name_of(group), _dim_of("all_gather", x, dim))
 
 
 def reduce_scatter(x: torch.Tensor, group: object, dim: int = 0, op: object = "sum") -> torch.Tensor:
@@ -84,7 +84,8 @@ def reduce_scatter(x: torch.Tensor, group: object, dim: int = 0, op: object = "s
     Raises:
         ConfigError, CapabilityError, CommError: as `Communicator.reduce_scatter_single` does.
     """
-    return _call("reduce_scatter", x, name_of(group), dim, _linear("reduce_scatter", op))
+    at = _dim_of("reduce_scatter", x, dim)
+    return _call("reduce_scatter", x, name_of(group), at, _linear("reduce_scatter", op))
 
 
 def all_to_all(x: torch.Tensor, group: object) -> torch.Tensor:
@@ -117,6 +118,8 @@ def broadcast(x: torch.Tensor, group: object, src: int = 0) -> torch.Tensor:
     Raises:
         ConfigError, CapabilityError, CommError: as `Communicator.broadcast` does.
     """
+    if type(src) is not int:
+        raise ConfigError(f"src={src!r} of tcomm.functional.broadcast is not a rank of the group")
     return _call("broadcast", x, name_of(group), src)
 
 
@@ -135,6 +138,7 @@ def copy_to_group(x: torch.Tensor, group: object) -> torch.Tensor:
     Raises:
         ConfigError, CapabilityError, CommError: in backward, as `Communicator.all_reduce` does.
     """
+    _check_tensor("copy_to_group", x)
     copied: torch.Tensor = _CopyToGroup.apply(x, name_of(group))  # type: ignore[no-untyped-call]
     return copied
 
@@ -158,8 +162,22 @@ def reduce_from_group(x: torch.Tensor, group: object) -> torch.Tensor:
 
 
 def _call(op: str, x: torch.Tensor, *args: object) -> torch.Tensor:
+    _check_tensor(op, x)
     result: torch.Tensor = getattr(_ops, op)(x, *args)
     return result
+
+
+def _check_tensor(verb: str, x: torch.Tensor) -> None:
+    # Less than a communicator asks for: tracers bring tensors of their own kinds.
+    if not isinstance(x, torch.Tensor):
+        raise ConfigError(f"tcomm.functional.{verb} takes a torch.Tensor, not {type(x).__name__}")
+
+
+def _dim_of(verb: str, x: torch.Tensor, dim: int) -> int:
+    _check_tensor(verb, x)
+    if isinstance(dim, bool):
+        raise ConfigError(f"dim={dim} of tcomm.functional.{verb} is no integer")
+    return check_dim(f"tcomm.functional.{verb}", x.shape, dim)
 
 
 def _linear(verb: str, op: object) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from tcomm.errors import ConfigError
 
-__all__ = ["EPLBCommunicator", "EPLBConfig"]
+__all__ = ["EPLBCommunicator", "EPLBConfig", "as_eplb_config"]
 
 EPLBCommunicator = Literal["torch_nccl", "torch_gloo", "torch_xccl", "nixl", "pynccl"]
 """What moves the weights of experts."""
@@ -48,7 +48,12 @@ class EPLBConfig:
         redundant = self.num_redundant_experts
         if type(redundant) is not int or redundant < 0:
             raise ConfigError(f"num_redundant_experts={redundant!r} is wrong; give an integer of 0 or more")
-        if self.communicator not in {None, *get_args(EPLBCommunicator)}:
+        for name in ("log_balancedness", "use_async", "enable_migration_batching"):
+            if type(getattr(self, name)) is not bool:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is wrong; give True or False")
+        if not isinstance(self.policy, str):
+            raise ConfigError(f"policy={self.policy!r} is wrong; give a string")
+        if self.communicator not in (None, *get_args(EPLBCommunicator)):
             known = ", ".join(get_args(EPLBCommunicator))
             raise ConfigError(f"communicator={self.communicator!r} is none of {known}")
         if self.use_async and self.policy != "default":
@@ -65,3 +70,21 @@ class EPLBConfig:
     def migration_batching_enabled(self) -> bool:
         """Whether the weights of many experts move together."""
         return self.enable_migration_batching
+
+
+def as_eplb_config(given: object) -> EPLBConfig:
+    """What was given as an `EPLBConfig`: itself, or made of a dict of its fields; the default for None.
+
+    Raises:
+        ConfigError: when it is something else, or a dict with a key that is no field.
+    """
+    if given is None:
+        return EPLBConfig()
+    if isinstance(given, EPLBConfig):
+        return given
+    if not isinstance(given, dict):
+        raise ConfigError(f"eplb_config={given!r} is wrong; give an EPLBConfig, or a dict of its fields")
+    known = [field.name for field in fields(EPLBConfig)]
+    if unknown := [key for key in given if key not in known]:
+        raise ConfigError(f"eplb_config has no {unknown[0]!r}; its fields are {', '.join(known)}")
+    return EPLBConfig(**given)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Generic, TypeVar
 
 from tcomm.errors import ConfigError
+from tcomm.groups.parallel.eplb_config import as_eplb_config
 
 __all__ = ["Forwarded"]
 
@@ -40,6 +41,7 @@ class Forwarded(Generic[T]):
         Raises:
             ConfigError: when both names are given and contradict one another, or the value is wrong.
         """
+        config.eplb_config = as_eplb_config(config.eplb_config)
         held = getattr(config.eplb_config, self.name)
         is_made = "world_size" in vars(config)
         if not is_made and (value == self.default or value == held):

@@ -92,7 +92,7 @@ class ParallelConfig:
     enable_eplb: bool = False
     """Balance experts between ranks while running."""
     eplb_config: EPLBConfig = field(default_factory=EPLBConfig)
-    """How experts are balanced; copied."""
+    """How experts are balanced; copied. A dict of its fields will do; None is the default."""
     num_redundant_experts: Forwarded[int] = _NUM_REDUNDANT_EXPERTS
     """Older name of `eplb_config.num_redundant_experts`."""
     eplb_window_size: Forwarded[int] = _WINDOW_SIZE
@@ -271,11 +271,17 @@ class ParallelConfig:
         """A hex string, the same for configs of one computation wherever it runs, and else another.
 
         Ports, ranks, addresses and what starts processes do not count; see `parallel_rules.PLACEMENT`.
+
+        Raises:
+            ConfigError: when a field was set to what no config has.
         """
         named = {
             f.name: getattr(self, f.name) for f in fields(self) if f.name not in parallel_rules.PLACEMENT
         }
-        return hashlib.sha256(msgspec.json.encode(named, order="deterministic")).hexdigest()
+        try:
+            return hashlib.sha256(msgspec.json.encode(named, order="deterministic")).hexdigest()
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ConfigError(f"a field was set to what has no hash: {error}") from error
 
     def get_next_dp_init_port(self) -> int:
         """`data_parallel_master_port`, which moves on: to the next port that is kept, else by one.
@@ -325,7 +331,7 @@ class ParallelConfig:
     @staticmethod
     def has_unfinished_dp(dp_group: dist.ProcessGroup, has_unfinished: bool) -> bool:
         """Whether any replica has work left. **Collective** over the group, which needs a CPU backend."""
-        flag = torch.tensor([has_unfinished], dtype=torch.int32)
+        flag = torch.tensor([has_unfinished], dtype=torch.int32, device="cpu")
         dist.all_reduce(flag, dist.ReduceOp.MAX, dp_group)
         return bool(flag.item())
 
@@ -337,7 +343,7 @@ class ParallelConfig:
 
         Where some want to pause and others do not yet, there is work left: that of coming to an agreement.
         """
-        flags = torch.tensor([has_unfinished, pending_pause], dtype=torch.int32)
+        flags = torch.tensor([has_unfinished, pending_pause], dtype=torch.int32, device="cpu")
         dist.all_reduce(flags, dist.ReduceOp.SUM, dp_group)
         unfinished, pausing = flags.tolist()
         agreed = pausing == dp_group.size()
@@ -348,7 +354,13 @@ class ParallelConfig:
         """The least bytes of any replica; -1 is no limit, and the largest int64 where all say so.
 
         **Collective** over the group, which needs a CPU backend.
+
+        Raises:
+            ConfigError: when `kv_cache_memory` is no number of bytes; nothing was sent.
         """
-        nbytes = torch.tensor([_NO_LIMIT if kv_cache_memory == -1 else kv_cache_memory], dtype=torch.int64)
+        if type(kv_cache_memory) is not int or not -1 <= kv_cache_memory <= _NO_LIMIT:
+            raise ConfigError(f"kv_cache_memory={kv_cache_memory!r} is no number of bytes; give -1 for no limit")
+        least = _NO_LIMIT if kv_cache_memory == -1 else kv_cache_memory
+        nbytes = torch.tensor([least], dtype=torch.int64, device="cpu")
         dist.all_reduce(nbytes, dist.ReduceOp.MIN, dp_group)
         return int(nbytes.item())

@@ -111,6 +111,21 @@ _NOT_NEGATIVE = (
     "rank",
 )
 _PORTS = ("data_parallel_rpc_port", "data_parallel_master_port", "master_port")
+_BOOLEANS = (
+    "data_parallel_external_lb",
+    "data_parallel_hybrid_lb",
+    "enable_expert_parallel",
+    "enable_eplb",
+    "enable_elastic_ep",
+    "disable_custom_all_reduce",
+    "enable_dbo",
+    "ray_workers_use_nsight",
+    "enable_multimodal_encoder_data_parallel",
+)
+_BOOLEANS_OR_NONE = ("is_moe_model", "disable_nccl_for_dp_synchronization")
+_STRINGS = ("worker_cls", "sd_worker_cls", "worker_extension_cls")
+_ADDRESSES = ("data_parallel_master_ip", "master_addr")
+_MOST = (1 << 63) - 1
 _CHOICES = {
     "data_parallel_backend": ("mp", "ray"),
     "expert_placement_strategy": ("linear", "round_robin"),
@@ -139,6 +154,7 @@ def check_sizes(config: ParallelConfig) -> None:
         raise ConfigError(
             f"Unknown all2all backend: {config.all2all_backend}; give one of {', '.join(ALL2ALL_BACKENDS)}"
         )
+    _check_kinds(config)
     _check_integer("_api_process_rank", config._api_process_rank, -1)
     if config._api_process_rank >= config._api_process_count:
         raise ConfigError(
@@ -148,9 +164,27 @@ def check_sizes(config: ParallelConfig) -> None:
     _check_micro_batches(config)
 
 
-def _check_integer(name: str, value: object, least: int, most: int | None = None) -> None:
-    if type(value) is not int or value < least or (most is not None and value > most):
-        bounds = f"{least} or more" if most is None else f"{least} to {most}"
+def _check_kinds(config: ParallelConfig) -> None:
+    for name in (*_BOOLEANS, *_BOOLEANS_OR_NONE):
+        value = getattr(config, name)
+        if type(value) is not bool and (name in _BOOLEANS or value is not None):
+            wanted = "True or False" if name in _BOOLEANS else "True, False or None"
+            raise ConfigError(f"{name}={value!r} is wrong; give {wanted}")
+    for name in (*_STRINGS, *_ADDRESSES):
+        value = getattr(config, name)
+        if not isinstance(value, str) or (name in _ADDRESSES and not value):
+            wanted = "the name or address of a host" if name in _ADDRESSES else "the name of a class"
+            raise ConfigError(f"{name}={value!r} is wrong; give {wanted}")
+    for name in ("data_parallel_rank", "data_parallel_rank_local"):
+        value = getattr(config, name)
+        # Its bounds follow from what the environment says too.
+        if type(value) is not int and not (name.endswith("local") and value is None):
+            raise ConfigError(f"{name}={value!r} is wrong; give an integer")
+
+
+def _check_integer(name: str, value: object, least: int, most: int = _MOST) -> None:
+    if type(value) is not int or not least <= value <= most:
+        bounds = f"{least} or more" if most == _MOST else f"{least} to {most}"
         raise ConfigError(f"{name}={value!r} is wrong; give an integer of {bounds}")
 
 

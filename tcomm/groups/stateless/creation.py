@@ -21,7 +21,7 @@ from tcomm.memory.liveness import Identity, my_identity
 from tcomm.objects.layout import VERSION
 from tcomm.objects.secret import require_secret
 
-__all__ = ["OpenedGroup", "open_group"]
+__all__ = ["OpenedGroup", "check_place", "check_seconds", "open_group"]
 
 _PROBE_SECONDS = 2.0
 
@@ -67,9 +67,11 @@ def open_group(
         OSError: on rank 0, when the address is taken by a stranger.
         DuplicateRankError, GroupMismatchError, RendezvousError: as `meet` does.
     """
-    _check_place(rank, world_size, port, listen_socket, via)
-    if not timeout > 0:
-        raise ConfigError(f"a timeout of {timeout!r} s is not positive")
+    check_place(rank, world_size)
+    _check_address(host, port, rank, world_size, listen_socket is None and via is None)
+    if listen_socket is not None and rank:
+        raise ConfigError(f"rank {rank} gave a listen_socket; rank 0 alone listens")
+    check_seconds("timeout", timeout)
     secret = require_secret(host)
     deadline = time.monotonic() + timeout
     if world_size == 1:
@@ -94,14 +96,37 @@ def open_group(
     return OpenedGroup(hall.below(prefix), prefix, meeting.identities, point)
 
 
-def _check_place(
-    rank: int, world_size: int, port: int, listen_socket: socket.socket | None, via: Store | None
-) -> None:
-    if not (isinstance(rank, int) and isinstance(world_size, int) and 0 <= rank < world_size):
-        raise ConfigError(f"rank {rank} of {world_size} ranks: it must be at least 0 and below their number")
-    if listen_socket is not None and rank:
-        raise ConfigError(f"rank {rank} gave a listen_socket; rank 0 alone listens")
-    if port == 0 and world_size > 1 and listen_socket is None and via is None:
+def check_place(rank: int, world_size: int) -> None:
+    """Check that there is such a rank.
+
+    Raises:
+        ConfigError: when there is not.
+    """
+    if type(rank) is not int or type(world_size) is not int or not 0 <= rank < world_size:
+        raise ConfigError(
+            f"rank {rank!r} of {world_size!r} ranks: it must be at least 0 and below their number"
+        )
+
+
+def check_seconds(what: str, seconds: float) -> float:
+    """`seconds`, when they are a positive number.
+
+    Raises:
+        ConfigError: when they are not.
+    """
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not is_number or not seconds > 0:
+        raise ConfigError(f"{what} is {seconds!r}, which is not a positive number of seconds")
+    return seconds
+
+
+def _check_address(host: str, port: int, rank: int, world_size: int, is_known_by_port: bool) -> None:
+    if not isinstance(host, str) or not host or type(port) is not int or not 0 <= port < 1 << 16:
+        raise ConfigError(
+            f"rank {rank} cannot meet the others at host {host!r}, port {port!r}; give an address and a port "
+            "up to 65535"
+        )
+    if port == 0 and world_size > 1 and is_known_by_port:
         raise ConfigError(
             "port 0 is a free port that the other ranks cannot know; give a port, or a store that all ranks "
             "have (via=), by which rank 0 tells it"

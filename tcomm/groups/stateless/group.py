@@ -23,7 +23,7 @@ from tcomm.errors import (
 )
 from tcomm.groups.arguments import check_rank, check_tensor
 from tcomm.groups.stateless.barrier import Barrier
-from tcomm.groups.stateless.creation import OpenedGroup, open_group
+from tcomm.groups.stateless.creation import OpenedGroup, check_place, check_seconds, open_group
 from tcomm.groups.stateless.mail import put_message, remove_message, take_message
 from tcomm.groups.stateless.peers import describe_process, is_running
 from tcomm.groups.stateless.sealed import CallThread, SealedStore
@@ -78,15 +78,14 @@ class StatelessProcessGroup:
     broadcast_send_counter: int = 0
     broadcast_recv_src_counter: dict[int, int] = dataclasses.field(default_factory=dict)
     entries: deque[tuple[str, float]] = dataclasses.field(default_factory=deque)
-    store_timeout: float = 300.0
-    name: str = "stateless"
-    opened: OpenedGroup | None = dataclasses.field(default=None, repr=False)
+    store_timeout: float = dataclasses.field(default=300.0, kw_only=True)
+    name: str = dataclasses.field(default="stateless", kw_only=True)
+    opened: OpenedGroup | None = dataclasses.field(default=None, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world_size:
-            raise ConfigError(
-                f"rank {self.rank} of {self.world_size} ranks: it must be at least 0 and below their number"
-            )
+        check_place(self.rank, self.world_size)
+        check_seconds("store_timeout", self.store_timeout)
+        check_seconds("data_expiration_seconds", self.data_expiration_seconds)
         ranks = range(self.world_size)
         self.send_dst_counter = dict.fromkeys(ranks, 0)
         self.recv_src_counter = dict.fromkeys(ranks, 0)
@@ -219,24 +218,27 @@ class StatelessProcessGroup:
         while self.entries and self.entries[0][1] < oldest:
             remove_message(self._sealed, self.entries.popleft()[0])
 
-    def barrier(self, timeout: float = 30.0) -> None:
+    def barrier(self, timeout: float | None = 30.0) -> None:
         """Wait for all ranks. **Collective.** All of them pass, or all of them raise.
 
         Rank 0, whose process may be the store's, waits in the end until all have seen that all have come.
 
         Args:
-            timeout: seconds. A store that does not answer is given up half a second later.
+            timeout: seconds; None: `store_timeout`. A store that does not answer is given up half a second
+                later.
 
         Raises:
+            ConfigError: when the timeout is not a positive number.
             PeerTimeoutError: "Barrier timed out after ... seconds", with the ranks that did not come; on
                 those too, when they come. "Barrier departure timed out after ..." on rank 0.
             PeerLostError: when one of them is gone, or the store with rank 0.
         """
-        if self.world_size == 1:
-            return
         with self._operation("barrier", timeout):
+            if self.world_size == 1:
+                return
             number, self._barriers = self._barriers, self._barriers + 1
-            Barrier(self._sealed, self.rank, self.world_size, number, timeout, self._epitaph).run()
+            seconds = self.store_timeout if timeout is None else timeout
+            Barrier(self._sealed, self.rank, self.world_size, number, seconds, self._epitaph).run()
             self.expire_data()
 
     def broadcast(self, tensor: torch.Tensor, src: int, *, timeout: float | None = None) -> torch.Tensor:
@@ -331,9 +333,7 @@ class StatelessProcessGroup:
         """The deadline of a call, whose errors tell of which group they are."""
         if self._closed:
             raise GroupClosedError(f"group {self.name!r} is closed", group=self.name, op=op, rank=self.rank)
-        seconds = self.store_timeout if timeout is None else timeout
-        if not seconds > 0:
-            raise ConfigError(f"timeout={timeout!r} of {op} is not a positive number of seconds")
+        seconds = check_seconds(f"timeout of {op}", self.store_timeout if timeout is None else timeout)
         self._sealed.allow(seconds)
         try:
             yield time.monotonic() + seconds
