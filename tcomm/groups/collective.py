@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypedDict
 import msgspec
 import torch
 
-from tcomm.groups.arguments import UNSET, Timeout, Unset, check_out, check_tensor, is_plain
+from tcomm.groups.arguments import UNSET, Timeout, Unset, check_out, check_tensor, is_ordinary, is_plain
 from tcomm.groups.handle import GroupHandle
 from tcomm.groups.jobs import JOBS, Caller, Job
 from tcomm.groups.plans import Plan
@@ -92,9 +92,12 @@ class Collective(GroupHandle):
             seconds = self.timeout if timeout is UNSET else self._seconds(timeout)
             try:
                 ready = self._plans[verb, args, algorithm, contents, x.dtype, x.shape, x.is_cpu, x.layout]
-            except (KeyError, AttributeError, TypeError):
+            except (KeyError, AttributeError, TypeError, RuntimeError):  # RuntimeError: nested, without a shape
                 ready = self._prepare(verb, args, x, out, algorithm, contents, seconds)
             plan, shape, reach, may_alias = ready
+            if not is_ordinary(x):
+                check_tensor(verb, x, self.world_size > 1)
+            made = out is None
             if shape is None:
                 out = x
             elif out is None:
@@ -110,9 +113,7 @@ class Collective(GroupHandle):
                 and abs(out.data_ptr() - x.data_ptr()) >= reach
             ):
                 check_out(verb, x, out, shape, may_alias)
-            if x.requires_grad or type(x) is not torch.Tensor:
-                check_tensor(verb, x, self.world_size > 1)
-            if is_plain(x) and is_plain(out):
+            if is_plain(x) and (made or is_plain(out)):
                 try:
                     plan(x, out, seconds)
                 except BaseException:

@@ -50,7 +50,7 @@ class ResultPool:
         """A tensor of `shape` and `dtype` with arbitrary contents, on the CPU."""
         nbytes = shape.numel() * dtype.itemsize
         if nbytes < _MINIMUM_BYTES:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         key = (shape, dtype)
         buffers = self._buffers.setdefault(key, [])
         self._buffers.move_to_end(key)
