@@ -69,7 +69,9 @@ _FACTORIES = {factory.__name__ for factory in _device_constructors()}
 def test_every_new_tensor_says_on_which_device(path):
     # `with torch.device("meta")` and torch.set_default_device decide where it is not said.
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    silent = [call for call in calls if _makes_tensors(call) and "device" not in {k.arg for k in call.keywords}]
+    silent = [
+        call for call in calls if _makes_tensors(call) and "device" not in {k.arg for k in call.keywords}
+    ]
     assert [f"line {call.lineno}: {ast.unparse(call)}" for call in silent] == []
 
 

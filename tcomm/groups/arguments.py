@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import torch
 from torch.autograd import forward_ad
@@ -31,6 +31,7 @@ __all__ = [
     "is_ordinary",
     "is_plain",
     "refuse_integer_average",
+    "refuse_tracers",
     "refuse_unequal_splits",
     "share_bytes",
 ]
@@ -79,9 +80,11 @@ def check_tensor(verb: str, x: object, loses_gradient: bool = True) -> torch.Ten
     """
     if not isinstance(x, torch.Tensor):
         raise ConfigError(f"{verb} takes a torch.Tensor, not {type(x).__name__}")
-    _refuse_tracers(verb)
+    refuse_tracers(verb)
     if x.is_nested:
-        raise ConfigError(f"{verb} takes a dense tensor, not a nested one; give x.to_padded_tensor() or x.values()")
+        raise ConfigError(
+            f"{verb} takes a dense tensor, not a nested one; give x.to_padded_tensor(0.0) or x.unbind()"
+        )
     if x.layout != torch.strided:
         raise ConfigError(
             f"{verb} takes a dense tensor, not one of layout {x.layout}; call .to_dense() first"
@@ -113,15 +116,12 @@ def is_ordinary(x: torch.Tensor) -> bool:
         and forward_ad._current_level < 0
         and _current_transform() is None
         and not (_num_dispatch_modes() or _num_function_modes())
-        # The sizes of any other tensor are tensors while it is traced, and nothing is known of such a kind.
-        and (x.dim() > 0 or _jit_state() is None)
     )
 
 
-_current_transform = torch._C._functorch.peek_interpreter_stack
+_current_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
 _num_function_modes = torch._C._len_torch_function_stack
-_jit_state = torch._C._get_tracing_state
 
 
 def has_tangent(x: torch.Tensor) -> bool:
@@ -135,24 +135,25 @@ def has_tangent(x: torch.Tensor) -> bool:
         return True
 
 
-def _refuse_tracers(verb: str) -> None:
-    """Raise where a call would go by what records or transforms it: it reads and writes memory itself."""
+def refuse_tracers(verb: str) -> None:
+    """Check that a call, which reads and writes memory itself, does not go by what transforms or records it.
+
+    Raises:
+        ConfigError: when it would.
+    """
     if (transform := _current_transform()) is not None:
         raise ConfigError(
-            f"{verb} cannot run inside of {transform.key().name.lower()} of torch.func, whose tensors have no "
-            "memory; call it outside of that, or an op of tcomm.functional, which vmap and functionalize know"
+            f"{verb} cannot run inside of {transform.key().name.lower()} of torch.func, where tensors have "
+            "no memory; call it outside of that, or an op of tcomm.functional, which vmap and functionalize know"
         )
-    if get_proxy_mode() is not None or _jit_state() is not None:
+    if get_proxy_mode() is not None or torch._C._get_tracing_state() is not None:
         raise ConfigError(
             f"{verb} would be missing in what make_fx or torch.jit.trace records; use torch.compile, or with "
             "make_fx an op of tcomm.functional"
         )
-    if (mode := _fake_mode()) is not None:
-        raise ConfigError(f"{verb} cannot run under {type(mode).__name__}, whose tensors have no memory")
-
-
-def _fake_mode() -> object:
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    for key in (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.FUNCTIONAL):
+        if (mode := torch._C._get_dispatch_mode(key)) is not None:
+            raise ConfigError(f"{verb} cannot run in {type(mode).__name__}, whose tensors have no memory")
 
 
 def check_out(

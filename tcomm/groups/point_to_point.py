@@ -17,6 +17,7 @@ from tcomm.groups.arguments import (
     check_rank,
     check_tensor,
     dtype_name,
+    is_ordinary,
     is_plain,
 )
 from tcomm.groups.handle import GroupHandle
