@@ -18,7 +18,6 @@ from tcomm.groups.arguments import (
     check_tensor,
     is_ordinary,
     is_plain,
-    refuse_modes,
     refuse_tracers,
 )
 from tcomm.groups.handle import GroupHandle
@@ -112,8 +111,6 @@ class Collective(GroupHandle):
                 out = x
             elif out is None:
                 out = self._new(shape, x)
-                if type(out) is not torch.Tensor:
-                    refuse_modes(verb, out)
             elif (out is not x or not may_alias or x.is_inference()) and not (
                 _is_apart(x, out, shape, reach) and is_ordinary(out)
             ):
