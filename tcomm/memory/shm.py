@@ -83,7 +83,7 @@ class _Segment:
         """[nbytes] uint8 over the file. The mapping keeps no descriptor and ends with its last tensor."""
         path = f"/proc/self/fd/{self.fd}"
         storage = cast("torch.UntypedStorage", torch.UntypedStorage.from_file(path, True, nbytes))
-        return torch.empty(0, dtype=torch.uint8).set_(storage)
+        return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
 
     def unlink(self) -> None:
         with contextlib.suppress(FileNotFoundError):

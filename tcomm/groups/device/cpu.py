@@ -55,7 +55,7 @@ class CpuCommunicator(DeviceCommunicatorBase):
                 )
         entries = [_Entry(key, dtype_name(x.dtype), tuple(x.shape)) for key, x in tensor_dict.items()]
         header = bytearray(msgspec.msgpack.encode(entries))
-        self.send(torch.tensor([len(header)]), dst)
+        self.send(torch.tensor([len(header)], device="cpu"), dst)
         self.send(torch.frombuffer(header, dtype=torch.uint8), dst)
         for value in tensor_dict.values():
             self.send(value, dst)

@@ -86,7 +86,7 @@ class Lanes:
             DecodeError: when what came is no object. Later messages are unharmed.
         """
         lane = self._up if src < self._rank else self._down
-        head = lane.recv(torch.empty(_HEAD, dtype=torch.uint8), src)
+        head = lane.recv(torch.empty(_HEAD, dtype=torch.uint8, device="cpu"), src)
         framed = _make_room(head)
         if framed is not head:
             lane.recv(framed[_HEAD:], src)
@@ -114,7 +114,7 @@ def broadcast_message(communicator: Communicator, message: Encoded | None, src: 
         for part in _parts_of(_framed(message)):
             communicator.broadcast(part, src, out=part)
         return None
-    head = torch.empty(_HEAD, dtype=torch.uint8)
+    head = torch.empty(_HEAD, dtype=torch.uint8, device="cpu")
     communicator.broadcast(head, src, out=head)
     framed = _make_room(head)
     if framed is not head:
@@ -125,7 +125,7 @@ def broadcast_message(communicator: Communicator, message: Encoded | None, src: 
 
 def _framed(message: Encoded) -> torch.Tensor:
     """The message behind its length, and at least as long as a head."""
-    framed = torch.empty(max(_HEAD, _PREFIX + message.nbytes), dtype=torch.uint8)
+    framed = torch.empty(max(_HEAD, _PREFIX + message.nbytes), dtype=torch.uint8, device="cpu")
     view = framed.numpy().data
     view[:8] = message.nbytes.to_bytes(8, "little")
     message.write_into(view[_PREFIX:])
@@ -143,7 +143,7 @@ def _make_room(head: torch.Tensor) -> torch.Tensor:
         raise DecodeError(f"a message says that it has {nbytes} bytes; at most {_MOST} are possible")
     if _PREFIX + nbytes <= _HEAD:
         return head
-    framed = torch.empty(_PREFIX + nbytes, dtype=torch.uint8)
+    framed = torch.empty(_PREFIX + nbytes, dtype=torch.uint8, device="cpu")
     framed[:_HEAD] = head
     return framed
 

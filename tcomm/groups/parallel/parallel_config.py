@@ -325,7 +325,7 @@ class ParallelConfig:
     @staticmethod
     def has_unfinished_dp(dp_group: dist.ProcessGroup, has_unfinished: bool) -> bool:
         """Whether any replica has work left. **Collective** over the group, which needs a CPU backend."""
-        flag = torch.tensor([has_unfinished], dtype=torch.int32)
+        flag = torch.tensor([has_unfinished], dtype=torch.int32, device="cpu")
         dist.all_reduce(flag, dist.ReduceOp.MAX, dp_group)
         return bool(flag.item())
 
@@ -337,7 +337,7 @@ class ParallelConfig:
 
         Where some want to pause and others do not yet, there is work left: that of coming to an agreement.
         """
-        flags = torch.tensor([has_unfinished, pending_pause], dtype=torch.int32)
+        flags = torch.tensor([has_unfinished, pending_pause], dtype=torch.int32, device="cpu")
         dist.all_reduce(flags, dist.ReduceOp.SUM, dp_group)
         unfinished, pausing = flags.tolist()
         agreed = pausing == dp_group.size()
@@ -349,6 +349,7 @@ class ParallelConfig:
 
         **Collective** over the group, which needs a CPU backend.
         """
-        nbytes = torch.tensor([_NO_LIMIT if kv_cache_memory == -1 else kv_cache_memory], dtype=torch.int64)
+        limit = _NO_LIMIT if kv_cache_memory == -1 else kv_cache_memory
+        nbytes = torch.tensor([limit], dtype=torch.int64, device="cpu")
         dist.all_reduce(nbytes, dist.ReduceOp.MIN, dp_group)
         return int(nbytes.item())
