@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch._inductor.config
+from torch.autograd import forward_ad
 
 from tcomm.errors import ConfigError
 from tcomm.groups.compiled import ops
@@ -163,3 +164,22 @@ def test_what_refuses_gradients():
     ops.refuse_gradient("anything", None, needs.detach())
     with torch.no_grad():
         ops.refuse_gradient("anything", needs)
+    with forward_ad.dual_level(), pytest.raises(ConfigError, match="would lose a gradient of forward mode"):
+        ops.refuse_gradient("anything", needs.detach())
+
+
+def test_torch_func_loses_no_gradient():
+    name, x = Alone().unique_name, torch.ones(4)
+    calls = [(OPS.all_reduce, ()), (OPS.all_gather, (0, 1)), (OPS.reduce_scatter, (0, 1))]
+    for op, args in calls:
+
+        def call(y, op=op, args=args):
+            return op(y, *args, name)
+
+        assert call(x).tolist() == [1.0] * 4
+        with pytest.raises(ConfigError, match="would lose the gradient of its input"):
+            torch.func.grad(lambda y, call=call: call(y).sum())(x)
+        with pytest.raises(ConfigError, match="would lose a gradient of forward mode"):
+            torch.func.jvp(call, (x,), (x,))
+        with forward_ad.dual_level(), pytest.raises(ConfigError, match="of forward mode"):
+            call(forward_ad.make_dual(x, x))
