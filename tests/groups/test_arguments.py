@@ -47,6 +47,7 @@ def test_a_gradient_may_be_lost_only_where_none_is_recorded():
     )
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # torch itself uses it for gradients of forward mode
 def test_a_gradient_of_forward_mode_is_one_too():
     x = torch.ones(3)
     assert not has_tangent(x)
@@ -84,6 +85,7 @@ def _observed(x):
         (lambda: make_fx(_observed, pre_dispatch=True)(torch.ones(3)), "missing in what make_fx"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # torch itself uses it for gradients of forward mode
 def test_tracers_and_transforms_are_told_apart_from_plain_calls(trace, told):
     with pytest.raises(LookupError) as caught:
         trace()
@@ -95,6 +97,7 @@ def test_tracers_and_transforms_are_told_apart_from_plain_calls(trace, told):
     assert refuse_tracers("send") is None
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
 def test_modes_without_memory_are_refused_and_others_are_not():
     x = torch.ones(3)
     with FakeTensorMode():

@@ -157,6 +157,7 @@ def test_fakes_have_the_shape_of_results():
         ops.all_gather_fake(x, 3, 2, "")
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # torch itself uses it for gradients of forward mode
 def test_what_refuses_gradients():
     needs = torch.ones(2, requires_grad=True)
     with pytest.raises(ConfigError, match="tcomm::anything would lose the gradient"):
@@ -168,13 +169,14 @@ def test_what_refuses_gradients():
         ops.refuse_gradient("anything", needs.detach())
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # torch itself uses it for gradients of forward mode
 def test_torch_func_loses_no_gradient():
-    name, x = Alone().unique_name, torch.ones(4)
+    group, x = Alone(), torch.ones(4)
     calls = [(OPS.all_reduce, ()), (OPS.all_gather, (0, 1)), (OPS.reduce_scatter, (0, 1))]
     for op, args in calls:
 
         def call(y, op=op, args=args):
-            return op(y, *args, name)
+            return op(y, *args, group.unique_name)
 
         assert call(x).tolist() == [1.0] * 4
         with pytest.raises(ConfigError, match="would lose the gradient of its input"):
