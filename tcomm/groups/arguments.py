@@ -143,8 +143,8 @@ def refuse_tracers(verb: str) -> None:
     """
     if (transform := _current_transform()) is not None:
         raise ConfigError(
-            f"{verb} cannot run inside of {transform.key().name.lower()} of torch.func, where tensors "
-            "have no memory; call it outside of that, or an op of tcomm.functional, which vmap and functionalize know"
+            f"{verb} cannot run inside of {transform.key().name.lower()} of torch.func, where tensors have "
+            "no memory; call it outside of that, or tcomm.functional, which vmap and functionalize know"
         )
     if get_proxy_mode() is not None or torch._C._get_tracing_state() is not None:
         raise ConfigError(

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from tcomm.errors import ConfigError, UsageError
 from tcomm.groups.arguments import check_dim
-from tcomm.groups.compiled.library import direct_register_custom_op
+from tcomm.groups.compiled.library import check_before_autograd, direct_register_custom_op
 from tcomm.groups.compiled.registry import RegisteredGroup, find_group
 
 __all__ = [
@@ -160,3 +160,5 @@ def _own(result: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
 direct_register_custom_op("all_reduce", all_reduce, fake_impl=all_reduce_fake)
 direct_register_custom_op("reduce_scatter", reduce_scatter, fake_impl=reduce_scatter_fake)
 direct_register_custom_op("all_gather", all_gather, fake_impl=all_gather_fake)
+for _op in ("all_reduce", "reduce_scatter", "all_gather"):
+    check_before_autograd(_op, refuse_gradient)

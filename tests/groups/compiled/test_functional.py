@@ -182,6 +182,15 @@ def test_other_operations_are_refused():
         functional.all_reduce(x, None)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # torch itself uses it for gradients of forward mode
+def test_gradients_of_forward_mode_are_refused():
+    group, x = Alone(), torch.ones(2)
+    for call in (torch.func.vmap(lambda y: functional.all_reduce(y, group)), functional.all_gather):
+        args = (x[None],) if call is not functional.all_gather else (x, group)
+        with pytest.raises(ConfigError, match="has no gradient of forward mode"):
+            torch.func.jvp(lambda y, call=call, args=args: call(y, *args[1:]), args[:1], args[:1])
+
+
 def test_a_group_of_one():
     x = torch.arange(4.0, dtype=torch.float64).requires_grad_()
     with tcomm.Communicator() as alone:
