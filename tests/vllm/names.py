@@ -79,6 +79,15 @@ PARALLEL_STATE = {
     "suppress_stdout": "()",
 }
 
+DISPATCH = (
+    "(self, hidden_states, router_logits, topk_ids=None, is_sequence_parallel=False, extra_tensors=None)"
+)
+"""Of two versions at once; without `topk_ids`, the older one's places of the last two count too."""
+
+DISPATCH_ROUTER_LOGITS = (
+    "(self, hidden_states, router_logits, is_sequence_parallel=False, extra_tensors=None)"
+)
+
 COORDINATOR = {
     "GroupCoordinator": (
         "(group_ranks, local_rank, torch_distributed_backend, use_device_communicator,"
@@ -100,9 +109,8 @@ COORDINATOR = {
     "GroupCoordinator.send": "(self, tensor, dst=None)",
     "GroupCoordinator.recv": "(self, size, dtype, src=None)",
     "GroupCoordinator.barrier": "(self)",
-    # It passes on what `DeviceCommunicatorBase.dispatch` takes.
-    "GroupCoordinator.dispatch": NAME,
-    "GroupCoordinator.dispatch_router_logits": NAME,
+    "GroupCoordinator.dispatch": DISPATCH,
+    "GroupCoordinator.dispatch_router_logits": DISPATCH_ROUTER_LOGITS,
     "GroupCoordinator.combine": "(self, hidden_states, is_sequence_parallel=False)",
     "GroupCoordinator.prepare_communication_buffer_for_model": "(self, model)",
     "GroupCoordinator.broadcast_object": "(self, obj=None, src=0)",
@@ -183,14 +191,8 @@ def _device_communicator(name: str) -> dict[str, str]:
         "all_reduce": "(self, input_)",
         "combine": "(self, hidden_states, is_sequence_parallel=False)",
         "destroy": "(self)",
-        # Of two versions at once; without `topk_ids`, the older one's places of the last two count too.
-        "dispatch": (
-            "(self, hidden_states, router_logits, topk_ids=None, is_sequence_parallel=False,"
-            " extra_tensors=None)"
-        ),
-        "dispatch_router_logits": (
-            "(self, hidden_states, router_logits, is_sequence_parallel=False, extra_tensors=None)"
-        ),
+        "dispatch": DISPATCH,
+        "dispatch_router_logits": DISPATCH_ROUTER_LOGITS,
         "gather": "(self, input_, dst=0, dim=-1)",
         "prepare_communication_buffer_for_model": "(self, model)",
         "recv": "(self, size, dtype, src=None)",
@@ -338,7 +340,6 @@ LATER_ARGUMENTS = {
     "stateless_init_torch_distributed_process_group": {
         "group_name", "listen_socket", "return_store", "timeout",
     },
-    "StatelessProcessGroup": {"name", "opened", "store_timeout"},
     "StatelessProcessGroup.create": {"listen_socket"},
     "MessageQueue.wait_until_ready": {"timeout"},
 }  # fmt: skip

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tcomm.errors import ConfigError, UsageError
-from tcomm.groups.arguments import UNSET, Timeout, Unset, check_rank, check_tensor
+from tcomm.errors import ConfigError
+from tcomm.groups.arguments import UNSET, Timeout, Unset, check_tensor
 from tcomm.groups.device.experts import ExpertTraffic
 from tcomm.groups.device.loopback import Loopback
 from tcomm.groups.device.opening import open_communicator
-from tcomm.groups.device.sizes import dim_of, sizes_of
+from tcomm.groups.device.sizes import check_gatherv, dim_of, rank_of, scatter_of, shape_of
 from tcomm.tuning.choose import Decision
 
 __all__ = ["DeviceCommunicatorBase"]
@@ -27,7 +27,8 @@ class DeviceCommunicatorBase(ExpertTraffic):
 
     Every rank passed in or given is a rank within the group. Results are new tensors and inputs stay as
     they are, whatever the device and at a world of one too; only `broadcast` and what has `output` in its
-    name write to what they are given. Any dimension, stride and dtype will do.
+    name write to what they are given. Any dimension and stride will do, and any dtype that is only moved.
+    There is no sum of booleans, nor of float8.
 
     Args:
         cpu_group: process group of the ranks; None as for `Communicator`.
@@ -93,7 +94,7 @@ class DeviceCommunicatorBase(ExpertTraffic):
         """The sum over the ranks, the same bits on each. **Collective.**
 
         Args:
-            input_: any shape, stride and dtype; not modified.
+            input_: any shape and stride, of numbers of 16 bits or more, or integers; not modified.
 
         Returns:
             A new contiguous tensor.
@@ -141,16 +142,9 @@ class DeviceCommunicatorBase(ExpertTraffic):
             UsageError: when sizes do not fit the group or a tensor; nothing was sent.
             ConfigError, CapabilityError, CommError: as `Communicator.all_gatherv` does.
         """
+        at, lengths = check_gatherv(input_, dim, sizes, self.rank, self.world_size)
         many = [input_] if isinstance(input_, torch.Tensor) else list(input_)
-        at = [dim_of("all_gatherv", x, dim) for x in many]
         rows = [x.shape[d] for x, d in zip(many, at, strict=True)]
-        lengths = sizes_of("all_gatherv", sizes, self.world_size)
-        if lengths is not None and any(count != lengths[self.rank] for count in rows):
-            wrong = next(x for x, count in zip(many, rows, strict=True) if count != lengths[self.rank])
-            raise UsageError(
-                f"{list(wrong.shape)} != {lengths[self.rank]}: rank {self.rank} gives all_gatherv another "
-                f"number of rows than sizes={list(lengths)} says"
-            )
         uniform = lengths is None or len(set(lengths)) == 1
         if uniform and (isinstance(input_, torch.Tensor) or len(set(rows)) > 1):
             gathered = [self.all_gather(x, d) for x, d in zip(many, at, strict=True)]
@@ -218,6 +212,7 @@ class DeviceCommunicatorBase(ExpertTraffic):
             UsageError, ConfigError, CapabilityError, CommError: as `reduce_scatterv` does, and when `output`
                 has another shape, dtype or device.
         """
+        check_tensor("reduce_scatterv_into_output", output, False)
         return self._reduce_scatter("reduce_scatterv_into_output", input_, dim, sizes, output)
 
     def _reduce_scatter(
@@ -228,18 +223,7 @@ class DeviceCommunicatorBase(ExpertTraffic):
         sizes: Sequence[int] | None,
         output: torch.Tensor | None,
     ) -> torch.Tensor:
-        at, lengths = dim_of(verb, x, dim), sizes_of(verb, sizes, self.world_size)
-        rows = x.shape[at]
-        if lengths is None and rows % self.world_size:
-            raise UsageError(
-                f"{verb}: {rows} rows along dim {dim} do not divide among {self.world_size} ranks; "
-                "give reduce_scatterv their sizes"
-            )
-        if lengths is not None and sum(lengths) != rows:
-            raise UsageError(
-                f"{rows} != {sum(lengths)}: {verb} along dim {dim} of {list(x.shape)} with "
-                f"sizes={list(lengths)}, which have to add up to it"
-            )
+        at, lengths = scatter_of(verb, x, dim, sizes, self.world_size)
         if lengths is None or len(set(lengths)) == 1:
             return self.communicator.reduce_scatter_single(x, dim=at, out=output, algorithm=self.algorithm)
         result: torch.Tensor = self.communicator.reduce_scatterv(
@@ -259,12 +243,11 @@ class DeviceCommunicatorBase(ExpertTraffic):
             [..., W * N, ...] on `dst`, None elsewhere.
 
         Raises:
-            UsageError: when there is no such dimension.
-            ConfigError: also when `dst` is no rank of the group; nothing was sent.
-            CapabilityError, CommError: as `Communicator.gather` does.
+            UsageError: when there is no such dimension, or `dst` is no rank of the group; nothing was sent.
+            ConfigError, CapabilityError, CommError: as `Communicator.gather` does.
         """
-        root = check_rank("gather", "dst", dst, self.world_size)
         at = dim_of("gather", input_, dim)
+        root = self._rank_of("gather", "dst", dst)
         return self.communicator.gather(input_, root, dim=at, algorithm=self.algorithm)
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
@@ -281,11 +264,8 @@ class DeviceCommunicatorBase(ExpertTraffic):
             UsageError: when `src` is no rank of the group; nothing was sent.
             ConfigError, CapabilityError, CommError: as `Communicator.broadcast` does.
         """
-        if not isinstance(src, int) or not 0 <= src < self.world_size:
-            raise UsageError(
-                f"Invalid src rank ({src}) of broadcast; ranks of this group are 0 to {self.world_size - 1}"
-            )
-        return self.communicator.broadcast(tensor, src, out=tensor, algorithm=self.algorithm)
+        root = self._rank_of("broadcast", "src", src)
+        return self.communicator.broadcast(tensor, root, out=tensor, algorithm=self.algorithm)
 
     def send(self, tensor: torch.Tensor, dst: int | None = None) -> None:
         """Send a tensor to one rank, and return when it may be written again.
@@ -295,14 +275,14 @@ class DeviceCommunicatorBase(ExpertTraffic):
             dst: rank within the group; the next in the ring where None.
 
         Raises:
-            ConfigError: when `dst` is no rank of the group, or this one among others; nothing was sent.
+            UsageError: when `dst` is no rank of the group; nothing was sent.
+            ConfigError: also when `dst` is this rank, among others.
             CapabilityError, CommError: as `Communicator.send` does.
         """
+        to = (self.rank + 1) % self.world_size if dst is None else self._rank_of("send", "dst", dst)
         if self.world_size == 1:
-            check_rank("send", "dst", dst or 0, 1)
             self._loopback.send(check_tensor("send", tensor))
             return
-        to = (self.rank + 1) % self.world_size if dst is None else dst
         self.communicator.send(tensor, to, algorithm=self.algorithm)
 
     def recv(self, size: Sequence[int], dtype: torch.dtype, src: int | None = None) -> torch.Tensor:
@@ -317,15 +297,16 @@ class DeviceCommunicatorBase(ExpertTraffic):
             A new tensor on `device`.
 
         Raises:
-            ConfigError: when `src` is no rank of the group, or this one among others.
+            UsageError: when `src` is no rank of the group.
+            ConfigError: also when `src` is this rank, among others, or there is no tensor of that shape.
             CollectiveMismatchError: when the next message has another shape or dtype; it stays.
             CapabilityError, CommError: as `Communicator.recv` does.
         """
+        of = (self.rank - 1) % self.world_size if src is None else self._rank_of("recv", "src", src)
+        shape = shape_of("recv", size, dtype)
         if self.world_size == 1:
-            check_rank("recv", "src", src or 0, 1)
-            return self._loopback.recv(torch.Size(size), dtype)
-        of = (self.rank - 1) % self.world_size if src is None else src
-        out = torch.empty(tuple(size), dtype=dtype, device=self.device)
+            return self._loopback.recv(shape, dtype)
+        out = torch.empty(shape, dtype=dtype, device=self.device)
         return self.communicator.recv(out, of, algorithm=self.algorithm)
 
     def explain(
@@ -354,12 +335,19 @@ class DeviceCommunicatorBase(ExpertTraffic):
 
         Args:
             model: whose modules are looked through.
+
+        Raises:
+            ConfigError: when it is no module.
         """
+        super().prepare_communication_buffer_for_model(model)
         if not self.is_ep_communicator:
             return
         for module in model.modules():
             if type(module).__name__ in _MODULES_OF_EXPERTS:
                 module.maybe_init_modular_kernel()  # type: ignore[operator]
+
+    def _rank_of(self, verb: str, what: str, rank: int) -> int:
+        return rank_of(verb, what, rank, self.world_size, self.unique_name)
 
     def destroy(self) -> None:
         """Leave the group and give its memory back. Not collective; may be called twice."""

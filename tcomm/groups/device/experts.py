@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
-from tcomm.errors import UsageError
+from tcomm.errors import ConfigError, UsageError
 
 __all__ = ["ExpertTraffic"]
 
@@ -108,3 +109,15 @@ class ExpertTraffic:
         if combined.shape != output.shape:
             raise UsageError(f"output {list(output.shape)} cannot take what is {list(combined.shape)}")
         return output.copy_(combined)
+
+    def prepare_communication_buffer_for_model(self, model: nn.Module) -> None:
+        """Make what the model's layers will need: nothing.
+
+        Args:
+            model: whose layers they are.
+
+        Raises:
+            ConfigError: when it is no module.
+        """
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"a model is a torch.nn.Module, not {type(model).__name__}")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from tcomm.config import Config, resolve_timeout
-from tcomm.errors import UsageError
+from tcomm.errors import ConfigError
 from tcomm.groups import graphs
 from tcomm.groups.arguments import UNSET, Timeout, Unset
 from tcomm.groups.communicator import Communicator
@@ -20,6 +20,14 @@ from tcomm.groups.compiled import registry
 from tcomm.groups.device.cpu import CpuCommunicator
 from tcomm.groups.device.cuda import CudaCommunicator
 from tcomm.groups.device.loopback import Loopback
+from tcomm.groups.parallel.coordinator_arguments import (
+    backend_of,
+    check_initialized,
+    local_rank_of,
+    name_of,
+    process_group_of,
+    rows_of,
+)
 from tcomm.groups.parallel.lanes import Lanes
 from tcomm.groups.parallel.making import agree_on_name, making
 from tcomm.groups.parallel.process_groups import (
@@ -63,7 +71,8 @@ class GroupCoordinator(TensorDictVerbs):
         destroyed: whether `destroy` was called.
 
     Raises:
-        UsageError: when `group_ranks` do not divide the world; before anything is created.
+        UsageError: when `group_ranks` do not divide the world, there is no world yet, or an argument makes no
+            sense; before anything is created.
         RendezvousError, GroupMismatchError, CapabilityError: as `Communicator` does.
     """
 
@@ -80,17 +89,17 @@ class GroupCoordinator(TensorDictVerbs):
         use_kernels: bool = True,
         timeout: Timeout | Unset = UNSET,
     ) -> None:
-        ranks = find_my_ranks(group_ranks, dist.get_rank(), dist.get_world_size())
-        self.group_ranks = [list(row) for row in group_ranks]
-        self.torch_distributed_backend = str(torch_distributed_backend)
-        self._place(ranks, local_rank, timeout)
-        backend = self.torch_distributed_backend
+        check_initialized()
+        self.group_ranks = rows_of(group_ranks)
+        ranks = find_my_ranks(self.group_ranks, dist.get_rank(), dist.get_world_size())
+        self.torch_distributed_backend = backend = backend_of(torch_distributed_backend)
+        self._place(ranks, local_rank_of(local_rank), timeout)
         with (
             self._whole_or_nothing(),
-            making(group_name or "anonymous", group_ranks, backend, self.timeout) as unique_name,
+            making(name_of(group_name), self.group_ranks, backend, self.timeout) as unique_name,
         ):
             self.unique_name = unique_name
-            groups = ProcessGroups.create(group_ranks, backend, unique_name, self.timeout)
+            groups = ProcessGroups.create(self.group_ranks, backend, unique_name, self.timeout)
             self._open(
                 groups, use_device_communicator, use_message_queue_broadcaster, use_all2all, use_kernels
             )
@@ -119,21 +128,18 @@ class GroupCoordinator(TensorDictVerbs):
             timeout: as for the constructor.
 
         Raises:
-            UsageError: for a mesh of several dimensions, and a group without gloo.
+            UsageError: for a mesh of several dimensions, a group without gloo, and what is no group.
         """
-        if isinstance(group, DeviceMesh):
-            if group.ndim != 1:
-                raise UsageError(
-                    f"a mesh of {group.ndim} dimensions is not one group; take one, as in mesh['tp']"
-                )
-            group = group.get_group()
+        check_initialized()
+        group = process_group_of(group)
+        name, local_rank = name_of(group_name), local_rank_of(local_rank)
+        groups = ProcessGroups.adopt(group)
         coordinator = cls.__new__(cls)
         ranks = list(dist.get_process_group_ranks(group))
         coordinator.group_ranks = [ranks]
         coordinator.torch_distributed_backend = str(dist.get_backend(group))
         coordinator._place(ranks, resolve_local_rank(local_rank), timeout)
-        coordinator.unique_name = agree_on_name(group_name or "anonymous", group)
-        groups = ProcessGroups.adopt(group)
+        coordinator.unique_name = agree_on_name(name, group)
         with coordinator._whole_or_nothing():
             coordinator._open(groups, True, use_message_queue_broadcaster, use_all2all, use_kernels)
         return coordinator
@@ -242,21 +248,28 @@ class GroupCoordinator(TensorDictVerbs):
         """Surround code that captures graphs in which this group is used: see `tcomm.graph_capture`.
 
         **Collective.** On a CPU nothing is captured and the code inside runs as it is.
+
+        Raises:
+            ConfigError: when the context is none.
         """
+        self._check_alive()
+        context = graph_capture_context
+        if context is not None and not isinstance(context, graphs.GraphCaptureContext):
+            raise ConfigError(f"a context of graph_capture is a GraphCaptureContext or None, not {context!r}")
         used = [] if self.device_communicator is None else [self.device_communicator.communicator]
-        with graphs.graph_capture(*used, device=self.device, context=graph_capture_context) as context:
-            yield context
+        with graphs.graph_capture(*used, device=self.device, context=context) as entered:
+            yield entered
 
     def prepare_communication_buffer_for_model(self, model: torch.nn.Module) -> None:
         """Make what the model's layers will need: see the device communicator's method."""
-        if self.device_communicator is not None:
-            self.device_communicator.prepare_communication_buffer_for_model(model)
+        self._experts.prepare_communication_buffer_for_model(model)
 
     def make_sibling_device_group(self, group_desc: str | None = None) -> dist.ProcessGroup:
         """Another process group of the same ranks and backend, which ends with this one.
 
         **Collective** over the world. Not for a coordinator of a group that somebody else made.
         """
+        self._check_alive()
         desc = group_desc or f"{self.unique_name}/sibling"
         sibling = new_process_group(self.group_ranks, self.torch_distributed_backend, desc, self.timeout)
         self._groups.owned.append(sibling)

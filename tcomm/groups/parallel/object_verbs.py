@@ -52,7 +52,8 @@ class ObjectVerbs(TensorVerbs):
             ConfigError: on `src`, when a type is not supported; the others wait for its next call.
             DecodeError: on a reader, when what came is no object; later ones are unharmed.
         """
-        self._check_rank("src", src)
+        self._check_alive()
+        self._check_rank("broadcast_object", "src", src)
         if self.world_size == 1:
             return obj
         if self._uses_queues:
@@ -76,11 +77,15 @@ class ObjectVerbs(TensorVerbs):
 
         Raises:
             UsageError: when lengths differ, on the ranks whose length is another than the source's; when
-                `group` is another group.
+                `obj_list` is no list, or `group` another group, before anything is sent.
         """
+        if not isinstance(obj_list, list):
+            raise UsageError(f"broadcast_object_list takes a list, not {type(obj_list).__name__}")
         if group is not None and group not in (self.cpu_group, self.device_group):
             raise UsageError(f"{group!r} is no group of {self.unique_name!r}; call its own coordinator")
         received = self.broadcast_object(obj_list, src)
+        if not isinstance(received, list):
+            raise UsageError(f"rank {src} broadcast a {type(received).__name__}, and no list, meanwhile")
         if len(received) != len(obj_list):
             raise UsageError(f"a list of {len(obj_list)} objects here, of {len(received)} on rank {src}")
         obj_list[:] = received
@@ -96,7 +101,7 @@ class ObjectVerbs(TensorVerbs):
             ConfigError: when a type is not supported; nothing was sent.
             PeerLostError, PeerTimeoutError: as `Communicator.send` does.
         """
-        self._check_peer("dst", dst)
+        self._check_peer("send_object", "dst", dst)
         self._lanes().send(encode(obj), dst)
 
     def isend_object(self, obj: Any, dst: int) -> Handle:
@@ -105,7 +110,7 @@ class ObjectVerbs(TensorVerbs):
         Returns:
             A handle with `is_completed()` and `wait()`.
         """
-        self._check_peer("dst", dst)
+        self._check_peer("isend_object", "dst", dst)
         return self._lanes().isend(encode(obj), dst)
 
     def recv_object(self, src: int) -> Any:
@@ -115,13 +120,14 @@ class ObjectVerbs(TensorVerbs):
             UsageError: "Invalid src rank ...", or "Invalid source rank. ..." for oneself.
             DecodeError, PeerLostError, PeerTimeoutError: as `Communicator.recv` does.
         """
-        self._check_peer("src", src)
+        self._check_peer("recv_object", "src", src)
         return self._lanes().recv(src)
 
     def create_mq_broadcaster(
         self, writer_rank: int = 0, external_writer_handle: Any = None, blocking: bool = True
     ) -> MessageQueue:
         """A message queue from `writer_rank` to all others. **Collective.**"""
+        self._check_alive()
         return MessageQueue.create_from_process_group(
             self.cpu_group, CHUNK_NBYTES, NUM_CHUNKS, writer_rank, external_writer_handle, blocking
         )
@@ -134,6 +140,7 @@ class ObjectVerbs(TensorVerbs):
         Returns:
             This rank's queue, and on the reader the handles of all of them.
         """
+        self._check_alive()
         return MessageQueue.create_from_process_group_single_reader(
             self.cpu_group, CHUNK_NBYTES, NUM_CHUNKS, reader_rank_in_group, blocking
         )
@@ -147,11 +154,13 @@ class ObjectVerbs(TensorVerbs):
 
     def _lanes(self) -> Lanes:
         if self.lanes is None:
-            raise UsageError(f"group {self.unique_name!r} has one rank, or is destroyed: nobody to talk to")
+            self._check_alive()
+            raise UsageError(f"group {self.unique_name!r} has one rank: nobody to talk to")
         return self.lanes
 
-    def _check_peer(self, what: str, rank: int) -> None:
-        self._check_rank(what, rank)
+    def _check_peer(self, verb: str, what: str, rank: int) -> None:
+        self._check_alive()
+        self._check_rank(verb, what, rank)
         if rank == self.rank_in_group:
             end = "destination" if what == "dst" else "source"
             raise UsageError(f"Invalid {end} rank. {end.capitalize()} rank is the same as the current rank.")

@@ -14,7 +14,7 @@ from tcomm.objects.codec import register
 if TYPE_CHECKING:
     from tcomm.groups.parallel.tensor_verbs import TensorVerbs
 
-__all__ = ["Packed", "Slicing", "TensorMetadata", "pack", "unpack"]
+__all__ = ["Packed", "Slicing", "TensorMetadata", "check_dict", "pack", "unpack"]
 
 
 @register
@@ -94,16 +94,25 @@ class Packed(NamedTuple):
         return self.entries, self.in_host_memory
 
 
-def pack(tensor_dict: Any, slicing: Slicing) -> Packed:
-    """Take a dict apart.
+def check_dict(tensor_dict: Any) -> dict[Any, Any]:
+    """`tensor_dict`, when it is a dict.
 
     Raises:
         UsageError: "Expecting a dictionary, got ..."
     """
     if not isinstance(tensor_dict, dict):
         raise UsageError(f"Expecting a dictionary, got {type(tensor_dict)}")
+    return tensor_dict
+
+
+def pack(tensor_dict: Any, slicing: Slicing) -> Packed:
+    """Take a dict apart.
+
+    Raises:
+        UsageError: as `check_dict` does.
+    """
     packed = Packed([], [], [])
-    for key, value in tensor_dict.items():
+    for key, value in check_dict(tensor_dict).items():
         if not isinstance(value, torch.Tensor):
             packed.entries.append((key, "value", value))
             continue

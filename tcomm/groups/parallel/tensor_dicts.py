@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tcomm.errors import UsageError
 from tcomm.groups.parallel.lanes import Handle, SentMessage
 from tcomm.groups.parallel.object_verbs import ObjectVerbs
-from tcomm.groups.parallel.tensor_dict_wire import Slicing, pack, unpack
+from tcomm.groups.parallel.tensor_dict_wire import Slicing, check_dict, pack, unpack
 from tcomm.groups.parallel.tensor_verbs import TensorVerbs
-from tcomm.objects.codec import encode
 
 __all__ = ["TensorDictVerbs"]
 
@@ -47,12 +47,13 @@ class TensorDictVerbs(ObjectVerbs):
             ConfigError: as `broadcast_object` does.
         """
         del group, metadata_group
-        self._check_rank("src", src)
+        self._check_alive()
+        self._check_rank("broadcast_tensor_dict", "src", src)
         if self.world_size == 1:
-            return tensor_dict
+            return None if tensor_dict is None else check_dict(tensor_dict)
 
         def broadcast(x: torch.Tensor) -> None:
-            self._communicator_for(x).broadcast(x, src, out=x)
+            self._broadcast_in_place(x, src)
 
         if src != self.rank_in_group:
             return unpack(self.broadcast_object(None, src), Slicing(), broadcast)[0]
@@ -86,10 +87,14 @@ class TensorDictVerbs(ObjectVerbs):
             UsageError: "Invalid dst rank ...", "Expecting a dictionary, got ..."; nothing was sent.
             ConfigError, PeerLostError, PeerTimeoutError: as `send_object` does.
         """
+        peer = self._peer("send_tensor_dict", "dst", dst, 1)
+        slicing = _slicing(all_gather_group, all_gather_tensors)
         if self.world_size == 1:
-            return tensor_dict
-        for handle in self._isend(tensor_dict, dst, Slicing(all_gather_group, all_gather_tensors)):
-            handle.wait()
+            return check_dict(tensor_dict)
+        packed = pack(tensor_dict, slicing)
+        self.send_object(packed.message, peer)
+        for x in packed.on_devices:
+            self._device_communicator().send(x, peer)
         return None
 
     def isend_tensor_dict(
@@ -107,11 +112,19 @@ class TensorDictVerbs(ObjectVerbs):
         Returns:
             Handles, that of the message first; none in a group of one.
         """
+        peer = self._peer("isend_tensor_dict", "dst", dst, 1)
+        slicing = _slicing(all_gather_group, all_gather_tensors)
         if self.world_size == 1:
+            check_dict(tensor_dict)
             return []
         while self._pending_isends and all(handle.is_completed() for handle in self._pending_isends[0]):
             self._pending_isends.popleft()
-        handles = self._isend(tensor_dict, dst, Slicing(all_gather_group, all_gather_tensors))
+        packed = pack(tensor_dict, slicing)
+        handles: list[Handle] = [self.isend_object(packed.message, peer)]
+        for x in packed.on_devices:
+            device = self._device_communicator()
+            work = device.communicator.send(x, peer, async_op=True, algorithm=device.algorithm)
+            handles.append(SentMessage([work]))
         self._pending_isends.append(handles)
         return handles
 
@@ -137,9 +150,16 @@ class TensorDictVerbs(ObjectVerbs):
             UsageError: "Invalid src rank ..."
             DecodeError, PeerLostError, PeerTimeoutError: as `recv_object` does.
         """
-        received, handles, finish = self.irecv_tensor_dict(src, all_gather_group, all_gather_tensors)
-        for handle in handles:
-            handle.wait()
+        peer = self._peer("recv_tensor_dict", "src", src, -1)
+        slicing = _slicing(all_gather_group, all_gather_tensors)
+        if self.world_size == 1:
+            return None
+
+        def receive(x: torch.Tensor) -> None:
+            device = self._device_communicator()
+            device.communicator.recv(x, peer, algorithm=device.algorithm)
+
+        received, finish = unpack(self.recv_object(peer), slicing, receive)
         for step in finish:
             step()
         return received
@@ -155,24 +175,24 @@ class TensorDictVerbs(ObjectVerbs):
         Returns:
             The dict, handles to wait for, and then functions to call in order, which gather slices.
         """
+        peer = self._peer("irecv_tensor_dict", "src", src, -1)
+        slicing = _slicing(all_gather_group, all_gather_tensors)
         if self.world_size == 1:
             return None, [], []
-        peer = self._peer("src", src, -1)
         handles: list[Handle] = []
 
         def receive(x: torch.Tensor) -> None:
-            handles.append(self._device_communicator().communicator.recv(x, peer, async_op=True))
+            device = self._device_communicator()
+            work = device.communicator.recv(x, peer, async_op=True, algorithm=device.algorithm)
+            handles.append(work)
 
-        message = self.recv_object(peer)
-        received, finish = unpack(message, Slicing(all_gather_group, all_gather_tensors), receive)
+        received, finish = unpack(self.recv_object(peer), slicing, receive)
         return received, handles, finish
 
-    def _isend(self, tensor_dict: dict[Any, Any], dst: int | None, slicing: Slicing) -> list[Handle]:
-        peer = self._peer("dst", dst, 1)
-        self._check_peer("dst", peer)
-        packed = pack(tensor_dict, slicing)
-        handles: list[Handle] = [self._lanes().isend(encode(packed.message), peer)]
-        for x in packed.on_devices:
-            work = self._device_communicator().communicator.send(x, peer, async_op=True)
-            handles.append(SentMessage([work]))
-        return handles
+
+def _slicing(group: TensorVerbs | None, chosen: dict[str, bool] | None) -> Slicing:
+    if group is not None and not isinstance(group, TensorVerbs):
+        raise UsageError(f"all_gather_group={group!r} is no group; give a GroupCoordinator, or None")
+    if chosen is not None and not isinstance(chosen, dict):
+        raise UsageError(f"all_gather_tensors={chosen!r} is no dict; give one of keys to True or False")
+    return Slicing(group, chosen)

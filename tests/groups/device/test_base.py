@@ -122,6 +122,7 @@ def _mistakes(member):
         told["recv"] = _raised(ConfigError, device.recv, (1,), torch.float32, 9)
         told["list"] = _raised(ConfigError, device.all_gather, [x])
         told["none"] = _raised(ConfigError, device.all_gatherv, [])
+        told["output"] = _raised(ConfigError, device.reduce_scatterv_into_output, x, None, 0)
         told["gradient"] = _raised(ConfigError, device.all_reduce, x.clone().requires_grad_())
     told["unequal"] = _raised(CollectiveMismatchError, device.all_gatherv, torch.ones(rank + 1, 2))
     total = device.all_reduce(x).sum().item()
@@ -141,12 +142,13 @@ def test_mistakes_are_told_before_anybody_waits(on_ranks):
     assert told["uniform"].startswith("[4, 6] != 3")
     assert "needed one for each of 2 ranks" in told["entries"]
     assert told["sum"].startswith("4 != 7: reduce_scatterv along dim 0")
-    assert all("dst=" in text and "ranks are 0 to 1" in text for text in told["dst"])
+    assert all("Invalid dst rank" in text and "ranks 0 to 1" in text for text in told["dst"])
     assert [text[:22] for text in told["src"]] == ["Invalid src rank (2) o", "Invalid src rank (-1) "]
     assert "this rank itself" in told["peers"][0]
-    assert all("is not a rank of this group" in text for text in [*told["peers"][1:], told["recv"]])
+    assert all("group 'tp:0' has ranks 0 to 1" in text for text in [*told["peers"][1:], told["recv"]])
     assert "takes a torch.Tensor, not list" in told["list"]
     assert "at least one" in told["none"]
+    assert "takes a torch.Tensor, not NoneType" in told["output"]
     assert "would lose the gradient" in told["gradient"]
     # Without sizes the ranks must have alike; that they do not is seen by all.
     assert all("[1, 2]" in text and "[2, 2]" in text for text in (told["unequal"], others["unequal"]))
@@ -277,9 +279,9 @@ def test_a_world_of_one_sends_to_itself(alone):
     assert alone.recv([2], torch.int64, 0).tolist() == [3, 4]
     with pytest.raises(ConfigError, match="has sent nothing"):
         alone.recv((2,), torch.int64)
-    with pytest.raises(ConfigError, match="dst=1 of send is not a rank"):
+    with pytest.raises(ConfigError, match=r"Invalid dst rank \(1\) of send"):
         alone.send(x, 1)
-    with pytest.raises(ConfigError, match="src=1 of recv is not a rank"):
+    with pytest.raises(ConfigError, match=r"Invalid src rank \(1\) of recv"):
         alone.recv((2,), torch.int64, 1)
 
 

@@ -1,6 +1,7 @@
 import gc
 import pathlib
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -43,15 +44,41 @@ def test_places_in_groups_of_different_length(on_ranks):
 
 
 def _wrong_rows(member):
+    early = "torch.distributed is not initialized; call init_distributed_environment() first"
+    assert refusal(GroupCoordinator, [[0, 1]], 0, "gloo", True) == ("UsageError", early)
+    assert refusal(GroupCoordinator.from_process_group, None) == ("UsageError", early)
     member.process_group()
     before = len(dist.distributed_c10d._world.pg_map)
     told = [
         refusal(GroupCoordinator, rows, member.rank, "gloo", True)
         for rows in ([[0]], [[0, 1], [1]], [[0, 1, 2]])
     ]
+    _check_wrong_arguments()
     assert len(dist.distributed_c10d._world.pg_map) == before, "nothing was made"
+    group = GroupCoordinator(np.arange(2).reshape(1, 2), np.int64(member.rank), "gloo", True, timeout=20)
+    assert {type(rank) for row in [group.ranks, *group.group_ranks] for rank in row} == {int}
+    assert type(group.local_rank) is int
+    group.destroy()
     dist.destroy_process_group()
     return told
+
+
+def _check_wrong_arguments():
+    right = {"group_ranks": [[0, 1]], "local_rank": 0, "torch_distributed_backend": "gloo"}
+    for wrong in (
+        *[{"group_ranks": rows} for rows in (None, [0, 1], [["a"]], [[True, False]], [[0, 1], []], "01")],
+        *[{"local_rank": number} for number in (None, "x", 1.0, True, -2)],
+        *[{"torch_distributed_backend": backend} for backend in (None, 5, "nope", "cpu:gloo,cuda:nope")],
+        {"group_name": 5},
+    ):
+        kind, text = refusal(GroupCoordinator, use_device_communicator=True, **right | wrong)
+        assert kind == "UsageError", wrong
+        assert repr(*wrong.values()) in text
+    for wrong in (None, "x", 3, dist.GroupMember.NON_GROUP_MEMBER):
+        assert "is no process group" in refusal(GroupCoordinator.from_process_group, wrong)[1]
+    world = dist.group.WORLD
+    assert refusal(lambda: GroupCoordinator.from_process_group(world, local_rank="x"))[0] == "UsageError"
+    assert refusal(lambda: GroupCoordinator.from_process_group(world, group_name=3))[0] == "UsageError"
 
 
 def test_rows_that_do_not_divide_the_world_make_nothing(on_ranks):
@@ -79,7 +106,10 @@ def _ends(member):
         assert refusal(ops.all_reduce, x, name) == ("ConfigError", f"Group {name} is destroyed.")
         for call in (group.barrier, group.all_reduce):
             assert refusal(call, *([x] if call == group.all_reduce else []))[0] == "ConfigError"
-        assert refusal(group.send_object, 1, 1 - member.rank)[0] == "UsageError"
+        gone = "ConfigError", f"Group {name} is destroyed."
+        for call in (group.make_sibling_device_group, group.graph_capture().__enter__):
+            assert refusal(call) == gone
+        assert refusal(group.prepare_communication_buffer_for_model, torch.nn.Linear(1, 1)) == gone
     del group, control
     gc.collect()
     return [line for line in pathlib.Path("/proc/self/maps").read_text().splitlines() if "tcomm" in line]
@@ -127,6 +157,9 @@ def _captures(member, name):
             total = group.all_reduce(torch.ones(1)).item()
         with group.graph_capture(context) as again:
             assert again is context
+        assert "is a GraphCaptureContext or None, not 'x'" in refusal(group.graph_capture("x").__enter__)[1]
+        for wrong in (None, FusedMoE):
+            assert refusal(group.prepare_communication_buffer_for_model, wrong)[0] == "ConfigError"
         group.prepare_communication_buffer_for_model(torch.nn.Sequential(FusedMoE(), torch.nn.Linear(1, 1)))
         return total, FusedMoE.calls
 

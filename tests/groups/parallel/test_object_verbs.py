@@ -47,6 +47,16 @@ def _lists_of_another_length(member):
     with coordinator(member) as group:
         kind, text = refusal(group.broadcast_object_list, [0] * (2 + member.rank))
         stranger = object()
+        for wrong in (1, "x", (1, 2), None):
+            assert refusal(group.broadcast_object_list, wrong) == (
+                "UsageError",
+                f"broadcast_object_list takes a list, not {type(wrong).__name__}",
+            )
+        assert group.broadcast_object(member.rank, 1) == 1, "nothing of this was sent"
+        if member.rank == 0:
+            group.broadcast_object(5)
+        else:
+            assert refusal(group.broadcast_object_list, [1])[1].startswith("rank 0 broadcast a int")
         return kind, text, refusal(group.broadcast_object_list, [0], 0, stranger)[0]
 
 
@@ -113,8 +123,45 @@ def _alone(member):
         thing = object()
         assert group.broadcast_object(thing) is thing
         assert group.broadcast_object_list([thing]) == [thing]
+        assert refusal(group.broadcast_object_list, (1, 2))[0] == "UsageError"
         assert group.mq_broadcaster is None
         assert refusal(group.send_object, 1, 0)[0] == "UsageError"
+        assert "has one rank" in refusal(group._lanes)[1]
         del group
         gc.collect()
         assert threading.active_count() < 20
+
+
+def _destroyed(member):
+    with coordinator(member, with_queue=True) as group:
+        group.destroy()
+        calls = [
+            (group.broadcast_object, 1),
+            (group.broadcast_object_list, [1]),
+            (group.send_object, 1, 1 - member.rank),
+            (group.isend_object, 1, 1 - member.rank),
+            (group.recv_object, 1 - member.rank),
+            (group.create_mq_broadcaster,),
+            (group.create_single_reader_mq_broadcasters,),
+            (group._lanes,),
+        ]
+        return {refusal(call, *args) for call, *args in calls}, group.unique_name, group._queues
+
+
+def test_a_destroyed_group_says_so(on_ranks):
+    for said, name, queues in on_ranks(2, _destroyed):
+        assert said == {("ConfigError", f"Group {name} is destroyed.")}
+        assert not queues
+
+
+def _default_device(member):
+    with coordinator(member) as group:
+        group.broadcast_object()
+        with torch.device("meta"):
+            group.send_object([1, "x" * 2000], 1) if member.rank == 0 else None
+            received = group.recv_object(0) if member.rank else None
+            return received, group.broadcast_object("all" if member.rank == 0 else None)
+
+
+def test_the_default_device_is_no_matter(on_ranks):
+    assert on_ranks(2, _default_device) == [(None, "all"), ([1, "x" * 2000], "all")]

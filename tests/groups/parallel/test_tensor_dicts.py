@@ -1,6 +1,10 @@
+import collections
+
 import pytest
 import torch
 
+from tcomm.groups.parallel.coordinator import GroupCoordinator
+from tcomm.objects.codec import decode
 from tests.groups.parallel.engine import coordinator, engine, numbers, refusal
 
 
@@ -70,7 +74,20 @@ def _round(member):
             assert group.recv_tensor_dict(0)["x"].tolist() == [1.0, 1.0]
         assert refusal(group.send_tensor_dict, {}, 9)[1].startswith("Invalid dst rank (9)")
         assert refusal(group.recv_tensor_dict, 9)[1].startswith("Invalid src rank (9)")
-        assert refusal(group.send_tensor_dict, "x")[1] == "Expecting a dictionary, got <class 'str'>"
+        _check_refusals(group)
+
+
+def _check_refusals(group):
+    """What is refused in a group of any size."""
+    for call in (group.send_tensor_dict, group.isend_tensor_dict):
+        assert refusal(call, "x")[1] == "Expecting a dictionary, got <class 'str'>"
+        assert refusal(call, {}, 7)[1].startswith("Invalid dst rank (7)")
+        assert "is no group" in refusal(call, {}, None, 1)[1]
+        assert "is no dict" in refusal(call, {}, None, group, 1)[1]
+    for call in (group.recv_tensor_dict, group.irecv_tensor_dict):
+        assert refusal(call, 7)[1].startswith("Invalid src rank (7)")
+        assert "is no group" in refusal(call, None, "x")[1]
+        assert "is no dict" in refusal(call, None, group, ["x"])[1]
 
 
 def test_a_ring_of_dicts(on_ranks):
@@ -117,6 +134,13 @@ def _alone(member):
         assert group.isend_tensor_dict(contents) == []
         assert group.recv_tensor_dict() is None
         assert group.irecv_tensor_dict() == (None, [], [])
+        _check_refusals(group)
+        assert refusal(group.broadcast_tensor_dict, 5)[1] == "Expecting a dictionary, got <class 'int'>"
+        group.destroy()
+        for call in (group.send_tensor_dict, group.isend_tensor_dict, group.broadcast_tensor_dict):
+            assert refusal(call, contents)[1] == f"Group {group.unique_name} is destroyed."
+        for call in (group.recv_tensor_dict, group.irecv_tensor_dict):
+            assert refusal(call)[1] == f"Group {group.unique_name} is destroyed."
 
 
 def test_a_group_of_one_keeps_its_dict(on_ranks):
@@ -134,3 +158,49 @@ def _gradients(member):
 
 def test_a_gradient_is_not_lost_in_silence(on_ranks):
     on_ranks(2, _gradients)
+
+
+class _Wire:
+    """Both ends of a lane and a device: what was asked of it."""
+
+    algorithm = "torch"
+
+    def __init__(self):
+        self.calls = []
+        self.communicator = self
+
+    def send(self, x, dst, **how):
+        kind = "tensor" if isinstance(x, torch.Tensor) else "message"
+        self.message = self.message if kind == "tensor" else decode(x.join())
+        self.calls.append((kind, dst, how))
+        return "work"
+
+    isend = send
+
+    def recv(self, *args, **how):
+        self.calls.append((args[-1], how))
+        return self.message if len(args) == 1 else "work"
+
+
+def _wired():
+    group = GroupCoordinator.__new__(GroupCoordinator)
+    group.world_size, group.rank_in_group, group.unique_name = 2, 0, "tp:0"
+    group.lanes = group.device_communicator = wire = _Wire()
+    group._pending_isends = collections.deque()
+    return group, wire
+
+
+def test_what_is_on_a_device_follows_the_message_without_a_detour():
+    group, wire = _wired()
+    contents = {"x": torch.ones(3, device="meta"), "n": 1}
+    assert group.send_tensor_dict(contents) is None
+    assert wire.calls == [("message", 1, {}), ("tensor", 1, {})], "the caller's thread sends"
+    wire.calls.clear()
+    assert group.recv_tensor_dict()["x"].shape == (3,)
+    assert wire.calls == [(1, {}), (1, {"algorithm": "torch"})]
+    wire.calls.clear()
+    group.isend_tensor_dict(contents)
+    _, handles, _ = group.irecv_tensor_dict()
+    behind = {"async_op": True, "algorithm": "torch"}
+    assert wire.calls == [("message", 1, {}), ("tensor", 1, behind), (1, {}), (1, behind)]
+    assert handles == ["work"]

@@ -79,10 +79,9 @@ def _mistakes(member):
     with coordinator(member) as group:
         x = torch.ones(2, 3)
         for verb in (group.all_gather, group.reduce_scatter):
-            assert refusal(verb, x, 2) == (
-                "UsageError",
-                "Invalid dim (2) for input tensor with shape torch.Size([2, 3])",
-            )
+            kind, text = refusal(verb, x, 2)
+            assert kind == "UsageError"
+            assert text.startswith("Invalid dim (2) for input tensor with shape torch.Size([2, 3])")
         assert refusal(group.gather, x, 0, -3)[0] == "UsageError"
         assert refusal(group.all_gather, torch.tensor(1.0))[0] == "UsageError", (
             "no dim of a 0-d tensor is valid"
@@ -97,12 +96,44 @@ def _mistakes(member):
         kind, text = refusal(group.all_gatherv, x, 0, [1, 1])
         assert kind == "UsageError"
         assert "[2, 3] != 1" in text
+        _check_refusals(group, x)
+        assert refusal(group.reduce_scatterv, x, 0, [True, True])[0] == "UsageError"
+        assert refusal(group.reduce_scatterv_into_output, x, torch.ones(9), 0)[0] == "ConfigError"
         # Nothing of this has put the ranks out of step.
         assert group.all_reduce(x).sum().item() == 12.0
 
 
 def test_mistakes_are_told_before_anything_is_sent(on_ranks):
     on_ranks(2, _mistakes)
+
+
+def _check_refusals(group, x):
+    """What is refused in a group of any size, with errors that are ours and before anything is sent."""
+    along = group.all_gather, group.all_gatherv, group.reduce_scatter, group.reduce_scatterv
+    for wrong in (None, 1.0, "x", [1], x.to_sparse()):
+        for call in (
+            *along,
+            group.all_reduce,
+            group.gather,
+            group.broadcast,
+            group.send,
+            group.cpu_all_reduce_,
+        ):
+            assert refusal(call, wrong)[0] == "ConfigError", (call.__name__, wrong)
+    for dim in (None, "x", [0], True, 1.5, 7):
+        for call in (*along, lambda x, dim: group.gather(x, 0, dim)):
+            assert refusal(call, x, dim)[0] == "UsageError", dim
+            assert refusal(call, x, dim)[1].startswith(f"Invalid dim ({dim})"), dim
+    assert refusal(group.gather, x, None)[1].startswith("Invalid dst rank (None)")
+    assert refusal(group.broadcast, x, "x")[1].startswith("Invalid src rank (x)")
+    for sizes in ([99] * group.world_size, 5, "ab", [None] * group.world_size, [1, 2, 3]):
+        for call in (group.all_gatherv, group.reduce_scatterv):
+            assert refusal(call, x, 0, sizes)[0] == "UsageError", sizes
+        assert refusal(group.reduce_scatterv_into_output, x, x.clone(), 0, sizes)[0] == "UsageError"
+    assert refusal(group.reduce_scatterv_into_output, x, None, 0)[0] == "ConfigError"
+    for size, dtype in ((None, x.dtype), ((1.5,), x.dtype), ((-1,), x.dtype), (3, x.dtype), ((1,), None)):
+        assert refusal(group.recv, size, dtype)[0] == "ConfigError", (size, dtype)
+    assert refusal(group.recv, (1,), x.dtype, 9)[1].startswith("Invalid src rank (9)")
 
 
 def _alone(member):
@@ -127,6 +158,14 @@ def _alone(member):
         assert torch.equal(group.recv(torch.Size([2, 3]), torch.float32), numbers(2, 3))
         assert torch.equal(group.recv(torch.Size([2, 3]), torch.float32), numbers(2, 3) + 1)
         assert refusal(group.recv, torch.Size([1]), torch.float32)[0] == "ConfigError"
+        x = torch.ones(1, 4)
+        _check_refusals(group, x)
+        for out in (torch.zeros(3, 4), torch.zeros(1, 4, dtype=torch.int32)):
+            kind, text = refusal(group.reduce_scatterv_into_output, x, out, 0)
+            assert kind == "ConfigError", "nothing is broadcast or converted"
+            assert "needed float32 [1, 4]" in text
+            assert not out.any()
+        assert torch.compile(lambda x: group.all_gather(group.all_reduce(x), 1), backend="eager")(x) is x
         hidden, logits, extra = torch.ones(2, 4), torch.zeros(2, 3), torch.ones(2)
         assert group.dispatch(hidden, logits) == (hidden, logits)
         assert group.dispatch(hidden, logits, False, [extra])[2] == [extra]
@@ -149,6 +188,28 @@ def test_what_combines_without_a_copy_is_the_device_communicators():
     group.device_communicator = types.SimpleNamespace(allocate_combine_input=lambda *args: (args, memory))
     asked = [2, 4], torch.float32, torch.device("cpu"), True
     assert group.allocate_combine_input(*asked) == (asked, memory)
+
+
+def _destroyed(member, rows):
+    with coordinator(member, rows=rows) as group:
+        group.destroy()
+        x = torch.ones(2, 2)
+        calls = {
+            "one tensor": [(call, x) for call in (group.all_reduce, group.all_gather, group.all_gatherv)],
+            "more": [(call, x) for call in (group.reduce_scatter, group.reduce_scatterv, group.gather)],
+            "in place": [(call, x) for call in (group.broadcast, group.cpu_all_reduce_)],
+            "to another": [(group.send, x), (group.recv, (1,), x.dtype), (group.barrier,)],
+            "experts": [(group.dispatch, x, x), (group.dispatch_router_logits, x, x), (group.combine, x)],
+            "output": [(group.reduce_scatterv_into_output, x, x), (group.combine_into_output, x, x)],
+        }
+        said = {refusal(call, *args) for row in calls.values() for call, *args in row}
+        return said, group.unique_name
+
+
+@pytest.mark.parametrize("rows", [[[0, 1]], [[0], [1]]])
+def test_a_destroyed_group_says_so(on_ranks, rows):
+    for said, name in on_ranks(2, _destroyed, rows):
+        assert said == {("ConfigError", f"Group {name} is destroyed.")}
 
 
 def _without_device(member):
