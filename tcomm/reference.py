@@ -35,7 +35,7 @@ def all_reduce(inputs: Sequence[torch.Tensor], op: str = "sum") -> list[torch.Te
     for tensor in inputs[1:]:
         acc = combine(acc, tensor.to(acc.dtype))
     if op == "avg":
-        acc = acc * torch.tensor(1.0 / len(inputs), dtype=acc.dtype)
+        acc = acc * torch.tensor(1.0 / len(inputs), dtype=acc.dtype, device=acc.device)
     return [acc.to(inputs[0].dtype) for _ in inputs]
 
 

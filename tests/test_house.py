@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from torch.utils._device import _device_constructors
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = sorted((ROOT / "tcomm").rglob("*.py"))
@@ -54,6 +55,24 @@ def test_exports_are_explicit_and_sorted(path):
 def test_only_config_and_interpret_read_the_environment():
     readers = {p.name for p in MODULES if "os.environ" in p.read_text()}
     assert readers <= {"config.py", "interpret.py", "app.py"}
+
+
+def _makes_tensors(call):
+    name = ast.unparse(call.func)
+    return name.startswith("torch.") and name.removeprefix("torch.") in _FACTORIES
+
+
+_FACTORIES = {factory.__name__ for factory in _device_constructors()}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_new_tensor_says_on_which_device(path):
+    # `with torch.device("meta")` and torch.set_default_device decide where it is not said.
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    silent = [
+        call for call in calls if _makes_tensors(call) and "device" not in {k.arg for k in call.keywords}
+    ]
+    assert [f"line {call.lineno}: {ast.unparse(call)}" for call in silent] == []
 
 
 def test_torchs_private_symmetric_memory_stays_in_one_file():

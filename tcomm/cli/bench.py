@@ -182,7 +182,9 @@ def measure(comm: Communicator, request: BenchRequest, nbytes: int, out: str) ->
         out=out,
         affinity=pinned if request.pin else f"{len(cores)} cores for {comm.world_size} ranks",
         microseconds={name: slowest(values, _gather).tolist() for name, values in seconds.items()},
-        wrong={name: int(_gather(torch.tensor([count])).sum()) for name, count in wrong.items()},
+        wrong={
+            name: int(_gather(torch.tensor([count], device="cpu")).sum()) for name, count in wrong.items()
+        },
     )
 
 
@@ -217,7 +219,7 @@ def _gather(mine: torch.Tensor) -> torch.Tensor:
 
 def _gather_cores() -> list[list[int]]:
     """The cores that each rank may run on."""
-    mine = torch.zeros(1024, dtype=torch.int64)
+    mine = torch.zeros(1024, dtype=torch.int64, device="cpu")
     mine[sorted(os.sched_getaffinity(0))] = 1
     return [torch.nonzero(row).view(-1).tolist() for row in _gather(mine).view(-1, len(mine))]
 

@@ -125,8 +125,8 @@ class Case:
         self.numel = numel
         self.parts = parts_of(op, numel, world_size)
         give, take = _layout(op, rank, numel, self.parts)
-        self.x = torch.zeros(len(give), dtype=dtype)
-        self.out = torch.zeros(sum(len(segment.elements) for segment in take), dtype=dtype)
+        self.x = torch.zeros(len(give), dtype=dtype, device="cpu")
+        self.out = torch.zeros(sum(len(segment.elements) for segment in take), dtype=dtype, device="cpu")
         self.has_result = bool(take)
         self._result: torch.Tensor | None = None
         self._calls = 0
@@ -135,7 +135,7 @@ class Case:
         self._given = _pattern(give)
         self._expected = _joined([_pattern(segment.elements) for segment in take])
         self._sources = _joined(
-            [torch.full((len(s.elements),), s.source or 0, dtype=torch.int16) for s in take]
+            [torch.full((len(s.elements),), s.source or 0, dtype=torch.int16, device="cpu") for s in take]
         )
         self._is_long = numel * dtype.itemsize > _CHECKED_WHOLE_BYTES
         self._places = _some(len(self._expected))
@@ -194,14 +194,14 @@ class Case:
 
 
 def _pattern(elements: range) -> torch.Tensor:
-    return (torch.arange(elements.start, elements.stop) % 7).to(torch.int16)
+    return (torch.arange(elements.start, elements.stop, device="cpu") % 7).to(torch.int16)
 
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int16)
+    return torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int16, device="cpu")
 
 
 def _some(numel: int) -> torch.Tensor:
     """Both ends and some thousand places in between."""
-    places = torch.arange(numel)
+    places = torch.arange(numel, device="cpu")
     return torch.cat([places[:_SAMPLE], places[:: max(1, numel // _SAMPLE)], places[-_SAMPLE:]]).clone()

@@ -82,7 +82,7 @@ def _row(comm: Communicator, verb: str, algorithm: str, dtype: torch.dtype) -> d
     schedule = Schedule(1, 2, 1) if algorithm.startswith("triton") else Schedule(4, 20, 5)
     seconds, wrong = time_alternating({algorithm: candidate}, schedule, comm.barrier)
     summary = summarise(seconds[algorithm], comm.all_gather_single)
-    total = comm.all_gather_single(torch.tensor([wrong[algorithm]])).sum()
+    total = comm.all_gather_single(torch.tensor([wrong[algorithm]], device="cpu")).sum()
     return {
         "verb": verb,
         "algorithm": algorithm,
@@ -94,4 +94,4 @@ def _row(comm: Communicator, verb: str, algorithm: str, dtype: torch.dtype) -> d
 
 def _input(rank: int, world_size: int, dtype: torch.dtype) -> torch.Tensor:
     numel = _NUMEL_PER_RANK * world_size
-    return torch.randn(numel, generator=torch.Generator().manual_seed(rank)).to(dtype)
+    return torch.randn(numel, device="cpu", generator=torch.Generator().manual_seed(rank)).to(dtype)

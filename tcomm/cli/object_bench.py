@@ -122,7 +122,7 @@ def _measure(
             _let_readers_wait()
 
     seconds, wrong = time_alternating(candidates, schedule, meet, comm.barrier)
-    totals = torch.tensor(list(wrong.values()))
+    totals = torch.tensor(list(wrong.values()), device="cpu")
     dist.all_reduce(totals)
     wrong = dict(zip(wrong, totals.tolist(), strict=True))
     cores = {core for rank in _gather_cores() for core in rank}

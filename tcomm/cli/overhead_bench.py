@@ -66,7 +66,7 @@ def measure_overhead(schedule: Schedule) -> dict[str, Summary]:
         Microseconds of a bare call, of one through the group layer, and of what the second takes longer in
         each block.
     """
-    x = torch.ones(4)
+    x = torch.ones(4, device="cpu")
     with _idle_group() as communicator:
         calls: dict[str, Callable[[torch.Tensor], Any]] = {
             _NAMES[0]: communicator.all_reduce,

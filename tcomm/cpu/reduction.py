@@ -46,7 +46,7 @@ def make_reduction(op: str, dtype: torch.dtype, world_size: int, numel: int) -> 
 
 def _widening(op: str, world_size: int, numel: int) -> Reduction:
     step = _CHUNK_BYTES // torch.float32.itemsize
-    scratch = torch.empty(min(numel, step), dtype=torch.float32)
+    scratch = torch.empty(min(numel, step), dtype=torch.float32, device="cpu")
 
     def reduce_chunk(sources: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         acc = scratch[: out.numel()].view(out.shape)

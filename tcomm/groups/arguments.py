@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from tcomm.algorithms import reduce_op_name
 from tcomm.errors import ConfigError
@@ -25,8 +27,11 @@ __all__ = [
     "check_tensor",
     "dtype_name",
     "find_unequal_splits",
+    "has_tangent",
+    "is_ordinary",
     "is_plain",
     "refuse_integer_average",
+    "refuse_tracers",
     "refuse_unequal_splits",
     "share_bytes",
 ]
@@ -68,13 +73,18 @@ _MAX_PREPARED_BYTES = 1 << 40
 
 
 def check_tensor(verb: str, x: object, loses_gradient: bool = True) -> torch.Tensor:
-    """`x`, when it is a dense tensor whose gradient would not be lost.
+    """`x`, when it is a dense tensor with memory, whose gradient would not be lost.
 
     Raises:
         ConfigError: when it is not.
     """
     if not isinstance(x, torch.Tensor):
         raise ConfigError(f"{verb} takes a torch.Tensor, not {type(x).__name__}")
+    refuse_tracers(verb)
+    if x.is_nested:
+        raise ConfigError(
+            f"{verb} takes a dense tensor, not a nested one; give x.to_padded_tensor(0.0) or x.unbind()"
+        )
     if x.layout != torch.strided:
         raise ConfigError(
             f"{verb} takes a dense tensor, not one of layout {x.layout}; call .to_dense() first"
@@ -87,7 +97,63 @@ def check_tensor(verb: str, x: object, loses_gradient: bool = True) -> torch.Ten
         raise ConfigError(
             f"{verb} would lose the gradient of its input; call it under torch.no_grad() or on x.detach()"
         )
+    if loses_gradient and has_tangent(x):
+        raise ConfigError(
+            f"{verb} would lose the forward-mode gradient of its input; call it on unpack_dual(x).primal, "
+            "and again on its tangent where the verb is linear"
+        )
     return x
+
+
+def is_ordinary(x: torch.Tensor) -> bool:
+    """Whether `check_tensor` need not look again at an x like one that it has let pass.
+
+    Some of what it refuses is of the moment, and not of the tensor's kind.
+    """
+    return (
+        type(x) is torch.Tensor
+        and not x.requires_grad
+        and forward_ad._current_level < 0
+        and _current_transform() is None
+        and not (_num_dispatch_modes() or _num_function_modes())
+    )
+
+
+_current_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+_num_dispatch_modes = torch._C._len_torch_dispatch_stack
+_num_function_modes = torch._C._len_torch_function_stack
+
+
+def has_tangent(x: torch.Tensor) -> bool:
+    """Whether x carries a gradient of forward mode."""
+    if forward_ad._current_level < 0:
+        return False
+    try:
+        return forward_ad.unpack_dual(x).tangent is not None
+    except RuntimeError:
+        # torch.func.vmap inside of torch.func.jvp does not tell.
+        return True
+
+
+def refuse_tracers(verb: str) -> None:
+    """Check that a call, which reads and writes memory itself, does not go by what transforms or records it.
+
+    Raises:
+        ConfigError: when it would.
+    """
+    if (transform := _current_transform()) is not None:
+        raise ConfigError(
+            f"{verb} cannot run inside of {transform.key().name.lower()} of torch.func, where tensors have "
+            "no memory; call it outside of that, or tcomm.functional, which vmap and functionalize know"
+        )
+    if get_proxy_mode() is not None or torch._C._get_tracing_state() is not None:
+        raise ConfigError(
+            f"{verb} would be missing in what make_fx or torch.jit.trace records; use torch.compile, or with "
+            "make_fx an op of tcomm.functional"
+        )
+    for key in (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.FUNCTIONAL):
+        if (mode := torch._C._get_dispatch_mode(key)) is not None:
+            raise ConfigError(f"{verb} cannot run in {type(mode).__name__}, whose tensors have no memory")
 
 
 def check_out(

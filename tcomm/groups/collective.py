@@ -10,7 +10,16 @@ from typing import Any, NamedTuple, TypedDict
 import msgspec
 import torch
 
-from tcomm.groups.arguments import UNSET, Timeout, Unset, check_out, check_tensor, is_plain
+from tcomm.groups.arguments import (
+    UNSET,
+    Timeout,
+    Unset,
+    check_out,
+    check_tensor,
+    is_ordinary,
+    is_plain,
+    refuse_tracers,
+)
 from tcomm.groups.handle import GroupHandle
 from tcomm.groups.jobs import JOBS, Caller, Job
 from tcomm.groups.plans import Plan
@@ -92,27 +101,21 @@ class Collective(GroupHandle):
             seconds = self.timeout if timeout is UNSET else self._seconds(timeout)
             try:
                 ready = self._plans[verb, args, algorithm, contents, x.dtype, x.shape, x.is_cpu, x.layout]
-            except (KeyError, AttributeError, TypeError):
+            except (KeyError, AttributeError, TypeError, RuntimeError):
                 ready = self._prepare(verb, args, x, out, algorithm, contents, seconds)
             plan, shape, reach, may_alias = ready
+            if not is_ordinary(x):
+                check_tensor(verb, x, self.world_size > 1)
+            made = out is None
             if shape is None:
                 out = x
             elif out is None:
                 out = self._new(shape, x)
             elif (out is not x or not may_alias or x.is_inference()) and not (
-                # As the result and, being contiguous and this far from x, apart from it.
-                type(out) is torch.Tensor
-                and out.layout is torch.strided
-                and out.shape == shape
-                and out.dtype is x.dtype
-                and out.is_cpu
-                and not (out.requires_grad or out.is_inference())
-                and abs(out.data_ptr() - x.data_ptr()) >= reach
+                _is_apart(x, out, shape, reach) and is_ordinary(out)
             ):
                 check_out(verb, x, out, shape, may_alias)
-            if x.requires_grad or type(x) is not torch.Tensor:
-                check_tensor(verb, x, self.world_size > 1)
-            if is_plain(x) and is_plain(out):
+            if is_plain(x) and (made or is_plain(out)):
                 try:
                     plan(x, out, seconds)
                 except BaseException:
@@ -160,6 +163,9 @@ class Collective(GroupHandle):
         # Tensors made in inference mode could not be written outside of it.
         with self._whole(), torch.inference_mode(False):
             plan = self._planner.plan(job, decision, seconds, self._pool)
+        if x.dim() == 0:
+            # Any other tensor has sizes of its own while torch.jit traces it, and is checked here every time.
+            plan = _untraced(verb, plan)
         if len(self._plans) >= _MAX_PLANS:
             self._plans.clear()
         reach = max(x.numel(), job.shape.numel() if job.shape is not None else 0) * x.itemsize
@@ -214,3 +220,25 @@ class Collective(GroupHandle):
     def _decide(self, job: Job, device: str, algorithm: str) -> Decision:
         request = Request(job.call.op, job.call.reduce, job.dtype, job.nbytes, self.world_size, device)
         return self._choose(request, algorithm)
+
+
+def _is_apart(x: torch.Tensor, out: torch.Tensor, shape: torch.Size, reach: int) -> bool:
+    """Whether `out` is as the result, and being contiguous and so far from x, apart from it."""
+    return (
+        out.layout is torch.strided
+        and out.shape == shape
+        and out.dtype is x.dtype
+        and out.is_cpu
+        and not out.is_inference()
+        and abs(out.data_ptr() - x.data_ptr()) >= reach
+    )
+
+
+def _untraced(verb: str, plan: Plan) -> Plan:
+    """`plan`, for tensors whose kind does not tell that torch.jit traces them."""
+
+    def run(x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
+        refuse_tracers(verb)
+        plan(x, out, timeout)
+
+    return run

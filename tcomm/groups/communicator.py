@@ -148,7 +148,7 @@ class Communicator(Aliases, PointToPoint):
                     # Nobody calls before the last rank has compiled.
                     self._agreement.agree(call, seconds)
             self._plans.clear()
-            return torch.empty(0)
+            return torch.empty(0, device="cpu")
 
         self._in_order(run, False)
 

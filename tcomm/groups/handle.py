@@ -207,6 +207,16 @@ class GroupHandle:
         if self._devices.arena is not None:
             self._devices.arena.channel.synchronize()
 
+    def check_peers(self) -> None:
+        """Raise what a call would when a peer is known to be dead or gone. Not collective.
+
+        Raises:
+            PeerLostError: naming it; the group is given up.
+        """
+        self._refuse_foreign()
+        if self._arena is not None:
+            self._arena.channel.refuse_the_lost()
+
     def _explain_delay(self, told: str) -> PeerTimeoutError:
         waiting: list[int] = []
         if self._arena is not None and (word := self._arena.channel.words[Word.WAITING_FOR]):

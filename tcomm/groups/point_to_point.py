@@ -17,6 +17,7 @@ from tcomm.groups.arguments import (
     check_rank,
     check_tensor,
     dtype_name,
+    is_ordinary,
     is_plain,
 )
 from tcomm.groups.handle import GroupHandle
@@ -176,7 +177,7 @@ class PointToPoint(GroupHandle):
         """The plan for messages like x, once x has been checked."""
         try:
             plan = self._transfers[verb, peer, algorithm, x.dtype, x.shape, x.device, x.layout]
-        except (KeyError, AttributeError, TypeError):
+        except (KeyError, AttributeError, TypeError, RuntimeError):
             self._refuse_foreign()
             check_tensor(verb, x)
             check_rank(verb, what, peer, self.world_size, self.rank)
@@ -184,7 +185,7 @@ class PointToPoint(GroupHandle):
             if len(self._transfers) >= _MAX_PLANS:
                 self._transfers.clear()
             self._transfers[verb, peer, algorithm, x.dtype, x.shape, x.device, x.layout] = plan
-        if x.requires_grad or type(x) is not torch.Tensor:
+        if not is_ordinary(x):
             check_tensor(verb, x)
         return plan
 

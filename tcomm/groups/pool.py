@@ -10,6 +10,8 @@ import torch
 
 __all__ = ["ResultPool"]
 
+_CPU = torch.device("cpu")
+"""A word would be read at every call."""
 _MINIMUM_BYTES = 128 * 1024
 _KEPT_PER_KIND = 2
 _KEPT_KINDS = 8
@@ -50,7 +52,7 @@ class ResultPool:
         """A tensor of `shape` and `dtype` with arbitrary contents, on the CPU."""
         nbytes = shape.numel() * dtype.itemsize
         if nbytes < _MINIMUM_BYTES:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device=_CPU)
         key = (shape, dtype)
         buffers = self._buffers.setdefault(key, [])
         self._buffers.move_to_end(key)

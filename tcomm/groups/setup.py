@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import threading
+import weakref
 from typing import cast
 
 import msgspec
@@ -28,9 +29,9 @@ __all__ = [
     "Membership",
     "Settlement",
     "agree_on_settings",
+    "exchange_of",
     "from_process_group",
     "from_store",
-    "group_prefix",
     "split_exchange",
     "split_membership",
 ]
@@ -39,6 +40,7 @@ logger = logging.getLogger("tcomm")
 
 _counter_lock = threading.Lock()
 _made: collections.Counter[str] = collections.Counter()
+_made_of: weakref.WeakKeyDictionary[dist.ProcessGroup, collections.Counter[str]] = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +57,15 @@ class Membership:
     """Rank of each member in the world it was made from."""
 
 
-def group_prefix(name: str) -> str:
-    """Keys of one group. Ranks make their groups of one name in the same order."""
+def _prefix(name: str, of: dist.ProcessGroup | None = None) -> str:
+    """Keys of one group. Ranks make their groups of one name in the same order.
+
+    Counts for each process group anew: processes that meet in one may have had others before.
+    """
     with _counter_lock:
-        _made[name] += 1
-        return f"tcomm/{name}/{_made[name]}"
+        made = _made if of is None else _made_of.setdefault(of, collections.Counter())
+        made[name] += 1
+        return f"tcomm/{name}/{made[name]}"
 
 
 def from_process_group(group: dist.ProcessGroup | DeviceMesh | None, name: str) -> Membership:
@@ -84,16 +90,19 @@ def from_process_group(group: dist.ProcessGroup | DeviceMesh | None, name: str) 
     if not isinstance(group, dist.ProcessGroup):
         raise ConfigError(f"{group!r} is no process group that this rank belongs to, and no DeviceMesh")
     name = name or group.group_desc or group.group_name or "stateless"
-    rank, size = group.rank(), group.size()
-    key = group_prefix(f"{group.group_name}/{name}")
-    store = cast("Store", group.get_group_store())
-    exchange = StoreExchange(store, rank, size, key)
+    exchange = exchange_of(group, name)
     try:
         global_ranks = tuple(dist.get_process_group_ranks(group))
     except KeyError:
         # torch.distributed's verbs do not take a group that it does not know.
-        return Membership(name, exchange, None, tuple(range(size)))
+        return Membership(name, exchange, None, tuple(range(group.size())))
     return Membership(name, exchange, group, global_ranks)
+
+
+def exchange_of(group: dist.ProcessGroup, name: str) -> StoreExchange:
+    """An exchange of a process group's ranks, by keys that nobody else has. The same names in one order."""
+    store = cast("Store", group.get_group_store())
+    return StoreExchange(store, group.rank(), group.size(), _prefix(f"{group.group_name}/{name}", group))
 
 
 def from_store(store: Store, rank: int, world_size: int, name: str) -> Membership:
@@ -104,19 +113,19 @@ def from_store(store: Store, rank: int, world_size: int, name: str) -> Membershi
     """
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank {rank} of {world_size} ranks: it must be at least 0 and below their number")
-    exchange = StoreExchange(store, rank, world_size, group_prefix(name))
+    exchange = StoreExchange(store, rank, world_size, _prefix(name))
     return Membership(name, exchange, None, tuple(range(world_size)))
 
 
 def split_exchange(members: Membership, name: str) -> Exchange:
     """Another exchange of the same ranks, whose messages meet nobody else's. **Collective.**"""
-    return members.exchange.split(group_prefix(f"{members.name}/{name}"))
+    return members.exchange.split(name)
 
 
 def split_membership(members: Membership, name: str) -> Membership:
     """The same ranks, as another group that reaches them by keys of its own."""
-    name = f"{members.name}/{name}"
-    return dataclasses.replace(members, name=name, exchange=members.exchange.split(group_prefix(name)))
+    exchange = members.exchange.split(name)
+    return dataclasses.replace(members, name=f"{members.name}/{name}", exchange=exchange)
 
 
 class _Settings(msgspec.Struct, frozen=True):

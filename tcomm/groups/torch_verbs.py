@@ -76,16 +76,21 @@ class _Verbs:
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
         if out is not x:
             out.copy_(x)
-        op = _OPS[self._call.reduce]
+        op = self._op(x)
         self._run(timeout, lambda: dist.all_reduce(out, op, group=self._group, async_op=True))
         self._average(out)
+
+    def _op(self, x: torch.Tensor) -> dist.ReduceOp.RedOpType:
+        # gloo adds the bytes of bools, and a bool whose byte is 2 is equal to neither True nor False.
+        name = "max" if x.dtype is torch.bool and self._call.reduce == "sum" else self._call.reduce
+        return _OPS[name]
 
     def _average(self, total: torch.Tensor) -> None:
         if self._scale is not None:
             total.mul_(self._scale)
 
     def reduce(self, parts: Parts, x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:  # noqa: ARG002
-        op, root, whole = _OPS[self._call.reduce], self._call.root, x.clone()
+        op, root, whole = self._op(x), self._call.root, x.clone()
         self._run(
             timeout, lambda: dist.reduce(whole, group_dst=root, op=op, group=self._group, async_op=True)
         )
@@ -97,7 +102,7 @@ class _Verbs:
         if self._fallback.is_gloo:
             self.reduce_scatterv(parts, x, out, timeout)
             return
-        op = _OPS[self._call.reduce]
+        op = self._op(x)
         self._run(timeout, lambda: dist.reduce_scatter_tensor(out, x, op, group=self._group, async_op=True))
         self._average(out)
 

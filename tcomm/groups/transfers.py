@@ -28,7 +28,7 @@ from tcomm.signature import CallDescription
 
 __all__ = ["Transfers"]
 
-_NOTHING = torch.empty(0)
+_NOTHING = torch.empty(0, device="cpu")
 
 
 class Transfers(Collective):

@@ -48,8 +48,8 @@ class Exchange(Protocol):
         """
         ...
 
-    def split(self, prefix: str) -> Exchange:
-        """Another exchange of the same ranks, which does not meet this one; the same prefix on every rank."""
+    def split(self, name: str) -> Exchange:
+        """Another exchange of the same ranks, which meets no other; the same name on every rank."""
         ...
 
 

@@ -141,7 +141,7 @@ class DeviceArena:
 
     def initialise(self, staging: DeviceBuffer | NvshmemBuffer) -> None:
         """Fill in this rank's page and lanes, before any rank launches anything."""
-        page = torch.zeros(CONTROL_BYTES // 8, dtype=torch.int64)
+        page = torch.zeros(CONTROL_BYTES // 8, dtype=torch.int64, device="cpu")
         page[ARRIVALS:MAILBOXES] = _signed(dead_word(0))
         page[Word.LAYOUT_VERSION] = LAYOUT_VERSION
         page[Word.RANK] = self.rank

@@ -68,7 +68,7 @@ class DeviceChannel:
         self.calls = 0
         """Calls that this host has launched; replays of graphs are not among them."""
         on_gpu = page.device.type != "cpu"
-        self.record = torch.zeros(HOST_WORDS, dtype=torch.int64, pin_memory=on_gpu)
+        self.record = torch.zeros(HOST_WORDS, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
         """What kernels and this host tell one another."""
         self._record: memoryview[int] = self.record.numpy().data.cast("B").cast("Q")
         self._page = page

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -40,9 +42,9 @@ class LocalExchange:
     rank = 0
     world_size = 1
 
-    def split(self, prefix: str) -> LocalExchange:
+    def split(self, name: str) -> LocalExchange:
         """Itself: it keeps nothing."""
-        del prefix
+        del name
         return self
 
     def all_gather(
@@ -73,15 +75,20 @@ class StoreExchange:
         self.store = store
         self.prefix = prefix
         self._round = 0
+        self._splits: collections.Counter[str] = collections.Counter()
 
-    def split(self, prefix: str) -> StoreExchange:
-        """Another exchange of the same ranks, by keys below `prefix`."""
+    def split(self, name: str) -> StoreExchange:
+        """Another exchange of the same ranks, by keys below those of this one that no other split has."""
+        self._splits[name] += 1
+        prefix = f"{self.prefix}/{name}/{self._splits[name]}"
         return StoreExchange(self.store, self.rank, self.world_size, prefix)
 
     def all_gather(
         self, payload: bytes, timeout: float, check: Callable[[], None] | None = None
     ) -> list[bytes]:
         """Return every rank's payload, in rank order. **Collective.**
+
+        A round that fails counts for nothing, and may be tried again.
 
         Raises:
             RendezvousError: when some ranks did not come within `timeout` seconds, or the store is gone.
@@ -97,7 +104,16 @@ class StoreExchange:
                 self.store.delete_key(self._key(round_ - 2, self.rank))
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             raise RendezvousError(f"the store of group {self.prefix!r} failed: {error}") from error
+        except BaseException:
+            self._withdraw(round_)
+            raise
         return gathered
+
+    def _withdraw(self, round_: int) -> None:
+        """Undo a round that did not come together: who tries again meets nothing old."""
+        self._round = round_
+        with contextlib.suppress(RuntimeError):
+            self.store.delete_key(self._key(round_, self.rank))
 
     def _key(self, round_: int, rank: int) -> str:
         return f"{self.prefix}/{round_}/{rank}"

@@ -165,7 +165,8 @@ def prove_access(
 def _pattern(writer: int, reader: int, nonce: int) -> torch.Tensor:
     """[PROBE_WORDS] int64 that nobody else writes to anybody else."""
     seed = (nonce ^ (writer << 32 | reader + 1) * 0x9E3779B97F4A7C15) & 0x7FFFFFFFFFFFFFFF
-    return torch.tensor([(seed * (2 * i + 1) + i) & 0x7FFFFFFFFFFFFFFF for i in range(PROBE_WORDS)])
+    words = [(seed * (2 * i + 1) + i) & 0x7FFFFFFFFFFFFFFF for i in range(PROBE_WORDS)]
+    return torch.tensor(words, device="cpu")
 
 
 def _write_everywhere(control: SymmetricBuffer, settle: Callable[[], None], nonce: int) -> str:

@@ -25,30 +25,42 @@ from tcomm.errors import CapabilityError
 from tcomm.memory.base import Exchange, NotShared, SymmetricBuffer
 from tcomm.memory.liveness import hold_lock, is_locked
 
-__all__ = ["SharedMemoryTransport"]
+__all__ = ["Offer", "Segment", "SharedMemoryTransport", "remove_orphans", "why_unordered"]
 
 _PREFIX = "tcomm-"
 _ORPHAN_SECONDS = 60.0
 
 
-class _Offer(msgspec.Struct, frozen=True):
+class Offer(msgspec.Struct, frozen=True):
     """What a rank tells the others of the file it made."""
 
     path: str = ""
+    """Its name; empty where it has none to offer."""
     device: int = 0
+    """Of the file system; with the inode it says which file is meant."""
     inode: int = 0
+    """Of the file."""
     problem: str = ""
+    """Why there is none; empty where there is one."""
 
 
-class _Segment:
-    """A file in a memory file system, and the memory behind it."""
+class Segment:
+    """A file in a memory file system, and the memory behind it.
+
+    Args:
+        path: its name.
+        fd: it, opened; the segment's from now on.
+
+    Attributes:
+        path, fd: as given.
+    """
 
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
         self.fd = fd
 
     @classmethod
-    def create(cls, directory: str, nbytes: int) -> _Segment:
+    def create(cls, directory: str, nbytes: int) -> Segment:
         """Make a file of `nbytes` that is really backed. Raises OSError, leaving nothing behind."""
         path = f"{directory}/{_PREFIX}{os.getuid()}-{secrets.token_hex(12)}"
         fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -66,7 +78,7 @@ class _Segment:
         return segment
 
     @classmethod
-    def open(cls, offer: _Offer) -> _Segment:
+    def open(cls, offer: Offer) -> Segment:
         """Open a peer's file. Raises OSError when it is not there, or is not the same file."""
         fd = os.open(offer.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         status = os.fstat(fd)
@@ -75,21 +87,24 @@ class _Segment:
             raise OSError(errno.ESTALE, "a different file of that name", offer.path)
         return cls(offer.path, fd)
 
-    def offer(self) -> _Offer:
+    def offer(self) -> Offer:
+        """What others need to open it."""
         status = os.fstat(self.fd)
-        return _Offer(self.path, status.st_dev, status.st_ino)
+        return Offer(self.path, status.st_dev, status.st_ino)
 
     def map(self, nbytes: int) -> torch.Tensor:
         """[nbytes] uint8 over the file. The mapping keeps no descriptor and ends with its last tensor."""
         path = f"/proc/self/fd/{self.fd}"
         storage = cast("torch.UntypedStorage", torch.UntypedStorage.from_file(path, True, nbytes))
-        return torch.empty(0, dtype=torch.uint8).set_(storage)
+        return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
 
     def unlink(self) -> None:
+        """Remove the name, if it is still there."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
 
     def close(self) -> None:
+        """Give the descriptor back, and with it the lock. Once."""
         os.close(self.fd)
 
 
@@ -128,10 +143,10 @@ class SharedMemoryTransport:
         self, nbytes: int, timeout: float, check: Callable[[], None] | None = None
     ) -> tuple[SymmetricBuffer, list[int]] | NotShared:
         """As `allocate`, handing over the open files: each rank holds a lock on its own while it lives."""
-        unordered = _why_unordered()
-        _remove_orphans(self._directory)
-        own, offer = (None, _Offer()) if unordered else self._create(nbytes)
-        opened: list[_Segment] = []
+        unordered = why_unordered()
+        remove_orphans(self._directory)
+        own, offer = (None, Offer()) if unordered else self._create(nbytes)
+        opened: list[Segment] = []
         try:
             offers = self._gather(offer, timeout, check)
             self._refuse_lack_of_room(offers, nbytes)
@@ -141,7 +156,7 @@ class SharedMemoryTransport:
                 buffers = [] if problem else [segment.map(nbytes) for segment in opened]
             except RuntimeError as error:
                 problem = f"cannot map: {error}"
-            verdicts = self._gather(_Offer(problem=problem), timeout, check)
+            verdicts = self._gather(Offer(problem=problem), timeout, check)
             refusals = [f"rank {r}: {v.problem}" for r, v in enumerate(verdicts) if v.problem]
             if refusals:
                 return NotShared("the ranks share no memory (" + "; ".join(refusals) + ")")
@@ -156,21 +171,21 @@ class SharedMemoryTransport:
             for fd in {s.fd for s in [*opened, own] if s is not None}:
                 os.close(fd)
 
-    def _create(self, nbytes: int) -> tuple[_Segment | None, _Offer]:
+    def _create(self, nbytes: int) -> tuple[Segment | None, Offer]:
         """This rank's file, or an offer that tells the others why there is none."""
         try:
-            segment = _Segment.create(self._directory, nbytes)
+            segment = Segment.create(self._directory, nbytes)
         except OSError as error:
             available = "unknown"
             with contextlib.suppress(OSError):
                 room = os.statvfs(self._directory)
                 available = str(room.f_bavail * room.f_frsize)
-            return None, _Offer(
+            return None, Offer(
                 problem=f"{error.strerror}: needed {nbytes} bytes in {self._directory}, available {available}"
             )
         return segment, segment.offer()
 
-    def _refuse_lack_of_room(self, offers: list[_Offer], nbytes: int) -> None:
+    def _refuse_lack_of_room(self, offers: list[Offer], nbytes: int) -> None:
         lacking = [f"rank {rank}: {offer.problem}" for rank, offer in enumerate(offers) if offer.problem]
         if lacking:
             raise CapabilityError(
@@ -179,33 +194,33 @@ class SharedMemoryTransport:
                 "TCOMM_SHM_DIR, or lower TCOMM_STAGING_BYTES"
             )
 
-    def _gather(self, offer: _Offer, timeout: float, check: Callable[[], None] | None) -> list[_Offer]:
+    def _gather(self, offer: Offer, timeout: float, check: Callable[[], None] | None) -> list[Offer]:
         payloads = self._exchange.all_gather(msgspec.msgpack.encode(offer), timeout, check)
-        return [msgspec.msgpack.decode(payload, type=_Offer) for payload in payloads]
+        return [msgspec.msgpack.decode(payload, type=Offer) for payload in payloads]
 
 
-def _why_unordered() -> str:
+def why_unordered() -> str:
     """Why plain aligned 8-byte stores do not publish on this machine; empty where they do."""
     if platform.machine().lower() in {"x86_64", "amd64"}:
         return ""
     return f"plain 8-byte stores do not publish on {platform.machine()}; only x86-64 orders them"
 
 
-def _open_all(offers: list[_Offer], rank: int, own: _Segment | None) -> tuple[list[_Segment], str]:
+def _open_all(offers: list[Offer], rank: int, own: Segment | None) -> tuple[list[Segment], str]:
     """Open every rank's file; the second value says what could not be opened, and why."""
-    opened: list[_Segment] = []
+    opened: list[Segment] = []
     for peer, offer in enumerate(offers):
         if peer == rank and own is not None:
             opened.append(own)
             continue
         try:
-            opened.append(_Segment.open(offer))
+            opened.append(Segment.open(offer))
         except OSError as error:
             return opened, f"cannot open the memory of rank {peer}: {error.strerror}"
     return opened, ""
 
 
-def _remove_orphans(directory: str) -> None:
+def remove_orphans(directory: str) -> None:
     """Remove names whose makers were killed before they could: old, ours, and with nobody's lock."""
     mine = f"{_PREFIX}{os.getuid()}-*"
     for path in pathlib.Path(directory).glob(mine):

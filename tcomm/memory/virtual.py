@@ -66,7 +66,9 @@ class VirtualArena:
         self.max_blocks = MAX_BLOCKS if on_host else _blocks_at_once(device) // world_size
         self.runtime: Runtime = HostRuntime() if on_host else CudaRuntime(device)
         self.pages = torch.zeros(world_size, CONTROL_BYTES // 8, dtype=torch.int64, device=device)
-        self.records = torch.zeros(world_size, HOST_WORDS, dtype=torch.int64, pin_memory=not on_host)
+        self.records = torch.zeros(
+            world_size, HOST_WORDS, dtype=torch.int64, device="cpu", pin_memory=not on_host
+        )
         self.control = SymmetricBuffer(0, list(self.pages.view(torch.uint8)))
         self.staging: Staging | None = None
         self._initialise()
@@ -80,11 +82,12 @@ class VirtualArena:
         weakref.finalize(self, _settle, self.runtime, self.records).atexit = False
 
     def _initialise(self) -> None:
-        header = torch.zeros(self.world_size, CONTROL_BYTES // 8, dtype=torch.int64)
+        header = torch.zeros(self.world_size, CONTROL_BYTES // 8, dtype=torch.int64, device="cpu")
+        ranks = torch.arange(self.world_size, device="cpu")
         header[:, Word.LAYOUT_VERSION] = LAYOUT_VERSION
         header[:, Word.WORLD_SIZE] = self.world_size
-        header[:, Word.RANK] = torch.arange(self.world_size)
-        header[:, Word.HOST_RECORD] = self.records.data_ptr() + torch.arange(self.world_size) * HOST_WORDS * 8
+        header[:, Word.RANK] = ranks
+        header[:, Word.HOST_RECORD] = self.records.data_ptr() + ranks * HOST_WORDS * 8
         header[:, Word.MAGIC] = MAGIC
         self.pages.copy_(header)
 

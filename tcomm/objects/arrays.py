@@ -108,6 +108,6 @@ def make_tensor(name: str, shape: Sequence[object], payload: memoryview, borrow:
     if borrow and payload:
         flat = torch.frombuffer(payload, dtype=torch.uint8)
     else:
-        flat = torch.empty(len(payload), dtype=torch.uint8)
+        flat = torch.empty(len(payload), dtype=torch.uint8, device="cpu")
         flat.numpy()[:] = np.frombuffer(payload, np.uint8)
     return flat.view(dtype).reshape(sizes)

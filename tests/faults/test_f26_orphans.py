@@ -23,7 +23,7 @@ def _kill_myself(*_, **__):
 
 def _kill_at_creation(number):
     """Die with the `number`-th segment made and its name still there."""
-    create, made = shm._Segment.create.__func__, []
+    create, made = shm.Segment.create.__func__, []
 
     def create_and_die(cls, directory, nbytes):
         segment = create(cls, directory, nbytes)
@@ -32,7 +32,7 @@ def _kill_at_creation(number):
             _kill_myself()
         return segment
 
-    shm._Segment.create = classmethod(create_and_die)
+    shm.Segment.create = classmethod(create_and_die)
 
 
 def _die_in_rendezvous(member, where):
@@ -136,14 +136,14 @@ def test_f26_a_name_that_somebody_holds_or_that_is_not_ours_is_never_removed(wor
 
 def _collect_names(member):
     fresh = set()
-    create = shm._Segment.create.__func__
+    create = shm.Segment.create.__func__
 
     def remember(cls, directory, nbytes):
         segment = create(cls, directory, nbytes)
         fresh.add(os.path.basename(segment.path))
         return segment
 
-    shm._Segment.create = classmethod(remember)
+    shm.Segment.create = classmethod(remember)
     _use_a_group(member)
     return fresh
 

@@ -1,6 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tcomm.errors import ConfigError
 from tcomm.groups.arguments import (
@@ -11,7 +14,10 @@ from tcomm.groups.arguments import (
     check_splits,
     check_tensor,
     dtype_name,
+    has_tangent,
+    is_ordinary,
     overlaps,
+    refuse_tracers,
     refuse_unequal_splits,
 )
 from tcomm.signature import CallDescription
@@ -38,6 +44,74 @@ def test_a_gradient_may_be_lost_only_where_none_is_recorded():
     assert _message(check_tensor, "send", None) == "send takes a torch.Tensor, not NoneType"
     assert _message(check_tensor, "send", torch.eye(3).to_sparse()) == (
         "send takes a dense tensor, not one of layout torch.sparse_coo; call .to_dense() first"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # torch itself uses it for gradients of forward mode
+def test_a_gradient_of_forward_mode_is_one_too():
+    x = torch.ones(3)
+    assert not has_tangent(x)
+    with forward_ad.dual_level():
+        assert not is_ordinary(x)
+        assert not has_tangent(x)
+        assert check_tensor("send", x) is x
+        dual = forward_ad.make_dual(x, x)
+        assert has_tangent(dual)
+        assert _message(check_tensor, "send", dual) == (
+            "send would lose the forward-mode gradient of its input; call it on unpack_dual(x).primal, and "
+            "again on its tangent where the verb is linear"
+        )
+        assert check_tensor("send", dual, loses_gradient=False) is dual
+    assert is_ordinary(x)
+
+
+def _observed(x):
+    """What is said inside of a tracer or transform, whose own result does not count."""
+    seen = [is_ordinary(x), _message(check_tensor, "send", x), _message(refuse_tracers, "send")]
+    raise LookupError(*seen)
+
+
+@pytest.mark.parametrize(
+    ("trace", "told"),
+    [
+        (lambda: torch.func.vmap(_observed)(torch.ones(2, 3)), "inside of vmap of torch.func"),
+        (lambda: torch.func.grad(_observed)(torch.ones(3)), "inside of grad of torch.func"),
+        (
+            lambda: torch.func.jvp(_observed, (torch.ones(3),), (torch.ones(3),)),
+            "inside of jvp of torch.func",
+        ),
+        (lambda: torch.func.functionalize(_observed)(torch.ones(3)), "inside of functionalize of torch.func"),
+        (lambda: make_fx(_observed)(torch.ones(3)), "missing in what make_fx"),
+        (lambda: make_fx(_observed, pre_dispatch=True)(torch.ones(3)), "missing in what make_fx"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # torch itself uses it for gradients of forward mode
+def test_tracers_and_transforms_are_told_apart_from_plain_calls(trace, told):
+    with pytest.raises(LookupError) as caught:
+        trace()
+    ordinary, of_tensor, of_moment = caught.value.args
+    assert not ordinary
+    assert told in of_tensor
+    assert of_tensor == of_moment
+    assert is_ordinary(torch.ones(3))
+    assert refuse_tracers("send") is None
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_modes_without_memory_are_refused_and_others_are_not():
+    x = torch.ones(3)
+    with FakeTensorMode():
+        assert not is_ordinary(x)
+        assert _message(check_tensor, "send", x) == (
+            "send cannot run in FakeTensorMode, whose tensors have no memory"
+        )
+    with torch.device("meta"):
+        assert not is_ordinary(x)
+        assert check_tensor("send", x) is x
+    assert not is_ordinary(torch.nn.Parameter(x))
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    assert _message(check_tensor, "send", nested) == (
+        "send takes a dense tensor, not a nested one; give x.to_padded_tensor(0.0) or x.unbind()"
     )
 
 

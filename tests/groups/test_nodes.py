@@ -308,7 +308,7 @@ def test_the_real_start_has_an_exchange_of_its_own_each_time_and_the_directory(m
     (first, *rest), (second, *again) = started
     assert rest == again == [3, 9.0, {"home": "/n", "problem": ""}]
     assert first != second
-    assert "tp/nvshmem" in first
+    assert "tp/1/nvshmem" in first
     assert members.exchange.prefix not in (first, second)
 
 

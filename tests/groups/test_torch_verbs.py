@@ -80,6 +80,23 @@ def test_reductions_are_torchs_and_leave_their_input(on_ranks, world_size):
     on_ranks(world_size, _reduces)
 
 
+def _reduces_bools(member):
+    fallback, rank = _fallback(member), member.rank
+    inputs = [torch.tensor([[True, False], [True, False]]), torch.tensor([[True, True], [False, False]])]
+    want = torch.tensor([[1, 1], [1, 0]], dtype=torch.uint8)
+    for verb, args, result in (
+        ("all_reduce", ("sum",), want),
+        ("reduce", (0, "sum"), None if rank else want),
+        ("reduce_scatter_single", ("sum", 0), want[rank : rank + 1]),
+    ):
+        got = _call(member, fallback, verb, inputs, *args)
+        assert (got is None and result is None) or got.view(torch.uint8).equal(result), (verb, got)
+
+
+def test_a_sum_of_bools_is_made_of_bools(on_ranks):
+    on_ranks(2, _reduces_bools)
+
+
 def _silent(member):
     fallback, told = _fallback(member), []
     if member.rank == 0:

@@ -19,14 +19,14 @@ def _segments(directory):
 
 def _allocates(member, directory):
     transport = SharedMemoryTransport(member.exchange("shm"), directory)
-    modes, create = [], shm._Segment.create
+    modes, create = [], shm.Segment.create
 
     def spy(where, nbytes):
         segment = create(where, nbytes)
         modes.append((stat.S_IMODE(os.stat(segment.path).st_mode), os.stat(segment.path).st_size))
         return segment
 
-    shm._Segment.create = spy
+    shm.Segment.create = spy
     descriptors = len(os.listdir("/proc/self/fd"))
     buffer = transport.allocate(1 << 16, 20.0)
     assert modes == [(0o600, 1 << 16)]
@@ -94,9 +94,9 @@ def test_too_much_memory_is_an_error_that_says_needed_and_available(on_ranks):
 
 def _different_directories(member, directory):
     """Each rank finds another file under the name that its peer made."""
-    offer = shm._Segment.offer
+    offer = shm.Segment.offer
     if member.rank == 1:
-        shm._Segment.offer = lambda segment: shm.msgspec.structs.replace(offer(segment), inode=1)
+        shm.Segment.offer = lambda segment: shm.msgspec.structs.replace(offer(segment), inode=1)
     transport = SharedMemoryTransport(member.exchange("shm"), directory)
     made = transport.allocate(4096, 20.0)
     return isinstance(made, NotShared) and made.reason
@@ -137,7 +137,7 @@ def test_only_old_unlocked_names_of_ours_are_removed(tmp_path):
     os.utime(tmp_path / names["locked"], (old, old))
     link = tmp_path / (prefix + "link")
     link.symlink_to(tmp_path / names["other"])
-    shm._remove_orphans(str(tmp_path))
+    shm.remove_orphans(str(tmp_path))
     assert set(os.listdir(tmp_path)) == set(names.values()) - {names["orphan"]} | {link.name}
     os.close(fd)
 
@@ -148,17 +148,24 @@ def test_a_file_without_room_leaves_no_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space left"):
-        shm._Segment.create(str(tmp_path), 4096)
+        shm.Segment.create(str(tmp_path), 4096)
     assert _segments(tmp_path) == []
 
 
+def test_only_machines_that_keep_stores_in_order_share_memory(monkeypatch):
+    for machine, told in [("x86_64", ""), ("AMD64", ""), ("aarch64", "do not publish on aarch64")]:
+        monkeypatch.setattr(shm.platform, "machine", lambda machine=machine: machine)
+        assert (shm.why_unordered() == "") == (told == "")
+        assert told in shm.why_unordered()
+
+
 def test_a_link_is_not_opened(tmp_path):
-    segment = shm._Segment.create(str(tmp_path), 4096)
+    segment = shm.Segment.create(str(tmp_path), 4096)
     offer = segment.offer()
     link = pathlib.Path(f"{segment.path}-link")
     link.symlink_to(segment.path)
     with pytest.raises(OSError, match="Too many levels of symbolic links"):
-        shm._Segment.open(shm.msgspec.structs.replace(offer, path=str(link)))
+        shm.Segment.open(shm.msgspec.structs.replace(offer, path=str(link)))
     mapped = segment.map(4096)
     segment.unlink()
     segment.close()

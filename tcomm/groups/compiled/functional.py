@@ -16,7 +16,7 @@ from torch.library import Library
 
 from tcomm.algorithms import reduce_op_name
 from tcomm.errors import ConfigError
-from tcomm.groups.arguments import check_dim, check_rank
+from tcomm.groups.arguments import check_dim, check_rank, has_tangent
 from tcomm.groups.compiled.engines import find_engine, name_of
 from tcomm.groups.compiled.library import direct_register_custom_op
 
@@ -163,6 +163,11 @@ def reduce_from_group(x: torch.Tensor, group: object) -> torch.Tensor:
 
 def _call(op: str, x: torch.Tensor, *args: object) -> torch.Tensor:
     _check_tensor(op, x)
+    if has_tangent(x):
+        raise ConfigError(
+            f"tcomm.functional.{op} has no gradient of forward mode; call it on unpack_dual(x).primal, and "
+            "again on its tangent"
+        )
     result: torch.Tensor = getattr(_ops, op)(x, *args)
     return result
 

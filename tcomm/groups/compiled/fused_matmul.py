@@ -10,7 +10,7 @@ import torch
 from tcomm.errors import ConfigError, UsageError
 from tcomm.groups.arguments import check_dim, dtype_name
 from tcomm.groups.compiled.engines import Engine, find_engine, find_torch_engine
-from tcomm.groups.compiled.library import direct_register_custom_op
+from tcomm.groups.compiled.library import check_before_autograd, direct_register_custom_op
 from tcomm.groups.compiled.ops import refuse_gradient
 
 __all__ = ["patched_fused_scaled_matmul_reduce_scatter", "patched_fused_scaled_matmul_reduce_scatter_fake"]
@@ -165,3 +165,4 @@ direct_register_custom_op(
     patched_fused_scaled_matmul_reduce_scatter,
     fake_impl=patched_fused_scaled_matmul_reduce_scatter_fake,
 )
+check_before_autograd("patched_fused_scaled_matmul_reduce_scatter", refuse_gradient)

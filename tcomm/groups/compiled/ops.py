@@ -7,10 +7,11 @@ requires one is refused, when it is called and when it is compiled.
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 from tcomm.errors import ConfigError, UsageError
 from tcomm.groups.arguments import check_dim
-from tcomm.groups.compiled.library import direct_register_custom_op
+from tcomm.groups.compiled.library import check_before_autograd, direct_register_custom_op
 from tcomm.groups.compiled.registry import RegisteredGroup, find_group
 
 __all__ = [
@@ -39,7 +40,7 @@ def all_reduce(tensor: torch.Tensor, group_name: str) -> torch.Tensor:
         ConfigError: when a gradient would be lost.
         CapabilityError, CommError: as `Communicator.all_reduce` does.
     """
-    if tensor.requires_grad:
+    if tensor.requires_grad or forward_ad._current_level >= 0:
         refuse_gradient("all_reduce", tensor)
     return _own(find_group(group_name)._all_reduce_out_place(tensor), tensor)
 
@@ -70,7 +71,7 @@ def reduce_scatter(tensor: torch.Tensor, dim: int, world_size: int, group_name: 
         UsageError: also when the group has another size.
         ConfigError, CapabilityError, CommError: as `all_reduce` does.
     """
-    if tensor.requires_grad:
+    if tensor.requires_grad or forward_ad._current_level >= 0:
         refuse_gradient("reduce_scatter", tensor)
     group = _find_sized("reduce_scatter", group_name, world_size)
     return _own(group._reduce_scatter_out_place(tensor, dim), tensor)
@@ -104,7 +105,7 @@ def all_gather(tensor: torch.Tensor, dim: int, world_size: int, group_name: str)
         UsageError: also when the group has another size.
         ConfigError, CapabilityError, CommError: as `all_reduce` does.
     """
-    if tensor.requires_grad:
+    if tensor.requires_grad or forward_ad._current_level >= 0:
         refuse_gradient("all_gather", tensor)
     group = _find_sized("all_gather", group_name, world_size)
     return _own(group._all_gather_out_place(tensor, dim), tensor)
@@ -133,6 +134,12 @@ def refuse_gradient(op: str, *tensors: torch.Tensor | None) -> None:
             f"tcomm::{op} would lose the gradient of its input; call tcomm.functional instead, "
             "or this under torch.no_grad()"
         )
+    # Inside of an op torch.func.jvp does not tell whose gradient is asked for.
+    if forward_ad._current_level >= 0:
+        raise ConfigError(
+            f"tcomm::{op} would lose a gradient of forward mode; call it outside of torch.func.jvp and "
+            "dual_level()"
+        )
 
 
 def _find_sized(op: str, name: str, world_size: int) -> RegisteredGroup:
@@ -153,3 +160,5 @@ def _own(result: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
 direct_register_custom_op("all_reduce", all_reduce, fake_impl=all_reduce_fake)
 direct_register_custom_op("reduce_scatter", reduce_scatter, fake_impl=reduce_scatter_fake)
 direct_register_custom_op("all_gather", all_gather, fake_impl=all_gather_fake)
+for _op in ("all_reduce", "reduce_scatter", "all_gather"):
+    check_before_autograd(_op, refuse_gradient)

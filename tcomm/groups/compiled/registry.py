@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import itertools
 import threading
 import weakref
 from typing import Protocol
@@ -12,7 +11,7 @@ import torch
 
 from tcomm.errors import ConfigError, UsageError
 
-__all__ = ["RegisteredGroup", "find_group", "living_groups", "register", "unique_name"]
+__all__ = ["RegisteredGroup", "find_group", "living_groups", "next_number", "register", "unique_name"]
 
 
 class RegisteredGroup(Protocol):
@@ -39,17 +38,25 @@ class RegisteredGroup(Protocol):
 
 _groups: dict[str, weakref.ref[RegisteredGroup]] = {}
 _lock = threading.Lock()
-_counters: collections.defaultdict[str, itertools.count[int]] = collections.defaultdict(itertools.count)
+_counters: collections.Counter[str] = collections.Counter()
 
 
-def unique_name(base: str) -> str:
+def unique_name(base: str, at_least: int = 0) -> str:
     """A name that no group of this process had before: `tp:0`, then `tp:1`.
 
     Args:
         base: what the group is for. Ranks that make their groups in one order get the same names.
+        at_least: the number that it has at least, where other ranks have come farther.
     """
     with _lock:
-        return f"{base}:{next(_counters[base])}"
+        number = max(_counters[base], at_least)
+        _counters[base] = number + 1
+        return f"{base}:{number}"
+
+
+def next_number(base: str) -> int:
+    """The number that `unique_name` would give next."""
+    return _counters[base]
 
 
 def register(group: RegisteredGroup) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from tcomm.config import Config, EngineConfig, resolve_timeout
+from tcomm.config import Config, resolve_timeout
 from tcomm.errors import ConfigError
 from tcomm.groups import graphs
 from tcomm.groups.arguments import UNSET, Timeout, Unset
@@ -29,7 +29,14 @@ from tcomm.groups.parallel.coordinator_arguments import (
     rows_of,
 )
 from tcomm.groups.parallel.lanes import Lanes
-from tcomm.groups.parallel.process_groups import ProcessGroups, device_of, find_my_ranks, new_process_group
+from tcomm.groups.parallel.making import agree_on_name, making
+from tcomm.groups.parallel.process_groups import (
+    ProcessGroups,
+    device_of,
+    find_my_ranks,
+    new_process_group,
+    resolve_local_rank,
+)
 from tcomm.groups.parallel.tensor_dicts import TensorDictVerbs
 
 __all__ = ["GroupCoordinator"]
@@ -85,12 +92,17 @@ class GroupCoordinator(TensorDictVerbs):
         check_initialized()
         self.group_ranks = rows_of(group_ranks)
         ranks = find_my_ranks(self.group_ranks, dist.get_rank(), dist.get_world_size())
-        self.torch_distributed_backend = backend_of(torch_distributed_backend)
-        self._name(name_of(group_name), ranks, local_rank_of(local_rank), timeout)
-        groups = ProcessGroups.create(
-            self.group_ranks, self.torch_distributed_backend, self.unique_name, self.timeout
-        )
-        self._open(groups, use_device_communicator, use_message_queue_broadcaster, use_all2all, use_kernels)
+        self.torch_distributed_backend = backend = backend_of(torch_distributed_backend)
+        self._place(ranks, local_rank_of(local_rank), timeout)
+        with (
+            self._whole_or_nothing(),
+            making(name_of(group_name), self.group_ranks, backend, self.timeout) as unique_name,
+        ):
+            self.unique_name = unique_name
+            groups = ProcessGroups.create(self.group_ranks, backend, unique_name, self.timeout)
+            self._open(
+                groups, use_device_communicator, use_message_queue_broadcaster, use_all2all, use_kernels
+            )
 
     @classmethod
     def from_process_group(
@@ -126,14 +138,13 @@ class GroupCoordinator(TensorDictVerbs):
         ranks = list(dist.get_process_group_ranks(group))
         coordinator.group_ranks = [ranks]
         coordinator.torch_distributed_backend = str(dist.get_backend(group))
-        if local_rank == -1:
-            known = EngineConfig.from_environment().local_rank
-            local_rank = dist.get_rank() if known is None else known
-        coordinator._name(name, ranks, local_rank, timeout)
-        coordinator._open(groups, True, use_message_queue_broadcaster, use_all2all, use_kernels)
+        coordinator._place(ranks, resolve_local_rank(local_rank), timeout)
+        coordinator.unique_name = agree_on_name(name, group)
+        with coordinator._whole_or_nothing():
+            coordinator._open(groups, True, use_message_queue_broadcaster, use_all2all, use_kernels)
         return coordinator
 
-    def _name(self, name: str, ranks: list[int], local_rank: int, timeout: Timeout | Unset) -> None:
+    def _place(self, ranks: list[int], local_rank: int, timeout: Timeout | Unset) -> None:
         given = Config.from_environment().timeout if isinstance(timeout, Unset) else timeout
         self.timeout = resolve_timeout(given)
         self.rank = dist.get_rank()
@@ -142,7 +153,6 @@ class GroupCoordinator(TensorDictVerbs):
         self.rank_in_group = ranks.index(self.rank)
         self.local_rank = local_rank
         self.device = device_of(self.torch_distributed_backend, local_rank)
-        self.unique_name = registry.unique_name(name)
         self.destroyed = False
         self.device_communicator = None
         self.control = None
@@ -167,15 +177,20 @@ class GroupCoordinator(TensorDictVerbs):
         registry.register(self)
         if self.world_size == 1:
             return
+        if use_device_communicator:
+            self.device_communicator = self._make_device_communicator(use_all2all, use_kernels)
+        self.control = self._make_control()
+        self.lanes = Lanes(self.control)
+        if use_message_queue_broadcaster:
+            self.mq_broadcaster = self._queue_from(0)
+
+    @contextlib.contextmanager
+    def _whole_or_nothing(self) -> Iterator[None]:
         try:
-            if use_device_communicator:
-                self.device_communicator = self._make_device_communicator(use_all2all, use_kernels)
-            self.control = self._make_control()
-            self.lanes = Lanes(self.control)
-            if use_message_queue_broadcaster:
-                self.mq_broadcaster = self._queue_from(0)
+            yield
         except BaseException:
-            self.destroy()
+            if hasattr(self, "_groups"):
+                self.destroy()
             raise
 
     def _make_device_communicator(self, use_all2all: bool, use_kernels: bool) -> Any:

@@ -104,8 +104,10 @@ def destroy_model_parallel() -> None:
 
 def destroy_distributed_environment() -> None:
     """Destroy the current state's world, and torch.distributed's. Not collective; may be called twice."""
+    is_foreign = state.current().is_foreign
     state.current().destroy()
-    if dist.is_initialized():
+    # In a child after a fork, torch.distributed has nothing of its own to take down.
+    if dist.is_initialized() and not is_foreign:
         dist.destroy_process_group()
 
 

@@ -359,7 +359,9 @@ class ParallelConfig:
             ConfigError: when `kv_cache_memory` is no number of bytes; nothing was sent.
         """
         if type(kv_cache_memory) is not int or not -1 <= kv_cache_memory <= _NO_LIMIT:
-            raise ConfigError(f"kv_cache_memory={kv_cache_memory!r} is no number of bytes; give -1 for no limit")
+            raise ConfigError(
+                f"kv_cache_memory={kv_cache_memory!r} is no number of bytes; give one, or -1 for no limit"
+            )
         least = _NO_LIMIT if kv_cache_memory == -1 else kv_cache_memory
         nbytes = torch.tensor([least], dtype=torch.int64, device="cpu")
         dist.all_reduce(nbytes, dist.ReduceOp.MIN, dp_group)

@@ -300,7 +300,13 @@ def patch_tensor_parallel_group(
 
 
 def set_custom_all_reduce(enable: bool) -> None:
-    """Whether groups that are made from now on use tcomm's own algorithms, or torch.distributed alone."""
+    """Whether groups that are made from now on use tcomm's own algorithms, or torch.distributed alone.
+
+    Raises:
+        UsageError: when `enable` is no bool.
+    """
+    if not isinstance(enable, bool):
+        raise UsageError(f"set_custom_all_reduce({enable!r}): give True or False")
     current().use_kernels = enable
 
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import inspect
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-import msgspec
 import torch
 import torch.distributed as dist
 
+from tcomm.config import EngineConfig
 from tcomm.errors import CapabilityError, UsageError
-from tcomm.groups.differences import refuse_differences
-from tcomm.groups.handle import SETUP_SECONDS
-from tcomm.groups.setup import group_prefix
-from tcomm.memory.exchange import Store, StoreExchange
 
-__all__ = ["ProcessGroups", "agree_on_rows", "device_of", "find_my_ranks", "new_process_group"]
+__all__ = ["ProcessGroups", "device_of", "find_my_ranks", "new_process_group", "resolve_local_rank"]
 
 _FOR_EVER = datetime.timedelta(days=7)
 
@@ -75,25 +72,12 @@ def new_process_group(
     return mine
 
 
-def agree_on_rows(name: str, group_ranks: Sequence[Sequence[int]], backend: str) -> None:
-    """Compare what the ranks are about to make. **Collective** over the world.
-
-    torch.distributed would wait until its timeout where ranks make groups in different orders, or of
-    different members.
-
-    Raises:
-        GroupMismatchError: on every rank, with a table of what differs.
-        RendezvousError: when a rank did not come.
-        UsageError: without torch.distributed.
-    """
-    world = dist.group.WORLD
-    if world is None:
-        raise UsageError("torch.distributed is not initialized; call init_distributed_environment() first")
-    store = cast("Store", world.get_group_store())
-    exchange = StoreExchange(store, dist.get_rank(), dist.get_world_size(), group_prefix("coordinators"))
-    mine = {"name": name, "groups": str([list(ranks) for ranks in group_ranks]), "backend": backend}
-    everyone = exchange.all_gather(msgspec.json.encode(mine), SETUP_SECONDS)
-    refuse_differences(name, [msgspec.json.decode(payload, type=dict[str, str]) for payload in everyone])
+def resolve_local_rank(local_rank: int) -> int:
+    """`local_rank`, or for -1 LOCAL_RANK, or the global rank where that is unset."""
+    if local_rank != -1:
+        return local_rank
+    known = EngineConfig.from_environment().local_rank
+    return dist.get_rank() if known is None else known
 
 
 @dataclasses.dataclass
@@ -114,10 +98,8 @@ class ProcessGroups:
         """Both groups of this rank. **Collective** over the world.
 
         Raises:
-            GroupMismatchError, RendezvousError: as `agree_on_rows` does.
             CapabilityError: as `new_process_group` does.
         """
-        agree_on_rows(name, group_ranks, backend)
         device_group = new_process_group(group_ranks, backend, f"{name}/device", seconds)
         cpu_group = new_process_group(group_ranks, "gloo", f"{name}/cpu", seconds)
         return cls(device_group, cpu_group, [device_group, cpu_group])
@@ -141,5 +123,6 @@ class ProcessGroups:
         """End what was made here. May be called twice."""
         while self.owned:
             group = self.owned.pop()
-            if dist.is_initialized():
+            # Somebody else may have ended it, or torch.distributed's whole world.
+            with contextlib.suppress(ValueError, AssertionError):
                 dist.destroy_process_group(group)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,7 +14,9 @@ from tcomm.errors import UsageError
 from tcomm.groups.arguments import UNSET, Timeout, Unset
 from tcomm.groups.parallel.coordinator import GroupCoordinator
 from tcomm.groups.parallel.layouts import Layout, Rows, inner_dp_rows
+from tcomm.groups.parallel.making import watch_with
 from tcomm.groups.parallel.parallel_config import ParallelConfig
+from tcomm.groups.parallel.process_groups import resolve_local_rank
 from tcomm.groups.stateless.same_node import count_nodes
 
 __all__ = ["KINDS", "ParallelState", "current", "use"]
@@ -31,6 +34,7 @@ KINDS: dict[str, str] = {
 }
 """Kinds of model parallel groups, in the order in which they are made, and what errors call them."""
 _QUEUED = frozenset({"tp", "dcp"})
+_OF_EXPERTS = frozenset({"ep", "eplb"})
 _NOT_INITIALIZED = "{what} is not initialized"
 _NO_EXPERTS = (
     ". EP group is only created for MoE models with num_experts > 0. "
@@ -61,7 +65,9 @@ class ParallelState:
         self.node_count: int | None = None
         self.use_kernels = True
         self.generation = 0
-        self._is_patched = False
+        self._patched_tp: GroupCoordinator | None = None
+        self._torch_world: dist.ProcessGroup | None = None
+        self._pid = os.getpid()
 
     def group(self, kind: str) -> GroupCoordinator:
         """The group of a kind.
@@ -70,6 +76,8 @@ class ParallelState:
             UsageError: "... is not initialized".
         """
         found = self.groups.get(kind)
+        if kind == "tp" and self._patched_tp is not None:
+            return self._patched_tp
         if found is None:
             told = _NOT_INITIALIZED.format(what=KINDS[kind])
             raise UsageError(told + (_NO_EXPERTS if kind == "ep" else ""))
@@ -98,12 +106,13 @@ class ParallelState:
     def init_world(self, local_rank: int, backend: str, config: ParallelConfig | None = None) -> None:
         """Make the group of all ranks of torch.distributed, and count hosts. **Collective**, once.
 
-        Called again, it only checks.
+        Called again, it only checks. Groups of an earlier world of torch.distributed are destroyed.
 
         Raises:
             UsageError: "world group already initialized with a different world size".
         """
         world_size = dist.get_world_size()
+        self._forget_another_world()
         if self.world is not None:
             if self.world.world_size != world_size:
                 raise UsageError("world group already initialized with a different world size")
@@ -116,6 +125,15 @@ class ParallelState:
             inner = self._make_inner_world(world, local_rank, backend, config)
             undo.pop_all()
         self.world, self.inner_dp_world, self.node_count = world, inner, node_count
+        self._torch_world, self._pid = dist.group.WORLD, os.getpid()
+        if world.control is not None:
+            watch_with(world.control.check_peers)
+
+    def _forget_another_world(self) -> None:
+        """Let go of groups whose torch.distributed somebody has taken down and started anew."""
+        if self.world is not None and self._torch_world is not dist.group.WORLD:
+            logger.warning("torch.distributed was started anew: the groups of its world before are destroyed")
+            self.destroy()
 
     def _make_inner_world(
         self, world: GroupCoordinator, local_rank: int, backend: str, config: ParallelConfig | None
@@ -174,9 +192,10 @@ class ParallelState:
         logger.info("rank %d of %d is %s", world.rank, world.world_size, ranks)
 
     def adopt_mesh(self, mesh: DeviceMesh, *, local_rank: int = -1, with_queues: bool = True) -> None:
-        """Make groups of the dimensions of a mesh that are called as `KINDS`. **Collective.**
+        """Make groups of the dimensions of a mesh that are called as `KINDS`. **Collective** over the world.
 
-        Kinds that the mesh lacks are groups of this rank alone. The mesh keeps its process groups.
+        TP, DCP, PCP, PP and DP groups that the mesh lacks are groups of one rank; EP and EPLB groups are
+        there where a dimension is called so. The mesh keeps its process groups.
 
         Args:
             mesh: with names for its dimensions, such as `("dp", "tp")`.
@@ -186,34 +205,41 @@ class ParallelState:
         Raises:
             UsageError: when a dimension has another name, or there are groups already.
         """
-        names = mesh.mesh_dim_names or ()
+        names = (mesh.mesh_dim_names or ()) if isinstance(mesh, DeviceMesh) else ()
         if not names or set(names) - set(KINDS):
-            raise UsageError(f"dimensions {names} of the mesh; each needs a name out of {', '.join(KINDS)}")
+            raise UsageError(f"dimensions {names} of {mesh}; each needs a name out of {', '.join(KINDS)}")
         if self.groups:
             raise UsageError(f"{KINDS[next(iter(self.groups))]} is already initialized")
+        self.init_world(resolve_local_rank(local_rank), str(dist.get_backend()))
         made: dict[str, GroupCoordinator] = {}
         with contextlib.ExitStack() as undo:
             for kind in KINDS:
-                queue = with_queues and kind in _QUEUED
                 if kind in names:
-                    made[kind] = GroupCoordinator.from_process_group(
-                        mesh[kind],
-                        local_rank=local_rank,
-                        use_message_queue_broadcaster=queue,
-                        group_name=kind,
-                        use_kernels=self.use_kernels,
-                        timeout=self.timeout,
-                    )
+                    made[kind] = self._adopt(mesh[kind], kind, local_rank, with_queues and kind in _QUEUED)
+                elif kind not in _OF_EXPERTS:
+                    world = self.get_world()
+                    rows = [[rank] for rank in range(world.world_size)]
+                    made[kind] = self._make(rows, kind, world.local_rank, str(dist.get_backend()))
+                if kind in made:
                     undo.callback(made[kind].destroy)
             undo.pop_all()
         self.groups = made
         self.generation += 1
 
+    def _adopt(self, mesh: DeviceMesh, kind: str, local_rank: int, with_queue: bool) -> GroupCoordinator:
+        return GroupCoordinator.from_process_group(
+            mesh,
+            local_rank=local_rank,
+            use_message_queue_broadcaster=with_queue,
+            group_name=kind,
+            use_kernels=self.use_kernels,
+            timeout=self.timeout,
+        )
+
     def destroy_model_parallel(self) -> None:
         """Destroy the model parallel groups, in the order in which they were made. Not collective."""
         groups, self.groups = self.groups, {}
-        for group in groups.values():
-            group.destroy()
+        self._destroy(groups.values())
 
     def destroy(self) -> None:
         """Destroy everything that was made here. Not collective; may be called twice."""
@@ -221,27 +247,43 @@ class ParallelState:
         inner, self.inner_dp_world = self.inner_dp_world, None
         world, self.world = self.world, None
         self.node_count = None
-        for group in (inner, world):
-            if group is not None:
-                group.destroy()
+        if world is not None:
+            watch_with(None)
+        self._destroy(group for group in (inner, world) if group is not None)
+
+    def _destroy(self, groups: Iterable[GroupCoordinator]) -> None:
+        """Destroy all of them, also when one raises. In a child after a fork they are its parent's."""
+        if os.getpid() != self._pid:
+            return
+        with contextlib.ExitStack() as stack:
+            for group in reversed(list(groups)):
+                stack.callback(group.destroy)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the groups belong to the process from which this one was forked."""
+        return os.getpid() != self._pid and self.world is not None
 
     @contextlib.contextmanager
     def patched_tp(self, tp_group: GroupCoordinator) -> Iterator[None]:
         """Use another TP group inside.
 
+        It stays its maker's to destroy.
+
         Raises:
-            UsageError: "Should not call when it's already patched"; when there is no TP group.
+            UsageError: "Should not call when it's already patched"; when there is no TP group, or `tp_group`
+                is none.
         """
-        if self._is_patched:
+        if self._patched_tp is not None:
             raise UsageError("Should not call when it's already patched")
-        before = self.group("tp")
-        self._is_patched = True
-        self.groups["tp"] = tp_group
+        if not isinstance(tp_group, GroupCoordinator):
+            raise UsageError(f"{tp_group!r} is no GroupCoordinator to use as tensor parallel group")
+        self.group("tp")
+        self._patched_tp = tp_group
         try:
             yield
         finally:
-            self.groups["tp"] = before
-            self._is_patched = False
+            self._patched_tp = None
 
     def _make(
         self,

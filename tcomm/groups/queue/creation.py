@@ -13,7 +13,7 @@ from tcomm.groups.arguments import check_rank
 from tcomm.groups.queue.handle import Handle
 from tcomm.groups.queue.message_queue import MessageQueue
 from tcomm.groups.stateless.group import StatelessProcessGroup
-from tcomm.groups.stateless.same_node import _gather, _place, in_the_same_node_as
+from tcomm.groups.stateless.same_node import gather_bytes, in_the_same_node_as, place_of
 from tcomm.objects.codec import decode, encode, register
 
 __all__ = ["queue_of_group", "queues_to_one_reader"]
@@ -37,7 +37,7 @@ def _seconds(timeout: float | None) -> float:
 
 def _exchange(pg: _Group, offer: _Offer, timeout: float) -> list[_Offer]:
     """Every rank's offer. Raises RendezvousError on every rank when one of them has a problem."""
-    offers = [cast("_Offer", decode(row)) for row in _gather(pg, encode(offer).join(), timeout)]
+    offers = [cast("_Offer", decode(row)) for row in gather_bytes(pg, encode(offer).join(), timeout)]
     problems = [f"rank {rank}: {offer.problem}" for rank, offer in enumerate(offers) if offer.problem]
     if problems:
         raise RendezvousError(f"no queue for the group ({'; '.join(problems)[:2000]})")
@@ -72,7 +72,7 @@ def queue_of_group(
     Raises:
         ConfigError, RendezvousError, PeerTimeoutError, PeerLostError: as there.
     """
-    rank, world_size = _place(pg)
+    rank, world_size = place_of(pg)
     check_rank("create_from_process_group", "writer_rank", writer_rank, world_size)
     seconds = _seconds(timeout)
     near = in_the_same_node_as(pg, writer_rank, timeout=seconds)
@@ -104,7 +104,7 @@ def queues_to_one_reader(
     Raises:
         ConfigError, RendezvousError, PeerTimeoutError, PeerLostError: as there.
     """
-    rank, world_size = _place(pg)
+    rank, world_size = place_of(pg)
     check_rank("create_from_process_group_single_reader", "reader_rank", reader_rank, world_size)
     seconds = _seconds(timeout)
     near = in_the_same_node_as(pg, reader_rank, timeout=seconds)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from tcomm.config import Config
 from tcomm.errors import CapabilityError, ConfigError, RendezvousError
 from tcomm.memory.liveness import Identity, my_identity
-from tcomm.memory.shm import _remove_orphans, _Segment, _why_unordered
+from tcomm.memory.shm import Segment, remove_orphans, why_unordered
 
 __all__ = ["LINE", "ReaderWord", "RingHandle", "ShmRingBuffer", "SlotWord", "State", "Word", "namespace_word"]
 
@@ -114,7 +114,7 @@ class ShmRingBuffer:
         stride = -(-max_chunk_bytes // _ALIGNMENT) * _ALIGNMENT
         begin = -(-8 * (self.slots_begin + LINE * max_chunks) // _PAGE) * _PAGE
         nbytes = begin + stride * max_chunks
-        if reason := _why_unordered():
+        if reason := why_unordered():
             raise CapabilityError(f"no queue in shared memory: {reason}")
         self._segment = self._create(nbytes) if name is None else _open(name, nbytes)
         self.fd = self._segment.fd
@@ -172,11 +172,11 @@ class ShmRingBuffer:
             raise ConfigError(f"slot {index} of {self.max_chunks} slots")
         return index
 
-    def _create(self, nbytes: int) -> _Segment:
+    def _create(self, nbytes: int) -> Segment:
         directory = Config.from_environment().shm_dir
-        _remove_orphans(directory)
+        remove_orphans(directory)
         try:
-            return _Segment.create(directory, nbytes)
+            return Segment.create(directory, nbytes)
         except OSError as error:
             available = "unknown"
             with contextlib.suppress(OSError):
@@ -217,11 +217,11 @@ def _check_sizes(n_reader: int, max_chunk_bytes: int, max_chunks: int) -> None:
         raise ConfigError(f"a ring of {max_chunks} x {max_chunk_bytes} bytes is larger than any memory")
 
 
-def _open(path: str, nbytes: int) -> _Segment:
+def _open(path: str, nbytes: int) -> Segment:
     """Open a file that this user made. Raises RendezvousError when there is none, or it is too small."""
     problem = ""
     try:
-        segment = _Segment(path, os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
+        segment = Segment(path, os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
     except OSError as error:
         problem = os.strerror(error.errno or errno.ENOENT)
     else:

@@ -16,9 +16,9 @@ from tcomm.errors import ConfigError
 from tcomm.groups.arguments import check_rank
 from tcomm.groups.stateless.group import StatelessProcessGroup
 from tcomm.groups.stateless.rows import gather_rows, has_cpu_backend
-from tcomm.memory.shm import _Offer, _Segment
+from tcomm.memory.shm import Offer, Segment
 
-__all__ = ["count_nodes", "in_the_same_node_as"]
+__all__ = ["count_nodes", "gather_bytes", "in_the_same_node_as", "place_of"]
 
 logger = logging.getLogger("tcomm")
 
@@ -50,7 +50,7 @@ def in_the_same_node_as(
     """
     if isinstance(pg, dist.ProcessGroup) and not has_cpu_backend(pg):
         raise ConfigError("in_the_same_node_as should be tested with a non-NCCL group.")
-    rank, world_size = _place(pg)
+    rank, world_size = place_of(pg)
     check_rank("in_the_same_node_as", "source_rank", source_rank, world_size)
     if world_size == 1:
         return [True]
@@ -58,9 +58,9 @@ def in_the_same_node_as(
     if rank == source_rank:
         segment, offer = _make(magic)
     try:
-        offered = _gather(pg, offer, timeout)[source_rank]
+        offered = gather_bytes(pg, offer, timeout)[source_rank]
         found = b"" if rank == source_rank else _look(offered[_MAGIC_BYTES:], offered[:_MAGIC_BYTES])
-        verdicts = _gather(pg, found, timeout)
+        verdicts = gather_bytes(pg, found, timeout)
     finally:
         if segment is not None:
             segment.unlink()
@@ -78,7 +78,7 @@ def count_nodes(pg: dist.ProcessGroup | StatelessProcessGroup, *, timeout: float
     Raises:
         ConfigError, PeerTimeoutError, PeerLostError: as `in_the_same_node_as` does.
     """
-    unassigned, nodes = set(range(_place(pg)[1])), 0
+    unassigned, nodes = set(range(place_of(pg)[1])), 0
     while unassigned:
         together = in_the_same_node_as(pg, min(unassigned), timeout=timeout)
         unassigned -= {rank for rank, here in enumerate(together) if here}
@@ -86,23 +86,36 @@ def count_nodes(pg: dist.ProcessGroup | StatelessProcessGroup, *, timeout: float
     return nodes
 
 
-def _place(pg: dist.ProcessGroup | StatelessProcessGroup) -> tuple[int, int]:
+def place_of(pg: dist.ProcessGroup | StatelessProcessGroup) -> tuple[int, int]:
+    """This rank in a group of either kind, and how many there are."""
     if isinstance(pg, StatelessProcessGroup):
         return pg.rank, pg.world_size
     return pg.rank(), pg.size()
 
 
-def _gather(pg: dist.ProcessGroup | StatelessProcessGroup, payload: bytes, timeout: float) -> list[bytes]:
+def gather_bytes(
+    pg: dist.ProcessGroup | StatelessProcessGroup, payload: bytes, timeout: float
+) -> list[bytes]:
+    """Every rank's payload, 4096 bytes at most, by group rank. **Collective.**
+
+    Args:
+        pg: as of `in_the_same_node_as`.
+        payload: this rank's.
+        timeout: seconds.
+
+    Raises:
+        PeerTimeoutError, PeerLostError: when a rank did not come.
+    """
     if isinstance(pg, StatelessProcessGroup):
         return [cast("bytes", row) for row in pg.all_gather_obj(payload, timeout=timeout)]
     return gather_rows(pg, payload, _ROW_BYTES, timeout)
 
 
-def _make(magic: bytes) -> tuple[_Segment | None, bytes]:
+def _make(magic: bytes) -> tuple[Segment | None, bytes]:
     """The file and what to tell the others of it; nothing where it cannot be made."""
     directory = Config.from_environment().shm_dir
     try:
-        segment = _Segment.create(directory, _SEGMENT_BYTES)
+        segment = Segment.create(directory, _SEGMENT_BYTES)
     except OSError as error:
         logger.warning(
             "this rank shares memory with nobody: no file of %d bytes in %s: %s",
@@ -116,7 +129,7 @@ def _make(magic: bytes) -> tuple[_Segment | None, bytes]:
 def _look(offer: bytes, magic: bytes) -> bytes:
     """Something where this process finds `magic` in the file that was offered; else nothing."""
     with contextlib.suppress(OSError, msgspec.MsgspecError):
-        segment = _Segment.open(msgspec.msgpack.decode(offer, type=_Offer))
+        segment = Segment.open(msgspec.msgpack.decode(offer, type=Offer))
         try:
             return b"same" if os.pread(segment.fd, _MAGIC_BYTES, 0) == magic else b""
         finally:

@@ -182,6 +182,30 @@ def test_other_operations_are_refused():
         functional.all_reduce(x, None)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # torch itself uses it for gradients of forward mode
+def test_gradients_of_forward_mode_are_refused():
+    group, x = Alone(), torch.ones(2)
+    for call in (torch.func.vmap(lambda y: functional.all_reduce(y, group)), functional.all_gather):
+        args = (x[None],) if call is not functional.all_gather else (x, group)
+        with pytest.raises(ConfigError, match="has no gradient of forward mode"):
+            torch.func.jvp(lambda y, call=call, args=args: call(y, *args[1:]), args[:1], args[:1])
+
+
+def test_arguments_are_checked_before_an_op_sees_them():
+    group, x = Alone(), torch.ones(2, 2)
+    for verb in functional.__all__:
+        for wrong in (None, [1], 3.0):
+            with pytest.raises(ConfigError, match=rf"tcomm.functional.{verb} takes a torch.Tensor, not"):
+                getattr(functional, verb)(wrong, group)
+    for verb in ("all_gather", "reduce_scatter"):
+        for wrong in (None, 1.5, "x", 9, True):
+            with pytest.raises(ConfigError, match=rf"dim={wrong!r} of tcomm.functional.{verb}"):
+                getattr(functional, verb)(x, group, wrong)
+    for wrong in (None, 1.5, "x", True):
+        with pytest.raises(ConfigError, match=rf"src={wrong!r} of tcomm.functional.broadcast"):
+            functional.broadcast(x, group, wrong)
+
+
 def test_a_group_of_one():
     x = torch.arange(4.0, dtype=torch.float64).requires_grad_()
     with tcomm.Communicator() as alone:

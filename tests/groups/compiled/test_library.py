@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.library import Library
 
-from tcomm.groups.compiled.library import LIBRARY, direct_register_custom_op
+from tcomm.groups.compiled.library import LIBRARY, check_before_autograd, direct_register_custom_op
 
 
 def _twice(x: torch.Tensor, times: int = 2) -> torch.Tensor:
@@ -54,3 +54,18 @@ def test_an_op_of_another_library_that_writes_to_its_argument():
 def test_type_hints_are_needed():
     with pytest.raises(ValueError, match="must have a type annotation"):
         direct_register_custom_op("test_no_hints", _no_hints)
+
+
+def test_a_check_comes_before_what_torch_func_does():
+    direct_register_custom_op("tests_checked", _twice, fake_impl=_twice_fake)
+    told = []
+
+    def check(*args):
+        told.append([arg if isinstance(arg, str) else arg.requires_grad for arg in args])
+
+    check_before_autograd("tests_checked", check)
+    op = torch.ops.tcomm.tests_checked
+    assert op(torch.ones(2), 3).tolist() == [3.0, 3.0]
+    torch.func.grad(lambda x: op(x=x, times=3).sum())(torch.ones(2))
+    assert ["tests_checked", False] in told
+    assert ["tests_checked", True] in told

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch._inductor.config
+from torch.autograd import forward_ad
 
 from tcomm.errors import ConfigError
 from tcomm.groups.compiled import ops
@@ -156,6 +157,7 @@ def test_fakes_have_the_shape_of_results():
         ops.all_gather_fake(x, 3, 2, "")
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # torch itself uses it for gradients of forward mode
 def test_what_refuses_gradients():
     needs = torch.ones(2, requires_grad=True)
     with pytest.raises(ConfigError, match="tcomm::anything would lose the gradient"):
@@ -163,3 +165,23 @@ def test_what_refuses_gradients():
     ops.refuse_gradient("anything", None, needs.detach())
     with torch.no_grad():
         ops.refuse_gradient("anything", needs)
+    with forward_ad.dual_level(), pytest.raises(ConfigError, match="would lose a gradient of forward mode"):
+        ops.refuse_gradient("anything", needs.detach())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # torch itself uses it for gradients of forward mode
+def test_torch_func_loses_no_gradient():
+    group, x = Alone(), torch.ones(4)
+    calls = [(OPS.all_reduce, ()), (OPS.all_gather, (0, 1)), (OPS.reduce_scatter, (0, 1))]
+    for op, args in calls:
+
+        def call(y, op=op, args=args):
+            return op(y, *args, group.unique_name)
+
+        assert call(x).tolist() == [1.0] * 4
+        with pytest.raises(ConfigError, match="would lose the gradient of its input"):
+            torch.func.grad(lambda y, call=call: call(y).sum())(x)
+        with pytest.raises(ConfigError, match="would lose a gradient of forward mode"):
+            torch.func.jvp(call, (x,), (x,))
+        with forward_ad.dual_level(), pytest.raises(ConfigError, match="of forward mode"):
+            call(forward_ad.make_dual(x, x))

@@ -1,6 +1,7 @@
 import torch
 
 from tcomm.groups.parallel import communication_op as ops
+from tcomm.groups.parallel import environment
 from tests.groups.parallel.engine import engine, numbers
 
 
@@ -32,20 +33,20 @@ def test_without_torch_distributed_a_dict_stays():
 def _compiled(member):
     """Whole graphs, of several shapes, after the groups were made again."""
     found = []
-    for _ in range(2):
-        torch.compiler.reset()
-        with engine(member, tp=2):
 
-            def block(x):
-                total = ops.tensor_model_parallel_all_reduce(x * 2) + 1
-                return ops.tensor_model_parallel_reduce_scatter(
-                    ops.tensor_model_parallel_all_gather(total), 0
-                )
+    def block(x):
+        whole = ops.tensor_model_parallel_all_gather(ops.tensor_model_parallel_all_reduce(x * 2) + 1)
+        return ops.tensor_model_parallel_reduce_scatter(whole, 0)
 
+    with engine(member, tp=2) as groups:
+        for _ in range(2):
+            torch.compiler.reset()
             compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
             for rows in (2, 4):
                 x = numbers(rows, 3, offset=member.rank)
                 found.append(torch.equal(compiled(x), block(x)))
+            environment.destroy_model_parallel()
+            groups.initialize_model_parallel(2)
     return found
 
 

@@ -429,6 +429,9 @@ def _agree(member):
         ((True, False), (True, True)),
     ]
     memory = [(-1, -1), (-1, 7), (9, 5)]
+    for wrong in (None, 1.5, True, -2, "x", 1 << 63):
+        with pytest.raises(ConfigError, match=f"kv_cache_memory={wrong!r} is no number of bytes"):
+            ParallelConfig.sync_kv_cache_memory_size(group, wrong)
     return {
         "unfinished": [ParallelConfig.has_unfinished_dp(group, flag[rank]) for flag in flags],
         "state": [ParallelConfig.sync_dp_state(group, work[rank], pause[rank]) for work, pause in states],
@@ -454,3 +457,19 @@ def _meet(member, config):
     for group in groups:
         stateless_destroy_torch_distributed_process_group(group)
     return seen
+
+
+def test_balancing_may_be_given_as_a_dict_or_none():
+    config = ParallelConfig(eplb_config={"window_size": 3}, eplb_step_interval=5)
+    assert config.eplb_config == EPLBConfig(window_size=3, step_interval=5)
+    assert ParallelConfig(eplb_config=None).eplb_config == EPLBConfig()
+    for wrong in (1.5, "x", {"windows": 3}):
+        with pytest.raises(ConfigError, match="eplb_config"):
+            ParallelConfig(eplb_config=wrong)
+
+
+def test_what_has_no_hash_is_told():
+    config = ParallelConfig()
+    config.enable_dbo = object()
+    with pytest.raises(ConfigError, match="has no hash"):
+        config.compute_hash()

@@ -3,6 +3,7 @@ import os
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,6 +61,40 @@ REFUSED = [
         )
         for wrong in (0, True)
     ],
+    *[
+        ({name: wrong}, f"{name}={wrong!r} is wrong; give True or False")
+        for name in (
+            "data_parallel_external_lb",
+            "data_parallel_hybrid_lb",
+            "enable_expert_parallel",
+            "enable_eplb",
+            "enable_elastic_ep",
+            "disable_custom_all_reduce",
+            "enable_dbo",
+            "ray_workers_use_nsight",
+            "enable_multimodal_encoder_data_parallel",
+        )
+        for wrong in (None, 1)
+    ],
+    *[
+        ({name: "x"}, f"{name}='x' is wrong; give True, False or None")
+        for name in ("is_moe_model", "disable_nccl_for_dp_synchronization")
+    ],
+    *[
+        ({name: None}, f"{name}=None is wrong; give the name of a class")
+        for name in ("worker_cls", "sd_worker_cls", "worker_extension_cls")
+    ],
+    *[
+        ({name: wrong}, f"{name}={wrong!r} is wrong; give the name or address of a host")
+        for name in ("data_parallel_master_ip", "master_addr")
+        for wrong in (None, "", -1)
+    ],
+    *[
+        ({name: "x"}, f"{name}='x' is wrong; give an integer")
+        for name in ("data_parallel_rank", "data_parallel_rank_local")
+    ],
+    ({"tensor_parallel_size": np.int64(2)}, f"tensor_parallel_size={np.int64(2)!r} {INTEGER} 1 or more"),
+    ({"ubatch_size": 10**30}, f"ubatch_size={10**30} {INTEGER} 0 or more"),
     ({"tensor_parallel_size": 2.0}, f"tensor_parallel_size=2.0 {INTEGER} 1 or more"),
     *[
         ({name: -1}, f"{name}=-1 {INTEGER} 0 or more")

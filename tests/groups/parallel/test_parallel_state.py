@@ -164,6 +164,12 @@ def test_groups_of_ones_own_and_the_switch_for_kernels(on_ranks):
         assert (total, calls) == (2.0, 1)
 
 
+@pytest.mark.parametrize("enable", ["no", None, 1])
+def test_the_switch_is_on_or_off(enable):
+    with pytest.raises(UsageError, match="give True or False"):
+        parallel_state.set_custom_all_reduce(enable)
+
+
 def test_capture_needs_groups():
     with pytest.raises(UsageError, match="tensor model parallel group is not initialized"):
         parallel_state.graph_capture(torch.device("cpu")).__enter__()

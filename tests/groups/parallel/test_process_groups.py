@@ -3,7 +3,13 @@ import torch
 import torch.distributed as dist
 
 from tcomm.errors import CapabilityError, UsageError
-from tcomm.groups.parallel.process_groups import ProcessGroups, device_of, find_my_ranks, new_process_group
+from tcomm.groups.parallel.process_groups import (
+    ProcessGroups,
+    device_of,
+    find_my_ranks,
+    new_process_group,
+    resolve_local_rank,
+)
 from tests.groups.parallel.engine import refusal
 
 
@@ -59,30 +65,12 @@ def test_groups_keep_the_order_of_their_row_and_can_be_made_again(on_ranks):
     assert on_ranks(3, _again) == [([[0, 2, 1]] * 2, "UsageError")] * 3
 
 
-def _in_different_order(member):
-    """One rank makes its groups in another order, and of other members: all are told, and can go on."""
-    member.process_group()
-    order = ["tp", "pp"] if member.rank else ["pp", "tp"]
-    told = refusal(ProcessGroups.create, [[0, 1]], "gloo", order[0], None)
-    others = refusal(ProcessGroups.create, [[0, 1]] if member.rank else [[0], [1]], "gloo", "tp", None)
-    made = ProcessGroups.create([[0, 1]], "gloo", "tp", 20.0)
-    dist.all_reduce(x := torch.ones(1), group=made.device_group)
-    made.destroy()
-    dist.destroy_process_group()
-    return told, others, x.item()
-
-
-def test_ranks_that_make_different_groups_are_told(on_ranks):
-    for (kind, text), others, total in on_ranks(2, _in_different_order):
-        assert kind == others[0] == "GroupMismatchError"
-        assert "rank 0: 'pp'" in text
-        assert "rank 1: 'tp'" in text
-        assert "rank 0: '[[0], [1]]'" in others[1]
-        assert total == 2.0
-
-
-def test_without_torch_distributed():
-    assert refusal(ProcessGroups.create, [[0]], "gloo", "tp", None)[0] == "UsageError"
+def test_the_local_rank_is_what_was_given_or_the_environments(monkeypatch):
+    monkeypatch.setattr(dist, "get_rank", lambda: 7)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert [resolve_local_rank(2), resolve_local_rank(-1)] == [2, 7]
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert resolve_local_rank(-1) == 3
 
 
 def test_a_torch_that_sorts_is_told(monkeypatch):

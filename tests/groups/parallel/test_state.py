@@ -1,3 +1,4 @@
+import os
 import threading
 
 import pytest
@@ -6,6 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from tcomm.errors import UsageError
+from tcomm.groups.parallel import environment, parallel_state
 from tcomm.groups.parallel.coordinator import GroupCoordinator
 from tcomm.groups.parallel.layouts import make_layout
 from tcomm.groups.parallel.parallel_config import ParallelConfig
@@ -135,6 +137,13 @@ def _patched(member):
         nested = refusal(state.patched_tp(draft).__enter__)
     with pytest.raises(ZeroDivisionError), state.patched_tp(draft):
         raise ZeroDivisionError
+    with state.patched_tp(draft):
+        state.destroy_model_parallel()
+        assert state.group("tp") is draft
+    assert not draft.destroyed, "it is its maker's"
+    assert state.groups == {}
+    state.init_model_parallel(make_layout(2, pp=2))
+    assert refusal(state.patched_tp(None).__enter__)[0] == "UsageError"
     size = state.group("tp").world_size
     draft.destroy()
     state.destroy()
@@ -151,10 +160,15 @@ def _mesh(member):
     member.process_group()
     state = ParallelState(timeout=20)
     wrong = refusal(state.adopt_mesh, init_device_mesh("cpu", (4,), mesh_dim_names=("rows",)))
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "tp"))
+    assert refusal(state.adopt_mesh, None)[0] == "UsageError"
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     state.adopt_mesh(mesh)
     again = refusal(state.adopt_mesh, mesh)
-    found = state.group("tp").ranks, state.group("pp").ranks, state.group("tp").mq_broadcaster is not None
+    found = state.group("tp").ranks, state.group("dp").ranks, state.group("tp").mq_broadcaster is not None
+    assert state.group("pp").ranks == state.group("dcp").ranks == [member.rank]
+    assert refusal(state.group, "ep")[0] == "UsageError"
+    with use(state):
+        parallel_state.ensure_model_parallel_initialized(2, 1)
     state.destroy()
     dist.all_reduce(x := torch.ones(1), group=mesh["tp"].get_group())
     dist.destroy_process_group()
@@ -167,6 +181,69 @@ def test_groups_of_a_mesh(on_ranks):
         assert "needs a name out of tp, dcp" in wrong[1]
         assert found == ([rank // 2 * 2, rank // 2 * 2 + 1], [rank % 2, rank % 2 + 2], True)
         assert total == 2.0
+
+
+def _torch_anew(member):
+    """Somebody takes torch.distributed down, and starts it again."""
+    member.process_group()
+    state = ParallelState(timeout=20)
+    state.init_world(0, "gloo")
+    state.init_model_parallel(make_layout(2, tp=2))
+    old = state.group("tp")
+    dist.destroy_process_group()
+    store = dist.PrefixStore("anew", member.store)
+    dist.init_process_group("gloo", store=store, rank=member.rank, world_size=2)
+    state.init_world(0, "gloo")
+    state.init_model_parallel(make_layout(2, tp=2))
+    total = state.group("tp").all_reduce(torch.ones(1)).item()
+    dist.destroy_process_group()
+    state.destroy()
+    return old.destroyed, total, state.groups
+
+
+def test_groups_of_a_world_that_is_gone_are_let_go(on_ranks):
+    assert on_ranks(2, _torch_anew) == [(True, 2.0, {})] * 2
+
+
+class _Stubborn:
+    destroyed = 0
+
+    def destroy(self):
+        _Stubborn.destroyed += 1
+        raise ValueError("not I")
+
+
+def test_all_groups_are_destroyed_even_if_one_refuses():
+    state = ParallelState()
+    state.groups = {"tp": _Stubborn(), "pp": _Stubborn()}
+    with pytest.raises(ValueError, match="not I"):
+        state.destroy_model_parallel()
+    assert _Stubborn.destroyed == 2
+    assert state.groups == {}
+
+
+def _forked(member):
+    """A child drops its parent's groups, which go on."""
+    member.process_group()
+    state = ParallelState(timeout=20)
+    state.init_world(0, "gloo")
+    state.init_model_parallel(make_layout(2, tp=2))
+    child = os.fork()
+    if not child:
+        foreign = state.is_foreign
+        with use(state):
+            environment.cleanup_dist_env_and_memory()
+        os._exit(0 if foreign and not state.groups and state.world is None else 1)
+    _, status = os.waitpid(child, 0)
+    total = state.group("tp").all_reduce(torch.ones(1)).item()
+    own = state.is_foreign
+    state.destroy()
+    dist.destroy_process_group()
+    return status, total, own
+
+
+def test_a_child_has_nothing_to_take_down(on_ranks):
+    assert on_ranks(2, _forked) == [(0, 2.0, False)] * 2
 
 
 def _replicas(member):

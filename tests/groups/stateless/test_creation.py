@@ -7,7 +7,7 @@ import torch.distributed as dist
 from tcomm.errors import ConfigError, RendezvousError
 from tcomm.groups.stateless import creation
 from tcomm.groups.stateless.addresses import bind_listen_socket
-from tcomm.groups.stateless.creation import open_group
+from tcomm.groups.stateless.creation import check_place, check_seconds, open_group
 from tcomm.memory.liveness import my_identity
 
 
@@ -68,7 +68,7 @@ def test_groups_at_one_address_share_its_store_and_no_keys():
         ({"rank": 2}, "rank 2 of 2 ranks"),
         ({"rank": -1}, "rank -1 of 2 ranks"),
         ({"port": 0}, "port 0 is a free port that the other ranks cannot know"),
-        ({"timeout": 0}, "a timeout of 0 s is not positive"),
+        ({"timeout": 0}, "timeout is 0, which is not a positive number of seconds"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, told):
@@ -118,3 +118,27 @@ def test_two_groups_of_one_name_that_one_process_opens_take_turns():
         open_group("127.0.0.1", port, 0, 2, "g", 0.1)
     thread.join()
     assert told[0].startswith("ranks [1] of 2 did not come to group 'g' at the store at 127.0.0.1:")
+
+
+def test_a_place_and_seconds_are_numbers():
+    check_place(0, 1)
+    for rank, size in ((True, 2), (0, True), ("0", 1), (None, 1), (1, 1), (-1, 2), (0, 2.0)):
+        with pytest.raises(ConfigError, match=f"rank {rank!r} of {size!r} ranks"):
+            check_place(rank, size)
+    assert check_seconds("timeout", 1.5) == 1.5
+    for wrong in (None, "x", True, 0, -1.0, float("nan")):
+        with pytest.raises(ConfigError, match=r"timeout is .* not a positive number of seconds"):
+            check_seconds("timeout", wrong)
+
+
+WRONG_ADDRESSES = [
+    *[(host, 0) for host in (None, 5, "")],
+    *[("127.0.0.1", port) for port in (None, "1", -1, 70000, True)],
+]
+
+
+@pytest.mark.parametrize(("host", "port"), WRONG_ADDRESSES)
+def test_a_group_of_one_has_an_address_too(host, port):
+    with pytest.raises(ConfigError, match=f"host {host!r}, port {port!r}; give an address"):
+        open_group(host, port, 0, 1, "g", 5.0)
+    assert open_group("127.0.0.1", 0, 0, 1, "g", 5.0).point is None

@@ -305,3 +305,28 @@ def test_an_address_that_a_stranger_has_is_an_oserror():
         port = stranger.getsockname()[1]
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
             StatelessProcessGroup.create("127.0.0.1", port, 0, 2, store_timeout=1)
+
+
+def test_what_no_group_can_be_or_do_is_refused():
+    for wrong in (True, "0", None, 1):
+        with pytest.raises(ConfigError, match=f"rank {wrong!r} of 1 ranks"):
+            StatelessProcessGroup(wrong, 1, dist.HashStore(), None)
+    for name in ("store_timeout", "data_expiration_seconds"):
+        with pytest.raises(ConfigError, match=f"{name} is 'x', which is not"):
+            StatelessProcessGroup(0, 1, dist.HashStore(), None, **{name: "x"})
+    for size in (1, 2):
+        group = StatelessProcessGroup(0, size, dist.HashStore(), None)
+        for wrong in ("x", 0, -1, True):
+            with pytest.raises(ConfigError, match=f"timeout of barrier is {wrong!r}, which is not"):
+                group.barrier(wrong)
+    alone = StatelessProcessGroup(0, 1, dist.HashStore(), None)
+    alone.barrier(None)
+    alone.close()
+    with pytest.raises(GroupClosedError):
+        alone.barrier()
+
+
+def test_none_is_the_timeout_of_the_store():
+    group = StatelessProcessGroup(0, 2, dist.HashStore(), None, store_timeout=0.05)
+    with pytest.raises(PeerTimeoutError, match=r"Barrier timed out after 0\.05 seconds"):
+        group.barrier(None)

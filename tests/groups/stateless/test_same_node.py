@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from tcomm.errors import ConfigError
 from tcomm.groups.stateless.group import StatelessProcessGroup
-from tcomm.groups.stateless.same_node import count_nodes, in_the_same_node_as
+from tcomm.groups.stateless.same_node import count_nodes, gather_bytes, in_the_same_node_as, place_of
 
 
 def _ask(member, kind, directories):
@@ -19,6 +19,8 @@ def _ask(member, kind, directories):
     nodes = count_nodes(group, timeout=20.0)
     with pytest.raises(ConfigError, match="source_rank=3"):
         in_the_same_node_as(group, 3)
+    assert place_of(group) == (member.rank, member.world_size)
+    assert gather_bytes(group, b"x" * member.rank, 20.0) == [b"", b"x", b"xx"]
     return answers, nodes
 
 
@@ -39,7 +41,7 @@ def _apart(member, tmp_path):
 
     if member.rank % 2:
         # Another node: the names of the others are not there.
-        same_node._Segment.open = staticmethod(lambda offer: (_ for _ in ()).throw(FileNotFoundError()))
+        same_node.Segment.open = staticmethod(lambda offer: (_ for _ in ()).throw(FileNotFoundError()))
         os.environ["TCOMM_SHM_DIR"] = "/nowhere"
     else:
         os.environ["TCOMM_SHM_DIR"] = tmp_path
