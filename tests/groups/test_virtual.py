@@ -268,7 +268,7 @@ def test_a_call_that_differs_between_ranks_is_a_mismatch():
 @pytest.mark.filterwarnings("ignore:.torch.jit")  # torch itself uses it for gradients of forward mode
 def test_transforms_and_gradients_of_forward_mode_are_refused():
     ranks, x = make("cpu", 2, "grid"), torch.ones(2, 4)
-    with pytest.raises(ConfigError, match="all_reduce cannot run inside of vmap of torch.func"):
+    with pytest.raises(ConfigError, match=r"all_reduce cannot run inside of vmap of torch\.func"):
         torch.func.vmap(ranks.all_reduce)(torch.ones(3, 2, 4))
     with forward_ad.dual_level():
         with pytest.raises(ConfigError, match="x requires a gradient, which would be lost"):
