@@ -112,7 +112,7 @@ class Collective(GroupHandle):
             elif out is None:
                 out = self._new(shape, x)
             elif (out is not x or not may_alias or x.is_inference()) and not (
-                _is_apart(x, out, shape, reach) and is_ordinary(out)
+                is_ordinary(out) and _is_apart(x, out, shape, reach)
             ):
                 check_out(verb, x, out, shape, may_alias)
             if is_plain(x) and (made or is_plain(out)):

@@ -9,7 +9,16 @@ import torch
 
 from tcomm.config import Config, resolve_timeout
 from tcomm.errors import ConfigError
-from tcomm.groups.arguments import UNSET, Timeout, Unset, check_prepared, dtype_name
+from tcomm.groups.arguments import (
+    UNSET,
+    Timeout,
+    Unset,
+    check_prepared,
+    dtype_name,
+    has_tangent,
+    is_ordinary,
+    refuse_tracers,
+)
 from tcomm.memory.layout import StagingLayout
 from tcomm.memory.virtual import Mode, VirtualArena
 from tcomm.parts import Parts, broadcast_parts, exchange_parts, gather_parts, scatter_parts
@@ -230,6 +239,8 @@ class VirtualRanks:
         """Make a call, by what an earlier one of its kind has bound."""
         if not isinstance(x, torch.Tensor):
             raise ConfigError(f"{verb} takes a torch.Tensor, not {type(x).__name__}")
+        if not is_ordinary(x):
+            refuse_tracers(verb)
         key = (verb, algorithm, op, root, x.dtype, x.shape, x.stride(), None if out is None else out.stride())
         plan = self._plans.get(key)
         run, shape = plan or self._plan(verb, x, algorithm, op, root)
@@ -259,7 +270,7 @@ class VirtualRanks:
             raise ConfigError(f"{name} is on {tensor.device}; these virtual ranks are on {self.device}")
         if tensor.is_conj() or tensor.is_neg():
             raise ConfigError(f"{name} is conjugated or negated lazily; call .resolve_conj().resolve_neg()")
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if (tensor.requires_grad and torch.is_grad_enabled()) or has_tangent(tensor):
             raise ConfigError(f"{name} requires a gradient, which would be lost; call .detach() first")
 
     def _check_dense(self, *tensors: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from tcomm import ConfigError, PeerTimeoutError, VirtualRanks
 from tcomm.errors import CapabilityError
@@ -262,3 +263,14 @@ def test_a_call_that_differs_between_ranks_is_a_mismatch():
     ranks.arena.pages[0, Word.EPOCH] += 1
     with pytest.raises(PeerTimeoutError):
         call(ranks, "all_reduce", "two_shot", x, timeout=0.3)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # torch itself uses it for gradients of forward mode
+def test_transforms_and_gradients_of_forward_mode_are_refused():
+    ranks, x = make("cpu", 2, "grid"), torch.ones(2, 4)
+    with pytest.raises(ConfigError, match=r"all_reduce cannot run inside of vmap of torch\.func"):
+        torch.func.vmap(ranks.all_reduce)(torch.ones(3, 2, 4))
+    with forward_ad.dual_level():
+        with pytest.raises(ConfigError, match="x requires a gradient, which would be lost"):
+            ranks.all_reduce(forward_ad.make_dual(x, x))
+        assert ranks.all_reduce(x).eq(2).all()
