@@ -15,7 +15,7 @@ from tcomm.objects.packing import Packer, encode_plain
 from tcomm.objects.registry import ErrorText, register
 from tcomm.objects.unpacking import Unpacker, decode_plain
 
-__all__ = ["MAX_DEPTH", "MAX_NBYTES", "Encoded", "ErrorText", "decode", "encode", "register"]
+__all__ = ["MAX_DEPTH", "MAX_NBYTES", "Encoded", "ErrorText", "decode", "encode", "encode_flat", "register"]
 
 MAX_NBYTES = 1 << 32
 """Bytes that a message may have unless the caller says otherwise."""
@@ -70,7 +70,7 @@ def encode(value: object, *, max_nbytes: int = MAX_NBYTES, max_depth: int = MAX_
         ConfigError: when something in `value` may not travel, with the path to it, or a cap is passed.
     """
     try:
-        body = _plain_body(value, max_depth)
+        body = encode_flat(value, max_depth)
         encoded = _encode_structure(value, max_depth) if body is None else Encoded([body], len(body))
     except RecursionError:
         raise ConfigError(f"the value is deeper than Python's stack allows; max_depth={max_depth}") from None
@@ -82,14 +82,19 @@ def encode(value: object, *, max_nbytes: int = MAX_NBYTES, max_depth: int = MAX_
     return encoded
 
 
-def _plain_body(value: object, max_depth: int) -> bytes | None:
-    """The message of what msgpack alone gives back; None where that is not so."""
-    if not is_plain(value, max_depth):
-        return None
+def encode_flat(value: object, max_depth: int = MAX_DEPTH) -> bytes | None:
+    """The message of what msgpack alone gives back, of any length; None where only `encode` can tell.
+
+    Args:
+        value: of any type.
+        max_depth: containers that may lie in one another.
+    """
     try:
-        return encode_plain(value)
-    except (OverflowError, UnicodeEncodeError):
-        return None
+        if type(value) in SCALARS or is_plain(value, max_depth):
+            return encode_plain(value)
+    except (OverflowError, UnicodeEncodeError, RecursionError):
+        pass
+    return None
 
 
 def _encode_structure(value: object, max_depth: int) -> Encoded:

@@ -17,7 +17,7 @@ import torch
 
 from tcomm.errors import ConfigError, DecodeError
 from tcomm.objects import registry
-from tcomm.objects.codec import MAX_DEPTH, MAX_NBYTES, ErrorText, decode, encode, register
+from tcomm.objects.codec import MAX_DEPTH, MAX_NBYTES, ErrorText, decode, encode, encode_flat, register
 from tests.objects import values
 from tests.objects.values import EXAMPLES, Colour, Point, Positive, same
 
@@ -102,6 +102,16 @@ def test_payloads_are_aligned_and_large_ones_are_not_copied():
     assert [x.ctypes.data % 64 for x in (out[0], out[1])] == [0, 0]
     assert out[2].data_ptr() % 64 == 0
     assert bytes(memory[begin:].data[: encoded.nbytes]) == encoded.join() == b"".join(encoded.parts)
+
+
+def test_a_flat_message_is_what_encode_makes_and_there_is_none_of_other_values():
+    for value in [1, "x", b"y" * 65536, {"a": [1, b"z"], None: 2.5}]:
+        assert encode_flat(value) == encode(value).join()
+    loop = []
+    loop.append(loop)
+    for value in [(), b"y" * 65537, 2**70, "\ud801", [np.ones(1)], print, loop]:
+        assert encode_flat(value) is None
+    assert (encode_flat([[]], 2), encode_flat([[]], 1)) == (b"\x91\x90", None)
 
 
 def test_write_into_needs_room():

@@ -32,6 +32,8 @@ def test_align_goes_up_to_the_next_64():
         [],
         {},
         [1, [2, {"a": b""}]],
+        [*range(100)],
+        [*range(100), b"", [{}]],
         {1: "x", None: [b"z" * INLINE_BYTES]},
     ],
 )
@@ -42,7 +44,8 @@ def test_what_msgpack_gives_back_is_plain(value):
 @pytest.mark.parametrize(
     "value",
     [
-        (), [()], {"a": (1,)}, {(1,): 2}, set(), bytearray(), object(), 1j, _Level.HIGH, [1, _Level.HIGH],
+        (), [()], [*range(100), ()], [*range(100), [[[]]]], {"a": (1,)}, {(1,): 2}, set(), bytearray(),
+        object(), 1j, _Level.HIGH, [1, _Level.HIGH],
         {_Level.HIGH: 1}, b"z" * (INLINE_BYTES + 1), [b"z" * (INLINE_BYTES + 1)],
     ],
 )  # fmt: skip

@@ -30,16 +30,20 @@ def cut(parts: Sequence[bytes | memoryview], nbytes: int) -> Iterator[list[memor
 
 
 class Assembler:
-    """A message of several chunks, as far as it has come."""
+    """A message of several chunks, as far as it has come.
+
+    Attributes:
+        is_open: whether something has come.
+    """
 
     def __init__(self) -> None:
         self._message = memoryview(b"")
         self._filled = 0
-        self._is_open = False
+        self.is_open = False
 
     def drop(self) -> None:
         """Forget what has come: its writer gave up, or it was damaged."""
-        self._message, self._filled, self._is_open = memoryview(b""), 0, False
+        self._message, self._filled, self.is_open = memoryview(b""), 0, False
 
     def add(self, total: int, offset: int, chunk: memoryview) -> memoryview | None:
         """Put a chunk in its place; the whole message when it was the last one.
@@ -52,7 +56,7 @@ class Assembler:
         """
         if offset == 0:
             self._begin(total, len(chunk))
-        elif not self._is_open:
+        elif not self.is_open:
             return None
         end = offset + len(chunk)
         if offset != self._filled or total != len(self._message) or not self._filled < end <= total:
@@ -78,4 +82,4 @@ class Assembler:
             self._message = np.empty(total, np.uint8).data
         except MemoryError:
             raise DecodeError(f"there is no memory for a message of {total} bytes") from None
-        self._is_open = True
+        self.is_open = True

@@ -16,7 +16,7 @@ from tcomm.errors import (
     PeerTimeoutError,
 )
 from tcomm.groups.queue.futex import sleep_while, wake_sleepers
-from tcomm.groups.queue.patience import LOOK_SECONDS, Patience, spin_until
+from tcomm.groups.queue.patience import LOOK_SECONDS, Patience, spin_until, spins_among
 from tcomm.groups.queue.ring import LINE, ReaderWord, ShmRingBuffer, SlotWord, State, Word, namespace_word
 from tcomm.memory.liveness import Identity, PeerProcess, hold_lock, my_identity
 
@@ -24,14 +24,10 @@ __all__ = ["RingReader", "RingWriter"]
 
 logger = logging.getLogger("tcomm")
 
-_SPINS_WITH_A_CORE_EACH, _SPINS_OTHERWISE = 500, 1
+_SPINS_BETWEEN_YIELDS = 250
 _HEAD, _READY, _CLOSED, _ASLEEP = int(Word.HEAD), int(Word.READY), int(Word.CLOSED), int(Word.ASLEEP)
 _LENGTH, _TOTAL, _OFFSET = int(SlotWord.LENGTH), int(SlotWord.TOTAL), int(SlotWord.OFFSET)
 _PROGRESS, _READER_ASLEEP = int(ReaderWord.PROGRESS_NS), int(ReaderWord.ASLEEP)
-
-
-def _spins(processes: int) -> int:
-    return _SPINS_WITH_A_CORE_EACH if processes <= len(os.sched_getaffinity(0)) else _SPINS_OTHERWISE
 
 
 def _watch(ring: ShmRingBuffer, words: tuple[int, int, int], has_lock: bool) -> PeerProcess | None:
@@ -65,12 +61,13 @@ class RingWriter:
         self._lines = [ring.reader_line(index) for index in range(ring.n_reader)]
         self._asleep = [line + _READER_ASLEEP for line in self._lines]
         self._head_address = ring.address(_HEAD)
+        self._places = ring.places
         self._fence = threading.Lock()
         self._living = list(range(ring.n_reader))
         self._watches: dict[int, PeerProcess | None] = {}
         self._drop_dead = drop_dead
         self._floor = 0
-        self._spins = _spins(ring.n_reader + 1)
+        self._spins = min(spins_among(ring.n_reader + 1), _SPINS_BETWEEN_YIELDS)
         self._looked = 0.0
 
     def has_room(self) -> bool:
@@ -88,6 +85,15 @@ class RingWriter:
             self._looked = now
             self.look()
         return self.head - self._floor < self._chunks or self.has_room()
+
+    def put(self, message: bytes) -> bool:
+        """Give out a message of one chunk; False: there is no room. Raises as `look`."""
+        if not self.has_room_now():
+            return False
+        nbytes = len(message)
+        self._places[self.head % self._chunks][0][:nbytes] = message
+        self.publish(nbytes, nbytes, 0)
+        return True
 
     def look(self) -> None:
         """Look after the readers; one that is gone is dropped where that was asked for.
@@ -175,15 +181,15 @@ class RingWriter:
 
     def publish(self, length: int, total: int, offset: int) -> None:
         """Give out what is in `slot()`: its words, then the head, then a call to whoever sleeps."""
-        words = self._words
-        line = self.ring.slots_begin + LINE * (self.head % self._chunks)
+        words, head, fence = self._words, self.head, self._fence
+        _, line, total_word, offset_word = self._places[head % self._chunks]
         words[line] = length
-        words[line + _TOTAL] = total
-        words[line + _OFFSET] = offset
-        self.head += 1
-        words[_HEAD] = self.head
-        with self._fence:
-            pass
+        words[total_word] = total
+        words[offset_word] = offset
+        self.head = words[_HEAD] = head + 1
+        # A full barrier, also where a signal came between these two the last time.
+        fence.acquire(False)
+        fence.release()
         for asleep in self._asleep:
             if words[asleep]:
                 wake_sleepers(self._head_address)
@@ -247,8 +253,11 @@ class RingReader:
         self._line = ring.reader_line(index)
         self._cursor_address = ring.address(self._line)
         self._cursor = 0
+        self._places = ring.places
         self._fence = threading.Lock()
-        self._spins = _spins(ring.n_reader + 1)
+        spins = spins_among(ring.n_reader + 1)
+        self._spins = range(min(spins, _SPINS_BETWEEN_YIELDS))
+        self._yields = range(spins // len(self._spins) - 1)
         self._closed = False
         if self._words[self._line + ReaderWord.STATE] != State.ABSENT:
             pid = self._words[self._line + ReaderWord.PID]
@@ -269,17 +278,38 @@ class RingReader:
         """Whether the next chunk has come."""
         return bool(self._words[_HEAD] != self._cursor)
 
+    def take(self) -> memoryview | None:
+        """The next message, in its slot, if it is one chunk and comes at once; else `look` knows."""
+        words, cursor = self._words, self._cursor
+        if words[_HEAD] == cursor and not self._spin():
+            return None
+        slot, line, total_word, offset_word = self._places[cursor % self._chunks]
+        length = words[line]
+        is_whole = length == words[total_word] and not words[offset_word]
+        if is_whole and 0 < length <= len(slot) and 0 < words[_HEAD] - cursor <= self._chunks:
+            return slot[:length]
+        return None
+
+    def _spin(self) -> bool:
+        """As `spin_until`, without a call for each look: here a microsecond counts."""
+        words, cursor, spins = self._words, self._cursor, self._spins
+        for _ in spins:
+            if words[_HEAD] != cursor:
+                return True
+        for _ in self._yields:
+            # Where the scheduler has put both sides on one core, the writer could not come otherwise.
+            os.sched_yield()
+            for _ in spins:
+                if words[_HEAD] != cursor:
+                    return True
+        return False
+
     def wait(self, patience: Patience) -> None:
         """Wait for the next chunk.
 
         Raises:
             PeerTimeoutError, PeerLostError, GroupClosedError, CommError: when none comes.
         """
-        words, cursor = self._words, self._cursor
-        # As `spin_until` does, without a call for each look: here a microsecond counts.
-        for _ in range(self._spins):
-            if words[_HEAD] != cursor:
-                return
         if not spin_until(self.has_chunk, 0):
             self._wait_for(_HEAD, self._cursor, patience, "wrote nothing")
 
@@ -349,12 +379,12 @@ class RingReader:
 
     def release(self) -> None:
         """Give the slot of the chunk back."""
-        words, line = self._words, self._line
-        self._cursor += 1
-        words[line] = self._cursor
+        words, line, fence = self._words, self._line, self._fence
+        self._cursor = words[line] = self._cursor + 1
         words[line + _PROGRESS] = time.monotonic_ns()
-        with self._fence:
-            pass
+        # A full barrier, as in `RingWriter.publish`.
+        fence.acquire(False)
+        fence.release()
         if words[_ASLEEP]:
             wake_sleepers(self._cursor_address)
 

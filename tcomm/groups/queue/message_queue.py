@@ -18,7 +18,7 @@ from tcomm.groups.queue.receiving import Receiver
 from tcomm.groups.queue.remote import REMOTE_CHUNK_BYTES, RemoteReader, RemoteReaders
 from tcomm.groups.queue.ring import ShmRingBuffer, Word
 from tcomm.groups.queue.sending import Sender
-from tcomm.objects.codec import decode, encode
+from tcomm.objects.codec import decode, encode, encode_flat
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -93,7 +93,7 @@ class MessageQueue:
             if n_reader > n_local_reader:
                 host = connect_ip or EngineConfig.from_environment().host_ip or "127.0.0.1"
                 remote = RemoteReaders(host, n_reader - n_local_reader, max_chunks, drop_dead_readers)
-                handle.remote_subscribe_addr, handle.remote_addr_ipv6 = _url(*remote.address)
+                handle.remote_subscribe_addr, handle.remote_addr_ipv6 = remote.url
             on_failure.pop_all()
         self._begin(handle, writer_rank, Sender(local, remote, chunk_bytes, _default_seconds()), None)
 
@@ -231,10 +231,14 @@ class MessageQueue:
             QueueFullError: when a reader lags; says who. The object is not sent, and the queue goes on.
             PeerLostError: when a reader is gone. GroupClosedError: when the queue is shut down.
         """
-        sender = self._sending("enqueue")
-        message = encode(obj)
+        sender = self._sender if self._process == _process else None
+        sender = sender or self._sending("enqueue")
+        flat = encode_flat(obj)
         try:
-            sender.send(message, timeout)
+            if flat is not None:
+                sender.send_flat(flat, timeout)
+            else:
+                sender.send(encode(obj), timeout)
         except CommError as error:
             self._sign(error, "enqueue")
             raise
@@ -258,7 +262,8 @@ class MessageQueue:
             DecodeError: when the message is none; the next call gets the next message.
             CommError: "cancelled". GroupClosedError: when the queue is shut down here.
         """
-        receiver = self._receiving("dequeue")
+        receiver = self._receiver if self._process == _process else None
+        receiver = receiver or self._receiving("dequeue")
         try:
             message, in_slot = receiver.next_message(timeout, cancel, indefinite)
             if not in_slot:
@@ -393,8 +398,3 @@ def _close_all(sides: list[_Side], process: int) -> None:
 
 def _default_seconds() -> float | None:
     return resolve_timeout(Config.from_environment().timeout)
-
-
-def _url(host: str, port: int) -> tuple[str, bool]:
-    is_ipv6 = ":" in host
-    return f"tcp://[{host}]:{port}" if is_ipv6 else f"tcp://{host}:{port}", is_ipv6

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from tcomm.config import resolve_timeout
 from tcomm.errors import CommError
 
-__all__ = ["LOOK_SECONDS", "Patience", "spin_until"]
+__all__ = ["LOOK_SECONDS", "Patience", "spin_until", "spins_among"]
 
 LOOK_SECONDS = 0.1
 """Between two looks at the dead, the deadline and signals."""
 _BUSY_SECONDS = 0.001
 _CANCEL_SECONDS = 0.02
 _YIELDS_BETWEEN_CLOCKS = 8
+_SPINS_WITH_A_CORE_EACH, _SPINS_OTHERWISE = 3000, 1
 
 
 class Patience:
@@ -57,6 +58,11 @@ class Patience:
         """Seconds to sleep before the next look; 0 or less when the deadline has passed."""
         longest = LOOK_SECONDS if self._cancel is None else _CANCEL_SECONDS
         return longest if self.deadline is None else min(longest, self.deadline - time.monotonic())
+
+
+def spins_among(processes: int) -> int:
+    """How often to look at a word before anything else, where so many processes wait for one another."""
+    return _SPINS_WITH_A_CORE_EACH if processes <= len(os.sched_getaffinity(0)) else _SPINS_OTHERWISE
 
 
 def spin_until(is_done: Callable[[], bool], spins: int) -> bool:

@@ -26,6 +26,7 @@ class Receiver:
 
     def __init__(self, source: RingReader | RemoteReader, seconds: float | None) -> None:
         self.source = source
+        self._ring = source if isinstance(source, RingReader) else None
         self._seconds = seconds
         self._assembler = Assembler()
 
@@ -40,6 +41,11 @@ class Receiver:
             PeerTimeoutError, PeerLostError, GroupClosedError, CommError: when none comes.
             DecodeError: when a chunk is not what follows; its slot is released.
         """
+        assembler = self._assembler
+        if self._ring is not None and not assembler.is_open:
+            whole = self._ring.take()
+            if whole is not None:
+                return whole, True
         source, patience = self.source, None
         while True:
             if not source.has_chunk():
@@ -48,14 +54,14 @@ class Receiver:
             try:
                 total, offset, chunk = source.look()
             except DecodeError:
-                self._assembler.drop()
+                assembler.drop()
                 source.release()
                 raise
             if not offset and total == len(chunk):
-                self._assembler.drop()
+                assembler.drop()
                 return chunk, True
             try:
-                message = self._assembler.add(total, offset, chunk)
+                message = assembler.add(total, offset, chunk)
             finally:
                 source.release()
             if message is not None:

@@ -68,6 +68,13 @@ class RemoteReaders:
         """Where it listens."""
         return self._listener.address
 
+    @property
+    def url(self) -> tuple[str, bool]:
+        """The same for a `Handle`: `tcp://host:port`, and whether the host is an IPv6 address in brackets."""
+        host, port = self.address
+        is_ipv6 = ":" in host
+        return f"tcp://[{host}]:{port}" if is_ipv6 else f"tcp://{host}:{port}", is_ipv6
+
     def wait_until_open(self, patience: Patience) -> None:
         """Wait until all readers are connected, then stop listening.
 

@@ -98,6 +98,7 @@ class ShmRingBuffer:
         is_creator: whether this made it.
         words: all before the slots, as 64-bit integers.
         slots: the slots, as unsigned bytes.
+        places: each slot, with the indices of its words for length, total and offset.
         fd: of the file, open until `close`; the creator holds its lock.
 
     Raises:
@@ -124,6 +125,10 @@ class ShmRingBuffer:
         self.words = view[:begin].cast("q")
         ends = [begin + stride * index for index in range(max_chunks)]
         self.slots = [view[end : end + max_chunk_bytes] for end in ends]
+        self.places = [
+            (slot, line + SlotWord.LENGTH, line + SlotWord.TOTAL, line + SlotWord.OFFSET)
+            for slot, line in zip(self.slots, range(self.slots_begin, len(self.words), LINE), strict=False)
+        ]
         if self.is_creator:
             self._describe()
         else:

@@ -41,6 +41,12 @@ class Sender:
         for side in self.sides:
             side.publish_ready()
 
+    def send_flat(self, message: bytes, timeout: float | str | None) -> None:
+        """As `send`, of a message in one piece; the way of most messages."""
+        local, nbytes = self._local, len(message)
+        if local is None or self._remote is not None or nbytes > self._chunk_bytes or not local.put(message):
+            self.send(Encoded([message], nbytes), timeout)
+
     def send(self, message: Encoded, timeout: float | str | None) -> None:
         """Give a message out.
 

@@ -264,6 +264,41 @@ def test_a_queue_is_refused_in_a_forked_child_and_unharmed_by_it():
         assert reader.dequeue(5) == "here"
 
 
+def test_a_short_message_takes_the_short_way_and_only_when_it_is_the_next(monkeypatch):
+    with pair(chunk_bytes=64, chunks=2) as (writer, reader):
+        ring_writer, ring_reader = writer._sender.sides[0], reader._receiver.source
+        with monkeypatch.context() as patched:
+            patched.setattr(writer._sender, "send", None)
+            patched.setattr(ring_reader, "look", None)
+            for value in [1, {"a": [b"x"]}, "text"]:
+                writer.enqueue(value)
+                assert reader.dequeue(5) == value
+        assert ring_reader.take() is None
+        assert (ring_writer.put(b"\x07"), ring_writer.put(b"\x08"), ring_writer.put(b"\x09")) == (
+            True,
+            True,
+            False,
+        )
+        assert bytes(ring_reader.take()) == b"\x07"
+        assert (reader.dequeue(5), reader.dequeue(5)) == (7, 8)
+        # The beginning of a message that its writer gave up, then another message.
+        ring_writer.publish(64, 100, 0)
+        with pytest.raises(PeerTimeoutError):
+            reader.dequeue(0.01)
+        writer.enqueue("other")
+        assert reader.dequeue(5) == "other"
+        assert not reader._receiver._assembler.is_open
+
+
+def test_the_fence_works_also_after_a_signal_between_its_halves():
+    with pair() as (writer, reader):
+        for side in (writer._sender.sides[0], reader._receiver.source):
+            side._fence.acquire()
+        writer.enqueue(1)
+        assert reader.dequeue(5) == 1
+        assert not writer._sender.sides[0]._fence.locked()
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.lists(st.integers(-(2**63), 2**63 - 1), min_size=3, max_size=3)
