@@ -294,8 +294,10 @@ def test_the_fence_works_also_after_a_signal_between_its_halves():
     with pair() as (writer, reader):
         for side in (writer._sender.sides[0], reader._receiver.source):
             side._fence.acquire()
+        began = time.monotonic()
         writer.enqueue(1)
         assert reader.dequeue(5) == 1
+        assert time.monotonic() - began < 1.0
         assert not writer._sender.sides[0]._fence.locked()
 
 
