@@ -74,7 +74,7 @@ def _listen(member, mark):
         for _ in range(count):
             reduce_ones(comm)
         deadline = _soon()
-        while listener.refused < count and time.monotonic() < deadline:
+        while (listener.refused < count or len(accepted) < 2) and time.monotonic() < deadline:
             time.sleep(0.01)
         comm.barrier()
         first, second = accepted
