@@ -81,17 +81,11 @@ class Slicing(NamedTuple):
 class Packed(NamedTuple):
     """A dict on its way."""
 
-    entries: list[tuple[Any, str, Any]]
-    """Of each key: itself, whether a `value`, a `tensor` or a `slice` of one, and the value or metadata."""
-    in_host_memory: list[torch.Tensor]
-    """Tensors that travel in the message, in the order of the dict."""
+    message: list[tuple[Any, str, Any]]
+    """Of each key: itself; whether a `value`, a `tensor` or a `slice` of one; and the value, the tensor, or
+    what is cut from it and its whole size; of what is on a device the metadata. This is encoded."""
     on_devices: list[torch.Tensor]
-    """Tensors that follow it, likewise; none is empty."""
-
-    @property
-    def message(self) -> tuple[Any, Any]:
-        """What is encoded."""
-        return self.entries, self.in_host_memory
+    """Tensors that follow the message, in the order of the dict; none is empty."""
 
 
 def check_dict(tensor_dict: Any) -> dict[Any, Any]:
@@ -111,17 +105,18 @@ def pack(tensor_dict: Any, slicing: Slicing) -> Packed:
     Raises:
         UsageError: as `check_dict` does.
     """
-    packed = Packed([], [], [])
+    packed = Packed([], [])
     for key, value in check_dict(tensor_dict).items():
         if not isinstance(value, torch.Tensor):
-            packed.entries.append((key, "value", value))
+            packed.message.append((key, "value", value))
             continue
-        x = slicing.cut(key, value)
-        metadata = TensorMetadata(value.device.type, value.dtype, value.size())
-        packed.entries.append((key, slicing.kind(key, value.numel()), metadata))
+        x, kind = slicing.cut(key, value), slicing.kind(key, value.numel())
         if x.is_cpu:
-            packed.in_host_memory.append(x)
-        elif x.numel():
+            # It says itself what it is; metadata would take a quarter as long again.
+            packed.message.append((key, kind, x if kind == "tensor" else (x, value.size())))
+            continue
+        packed.message.append((key, kind, TensorMetadata(value.device.type, value.dtype, value.size())))
+        if x.numel():
             packed.on_devices.append(x.contiguous())
     return packed
 
@@ -146,33 +141,37 @@ def unpack(
     result: dict[Any, Any] = {}
     finish: list[Callable[[], None]] = []
     try:
-        entries, in_host_memory = message
-        host = iter(in_host_memory)
-        for key, kind, value in entries:
+        for key, kind, value in message:
             if kind == "value":
                 result[key] = value
                 continue
-            slicing.refuse_another(key, kind, value.size.numel())
-            result[key] = _tensor(key, value, slicing, host, receive)
+            if isinstance(value, TensorMetadata):
+                size = value.size
+                slicing.refuse_another(key, kind, size.numel())
+                result[key] = _receive(key, value, slicing, receive)
+            else:
+                result[key], size = _in_host_memory(kind, value)
+                slicing.refuse_another(key, kind, size.numel())
             if kind == "slice":
-                finish.append(functools.partial(_gather, result, key, value.size, slicing))
+                finish.append(functools.partial(_gather, result, key, size, slicing))
     except UsageError:
         raise
-    except (TypeError, ValueError, AttributeError, StopIteration) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise DecodeError(f"what came is no dict with tensors: {error!r}") from error
     return result, finish
 
 
-def _tensor(
-    key: Any,
-    metadata: TensorMetadata,
-    slicing: Slicing,
-    host: Any,
-    receive: Callable[[torch.Tensor], None],
+def _in_host_memory(kind: str, value: Any) -> tuple[torch.Tensor, torch.Size]:
+    """What came of a tensor, and the size of it all."""
+    x, size = value if kind == "slice" else (value, value.size())
+    if not isinstance(x, torch.Tensor) or not isinstance(size, torch.Size):
+        raise TypeError(f"{type(x).__name__} of {size!r} is no tensor")
+    return x, size
+
+
+def _receive(
+    key: Any, metadata: TensorMetadata, slicing: Slicing, receive: Callable[[torch.Tensor], None]
 ) -> torch.Tensor:
-    if metadata.device == "cpu":
-        x: torch.Tensor = next(host)
-        return x
     size = slicing.sent_size(key, metadata.size)
     x = torch.empty(size, dtype=metadata.dtype, device=metadata.device)
     if x.numel():

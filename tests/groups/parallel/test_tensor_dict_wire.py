@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tcomm.errors import DecodeError, UsageError
-from tcomm.groups.parallel.tensor_dict_wire import Slicing, TensorMetadata, pack, unpack
+from tcomm.groups.parallel.tensor_dict_wire import Slicing, check_dict, pack, unpack
 from tcomm.objects.codec import decode, encode
 
 GROUP = types.SimpleNamespace(
@@ -15,8 +15,7 @@ GROUP = types.SimpleNamespace(
 def test_a_dict_is_one_message_with_what_is_in_host_memory():
     x = torch.arange(6).reshape(2, 3)
     packed = pack({"x": x, "n": 3}, Slicing())
-    assert packed.entries == [("x", "tensor", TensorMetadata("cpu", torch.int64, x.shape)), ("n", "value", 3)]
-    assert packed.in_host_memory[0] is x
+    assert packed.message == [("x", "tensor", x), ("n", "value", 3)]
     assert packed.on_devices == []
     received, finish = unpack(decode(encode(packed.message).join()), Slicing(), None)
     assert list(received) == ["x", "n"]
@@ -38,7 +37,8 @@ def test_what_is_on_a_device_follows_by_itself():
 def test_a_slice_travels_where_it_divides_or_is_asked_for(chosen, sent):
     slicing = Slicing(GROUP, chosen)
     packed = pack({"x": torch.arange(6)}, slicing)
-    assert list(packed.in_host_memory[0].shape) == sent
+    travels = packed.message[0][2]
+    assert list(travels.shape if sent == [6] else travels[0].shape) == sent
     assert list(slicing.sent_size("x", torch.Size([6]))) == sent
     received, finish = unpack(packed.message, slicing, None)
     for step in finish:
@@ -53,6 +53,7 @@ def test_slices_of_what_does_not_divide():
     assert Slicing().cut("x", x := torch.ones(3)) is x
     with pytest.raises(UsageError, match="'x', whose 3 elements"):
         pack({"x": torch.ones(3)}, Slicing(GROUP, {"x": True}))
+    assert check_dict(given := {}) is given
     with pytest.raises(UsageError, match="Expecting a dictionary"):
         pack([], Slicing())
 
@@ -70,8 +71,10 @@ def test_ends_that_slice_in_different_ways(sender, receiver):
     [
         1,
         (1, 2),
-        ([("x", "tensor", TensorMetadata("cpu", torch.int8, torch.Size([1])))], []),
-        ([("x", "tensor", 3)], []),
+        [("x", "tensor", 3)],
+        [("x", "slice", (torch.ones(1), 3))],
+        [("x", "tensor")],
+        [(["x"], "value", 3)],
     ],
 )
 def test_a_message_that_is_no_dict(message):
