@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tcomm.errors import UsageError
+from tcomm.errors import ConfigError, UsageError
 from tcomm.groups.device.experts import ExpertTraffic
 
 TRAFFIC = ExpertTraffic()
@@ -50,3 +50,10 @@ def test_combine():
     assert output.eq(1).all()
     with pytest.raises(UsageError, match=r"output \[2, 3, 4\] cannot take what is \[3, 4\]"):
         TRAFFIC.combine_into_output(HIDDEN, torch.zeros(2, 3, 4))
+
+
+def test_nothing_is_prepared_and_a_model_is_a_module():
+    assert TRAFFIC.prepare_communication_buffer_for_model(torch.nn.Linear(1, 1)) is None
+    for wrong in (None, torch.nn.Linear):
+        with pytest.raises(ConfigError, match=r"a model is a torch\.nn\.Module, not"):
+            TRAFFIC.prepare_communication_buffer_for_model(wrong)
