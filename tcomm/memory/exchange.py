@@ -6,7 +6,7 @@ import collections
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch.distributed as dist
 
@@ -14,6 +14,8 @@ from tcomm.errors import RendezvousError, TcommError
 
 __all__ = ["LocalExchange", "Store", "StoreExchange"]
 
+_HERE, _GAVE_UP = b"+", b"-"
+"""What a value begins with, and what it is once its rank no longer waits."""
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.02
 
 
@@ -97,54 +99,65 @@ class StoreExchange:
         self._round += 1
         keys = [self._key(round_, rank) for rank in range(self.world_size)]
         try:
-            self.store.set(keys[self.rank], payload)
-            self._wait(keys, time.monotonic() + timeout, timeout, check)
-            gathered = [bytes(self.store.get(key)) for key in keys]
+            self.store.set(keys[self.rank], _HERE + payload)
+            gathered = self._wait(keys, time.monotonic() + timeout, timeout, check)
             if round_ > 2:
                 self.store.delete_key(self._key(round_ - 2, self.rank))
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             raise RendezvousError(f"the store of group {self.prefix!r} failed: {error}") from error
         except BaseException:
-            self._withdraw(round_)
+            self._give_up(round_)
             raise
         return gathered
 
-    def _withdraw(self, round_: int) -> None:
-        """Undo a round that did not come together: who tries again meets nothing old."""
+    def _give_up(self, round_: int) -> None:
+        """Undo a round that did not come together: it may be tried again, and who tries meets nothing old."""
         self._round = round_
         with contextlib.suppress(RuntimeError):
-            self.store.delete_key(self._key(round_, self.rank))
+            self.store.set(self._key(round_, self.rank), _GAVE_UP)
 
     def _key(self, round_: int, rank: int) -> str:
         return f"{self.prefix}/{round_}/{rank}"
 
-    def _came_after_all(self, keys: list[str], check: Callable[[], None]) -> bool:
-        """Whether all came just before `check` raised; else raises what it does, if anything."""
+    def _gathered(self, keys: list[str]) -> list[bytes] | None:
+        """Every rank's payload; None while one has not come, or has given up."""
+        if not self.store.check(keys):
+            return None
+        values = [bytes(self.store.get(key)) for key in keys]
+        return None if _GAVE_UP in values else [value[1:] for value in values]
+
+    def _gathered_after_all(self, keys: list[str], check: Callable[[], None]) -> list[bytes] | None:
+        """What `_gathered` gives just after `check` raised, and None before; else raises what it does."""
         try:
             check()
         except TcommError:
             # A peer that came, and left as soon as all had come, is not missing.
-            if not self.store.check(keys):
+            gathered = self._gathered(keys)
+            if gathered is None:
                 raise
-            return True
-        return False
+            return gathered
+        return None
 
     def _wait(
         self, keys: list[str], deadline: float, timeout: float, check: Callable[[], None] | None
-    ) -> None:
+    ) -> list[bytes]:
         # Store.wait would do, but a TCPStore writes a warning to stderr each time that it runs out.
         pause = _SHORTEST_PAUSE
-        while not self.store.check(keys):
+        while (gathered := self._gathered(keys)) is None:
             if time.monotonic() >= deadline:
-                missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-                if not missing:
-                    return
-                raise RendezvousError(
-                    f"ranks {missing} of {self.world_size} did not come to {self.prefix!r} within "
-                    f"{timeout:g} s; check that they are running and call the same things in the same "
-                    "order, or give a longer timeout"
-                )
-            if check is not None and self._came_after_all(keys, check):
-                return
+                self._refuse_missing(keys, timeout)
+            if check is not None and (gathered := self._gathered_after_all(keys, check)) is not None:
+                break
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+        return gathered
+
+    def _refuse_missing(self, keys: list[str], timeout: float) -> NoReturn:
+        missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+        told = f"ranks {missing} of {self.world_size} did not come to {self.prefix!r} within {timeout:g} s"
+        if not missing:
+            told = f"all {self.world_size} ranks came to {self.prefix!r}, and some gave up before the last"
+        raise RendezvousError(
+            f"{told}; check that they are running and call the same things in the same order, or give a "
+            "longer timeout"
+        )

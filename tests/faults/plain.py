@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import signal
 import sys
 
 import torch
@@ -23,6 +24,8 @@ def store_of(port: int, key: str) -> dist.Store:
 
 
 def main(port: str, key: str, directory: str, how: str) -> None:
+    # A shell that starts the tests in its background has its children ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["TCOMM_SHM_DIR"] = directory
     torch.set_num_threads(1)
     comm = Communicator.from_store(store_of(int(port), key), RANK, WORLD_SIZE, name="test", timeout=20.0)

@@ -1,3 +1,4 @@
+import concurrent.futures
 import time
 
 import pytest
@@ -46,6 +47,18 @@ def test_a_timeout_names_the_missing_ranks():
         "ranks [1, 3] of 4 did not come to 'tcomm/tp/1' within 0.3 s; check that they are running and call "
         "the same things in the same order, or give a longer timeout"
     )
+
+
+def test_who_gave_up_came_and_does_not_count_when_the_last_comes():
+    store = dist.HashStore()
+    early, late = (StoreExchange(store, rank, 2, "g") for rank in range(2))
+    with pytest.raises(RendezvousError, match=r"ranks \[1\] of 2 did not come"):
+        early.all_gather(b"first", 0.1)
+    with pytest.raises(RendezvousError, match="all 2 ranks came to 'g', and some gave up before the last"):
+        late.all_gather(b"x", 0.1)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        again = pool.submit(early.all_gather, b"second", 10.0)
+        assert late.all_gather(b"x", 10.0) == again.result() == [b"second", b"x"]
 
 
 class _InterruptedError(Exception):
