@@ -47,7 +47,7 @@ def test_f31_stateless_groups_show_the_versions_that_differ(world):
         assert "the ranks of group 'g' have different settings\n  tcomm:\n    rank 0: '" in failure.text
         assert "    rank 1: '0.0.1'" in failure.text
         assert "  messages:\n    rank 0: '1'\n    rank 1: '99'" in failure.text
-        assert failure.seconds < 3.0
+        assert failure.seconds < 15.0, "long before the deadline"
 
 
 def _secrets(member):
