@@ -28,7 +28,7 @@ def test_f15_a_second_process_is_refused_once_the_group_is_complete(world):
     assert failure.kind == "DuplicateRankError"
     assert ", running) also claims rank 1 of group 'g' at the store at 127.0.0.1:" in failure.text
     assert "give each process its own rank" in failure.text
-    assert failure.seconds < 3.0
+    assert failure.seconds < 12.0
 
 
 def test_f15_a_second_rank_0_is_refused(world):
@@ -36,7 +36,7 @@ def test_f15_a_second_rank_0_is_refused(world):
     assert first == second == ([0, 1], [0, 1])
     assert failure.kind == "DuplicateRankError"
     assert "another process also claims rank 0 of group 'g' at 127.0.0.1:" in failure.text
-    assert failure.seconds < 3.0
+    assert failure.seconds < 12.0
 
 
 def _at_once(member):
