@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import socket
+import threading
 import time
 
 from torch._C._distributed_c10d import HashStore, Store
@@ -24,6 +25,8 @@ from tcomm.objects.secret import require_secret
 __all__ = ["OpenedGroup", "check_place", "check_seconds", "open_group"]
 
 _PROBE_SECONDS = 2.0
+
+_READING_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +93,12 @@ def open_group(
         point = join_at(host, port, _left(deadline))
     hall = point.sealed(secret, _left(deadline))
     settings = {"tcomm": installed_version(), "messages": str(VERSION)}
-    with _turn(point, name, rank, deadline):
-        meeting = meet(hall, name, rank, world_size, _left(deadline), settings)
+    try:
+        with _turn(point, name, rank, deadline):
+            meeting = meet(hall, name, rank, world_size, _left(deadline), settings)
+    except TcommError:
+        _keep_open(point)
+        raise
     prefix = f"tcomm/{name}/{meeting.generation}"
     return OpenedGroup(hall.below(prefix), prefix, meeting.identities, point)
 
@@ -159,6 +166,13 @@ def _serve(
             f"another process also claims rank 0 of group {name!r} at {address_text(host, port)}; give each "
             "process its own rank, or another group its own port"
         ) from error
+
+
+def _keep_open(point: MeetingPoint) -> None:
+    """Let the others read why the group failed, before the last hold on the store is gone."""
+    timer = threading.Timer(_READING_SECONDS, lambda _: None, (point,))
+    timer.daemon = True
+    timer.start()
 
 
 @contextlib.contextmanager

@@ -1,3 +1,4 @@
+import gc
 import threading
 import time
 
@@ -8,6 +9,7 @@ from tcomm.errors import ConfigError, RendezvousError
 from tcomm.groups.stateless import creation
 from tcomm.groups.stateless.addresses import bind_listen_socket
 from tcomm.groups.stateless.creation import check_place, check_seconds, open_group
+from tcomm.groups.stateless.stores import join_at
 from tcomm.memory.liveness import my_identity
 
 
@@ -142,3 +144,26 @@ def test_a_group_of_one_has_an_address_too(host, port):
     with pytest.raises(ConfigError, match=f"host {host!r}, port {port!r}; give an address"):
         open_group(host, port, 0, 1, "g", 5.0)
     assert open_group("127.0.0.1", 0, 0, 1, "g", 5.0).point is None
+
+
+def _fails_at_once(member):
+    """Rank 0 serves and fails; rank 1 comes a moment later."""
+    if member.rank == 0:
+        listening = bind_listen_socket("127.0.0.1")
+        member.store.set("port", str(listening.getsockname()[1]))
+        with pytest.raises(RendezvousError, match=r"ranks \[1\] of 2 did not come"):
+            open_group("127.0.0.1", 0, 0, 2, "g", 0.3, listening)
+        gc.collect()
+        member.store.set("failed", "")
+        member.meet("looked")
+        return None
+    while not member.store.check(["failed"]):
+        time.sleep(0.01)
+    store = join_at("127.0.0.1", int(member.store.get("port")), 1.5).sealed(None, 1.5)
+    found = store.check(["anything"])
+    member.meet("looked")
+    return found
+
+
+def test_who_serves_stays_a_moment_when_the_group_fails(on_ranks):
+    assert on_ranks(2, _fails_at_once)[1] is False
