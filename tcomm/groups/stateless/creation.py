@@ -25,7 +25,6 @@ from tcomm.objects.secret import require_secret
 __all__ = ["OpenedGroup", "check_place", "check_seconds", "open_group"]
 
 _PROBE_SECONDS = 2.0
-
 _READING_SECONDS = 2.0
 
 
