@@ -123,6 +123,12 @@ def test_a_store_that_is_silent_or_gone_is_told_as_rank_0():
     assert caught.value.peers == (0,)
 
 
+def test_a_call_may_take_as_long_as_is_allowed():
+    store = SealedStore(_Failing(lambda keys: not time.sleep(0.8)), thread=CallThread(), seconds=0.1)
+    store.allow(20.0)
+    assert store.check(["a"]) is True
+
+
 def test_a_child_of_a_fork_is_refused(monkeypatch):
     store = SealedStore(dist.HashStore())
     child = os.getpid() + 1
