@@ -12,8 +12,6 @@ import torch.distributed as dist
 from tcomm import reference
 from tests.test_reference import difference, every_ranks_input
 
-pytest.importorskip("tcomm.memory.cuda", reason="this version has no CUDA transport yet")
-
 pytestmark = [pytest.mark.timeout(180)]
 SIZES = (1, 1001, 100_000)
 

@@ -75,9 +75,9 @@ class ParallelState:
         Raises:
             UsageError: "... is not initialized".
         """
-        found = self.groups.get(kind)
         if kind == "tp" and self._patched_tp is not None:
             return self._patched_tp
+        found = self.groups.get(kind)
         if found is None:
             told = _NOT_INITIALIZED.format(what=KINDS[kind])
             raise UsageError(told + (_NO_EXPERTS if kind == "ep" else ""))
