@@ -6,6 +6,7 @@ their results. A failure shows the rank and its traceback; a rank that is silent
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -33,6 +34,7 @@ class Member:
     rank: int
     world_size: int
     store: dist.Store
+    meetings: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def communicator(self, name="test", timeout=20.0, **kwargs) -> tcomm.Communicator:
         """A communicator over the store, with nothing to fall back to."""
@@ -62,8 +64,9 @@ class Member:
         return arena
 
     def meet(self, name, timeout=20.0) -> None:
-        """Wait for all ranks, by the store alone."""
-        self.exchange(f"meet/{name}").all_gather(b"", timeout)
+        """Wait for all ranks, by the store alone; a name may be used again."""
+        self.meetings[name] += 1
+        self.exchange(f"meet/{name}/{self.meetings[name]}").all_gather(b"", timeout)
 
 
 @dataclasses.dataclass
