@@ -23,6 +23,8 @@ __all__ = [
     "INTERPRETED",
     "accumulate",
     "arrival_address",
+    "arrivals_of",
+    "await_block",
     "await_peers",
     "await_some",
     "axis_rank",
@@ -182,7 +184,17 @@ def await_peers(
     page, phase, word, budget,
     WORLD: tl.constexpr, LANES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
 ):  # fmt: skip
-    """Wait until this block of every rank has published `word`; 0 when so, else the kind of error.
+    """Wait until this block of every rank has published `word`; 0 when so, else the kind of error."""
+    block = tl.program_id(0)
+    return await_block(page, phase, block, word, budget, WORLD, LANES, ATOMIC_POLL)
+
+
+@triton.jit
+def await_block(
+    page, phase, block, word, budget,
+    WORLD: tl.constexpr, LANES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
+):  # fmt: skip
+    """Wait until `block` of every rank has published `word`; 0 when so, else the kind of error.
 
     Bounded: by `budget` (nanoseconds on CUDA, else polls) when compiled, by the host's clock when
     interpreted. Polls this rank's own memory. An error goes into the error record, and the abort word makes
@@ -190,14 +202,14 @@ def await_peers(
     """
     peers = tl.arange(0, LANES)
     mask = peers < WORLD
-    inbox = page + _arrivals(phase, word) + peers
+    inbox = page + arrivals_of(phase, block, word) + peers
     epoch = (word >> 32) & _EPOCH_MASK
     waiting = _count_absent(inbox, mask, epoch, ATOMIC_POLL)
     since = started(ATOMIC_POLL)
     polls = tl.full((), 0, tl.int64)
     given_up = tl.full((), 0, tl.int32)
     while (waiting > 0) & (given_up == 0):
-        given_up = pause(phase, tl.program_id(0), word, page, polls, since, budget, ATOMIC_POLL)
+        given_up = pause(phase, block, word, page, polls, since, budget, ATOMIC_POLL)
         polls += 1
         given_up = tl.where(is_aborted(page, word), 1, given_up)
         waiting = _count_absent(inbox, mask, epoch, ATOMIC_POLL)
@@ -242,10 +254,15 @@ def finish_call(page, word):
 
 
 @triton.jit
-def _arrivals(phase, word):
-    """Index of the first arrival word of this block for `phase` and the parity of the call."""
-    row = (phase * 2 + ((word >> 32) & 1)) * _MAX_BLOCKS + tl.program_id(0)
+def arrivals_of(phase, block, word):
+    """Index of the first arrival word of `block` for `phase` and the parity of the call."""
+    row = (phase * 2 + ((word >> 32) & 1)) * _MAX_BLOCKS + block
     return _ARRIVALS + row * _MAX_WORLD
+
+
+@triton.jit
+def _arrivals(phase, word):
+    return arrivals_of(phase, tl.program_id(0), word)
 
 
 @triton.jit

@@ -30,6 +30,7 @@ __all__ = [
     "grid_of",
     "is_dense",
     "launch",
+    "launch_part",
     "launches",
     "multicast_staging_of",
     "refuse_host_memory",
@@ -187,6 +188,40 @@ def launch(
         CollectiveMismatchError, PeerLostError, PeerTimeoutError: what it found while it waited.
         CapabilityError: when there is nothing to run it on.
     """
+    epoch = launch_part(kernel, num_blocks, arena, call, timeout, None, *args, **constants)
+    if epoch is not None:
+        arena.channel.after_kernel(epoch)
+
+
+def launch_part(
+    kernel: Any,
+    num_blocks: int,
+    arena: KernelArena,
+    call: CallDescription,
+    timeout: float | None,
+    epoch: int | None,
+    *args: Any,
+    **constants: Any,
+) -> int | None:
+    """Launch one of the kernels that make a call together; `arena.channel.after_kernel` follows the last.
+
+    Args:
+        kernel: as for `launch`.
+        num_blocks: as for `launch`; each part has its own number.
+        arena: as for `launch`.
+        call: the same for all parts.
+        timeout: as for `launch`.
+        epoch: None for the first part, which begins the call; what that returned for the others.
+        *args: as for `launch`.
+        **constants: as for `launch`.
+
+    Returns:
+        The epoch of the call; None where kernels are only compiled.
+
+    Raises:
+        PeerLostError, PeerTimeoutError: when the group was given up before.
+        CapabilityError: when there is nothing to run it on.
+    """
     staging = staging_of(arena)
     if arena.device.type == "cpu":
         refuse_host_memory()
@@ -196,9 +231,9 @@ def launch(
         # Before the call counts: what is refused here was not made.
         compile_and_load(kernel, arena, values, given)
     if compiles_only():
-        return
+        return None
     channel = arena.channel
-    epoch = channel.begin(call, timeout)
+    begun = channel.begin(call, timeout) if epoch is None else epoch
 
     def interpret(rank: int) -> None:
         launches[kernel.__name__] += 1
@@ -211,4 +246,4 @@ def launch(
     else:
         with interpreting(channel):
             interpret(arena.rank)
-    channel.after_kernel(epoch)
+    return begun

@@ -13,6 +13,7 @@ ALIGNMENT = 128
 """Bytes. Every region, slot and slice begins at a multiple of it: vector accesses and whole cache lines."""
 
 _MINIMUM_BYTES = 64 * 1024
+_MOST_LANE_BYTES = 1 << 20
 
 
 def _round_down(value: int, multiple: int) -> int:
@@ -43,8 +44,8 @@ class StagingLayout:
 
     @property
     def lane_slot_bytes(self) -> int:
-        """Of one source's lanes of one parity: a sixteenth of the buffer, shared by the sources."""
-        return _round_down(self.nbytes // 16 // self.world_size, ALIGNMENT)
+        """Of one source's lanes of one parity: a sixteenth of the buffer, shared by the sources, or 1 MiB."""
+        return _round_down(min(self.nbytes // 16 // self.world_size, _MOST_LANE_BYTES), ALIGNMENT)
 
     @property
     def lane_half_bytes(self) -> int:
@@ -75,6 +76,13 @@ class StagingLayout:
         """Staging bytes a rank so that a message of `nbytes` goes in one piece, except by lanes."""
         slots = (nbytes + ALIGNMENT) * world_size
         return _round_up(max(_MINIMUM_BYTES, 2 * slots * 8 // 7 + 16 * ALIGNMENT * world_size), 4096)
+
+    @staticmethod
+    def for_half(nbytes: int, world_size: int) -> int:
+        """Staging bytes a rank so that a half has `nbytes`."""
+        halves = 2 * _round_up(nbytes, ALIGNMENT) + 2 * ALIGNMENT
+        lanes = min(halves // 7 + 1, 2 * world_size * _MOST_LANE_BYTES)
+        return _round_up(max(_MINIMUM_BYTES, halves + lanes), 4096)
 
 
 def _round_up(value: int, multiple: int) -> int:
