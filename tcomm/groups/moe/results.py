@@ -36,7 +36,7 @@ class Results:
         if len(self._alive) >= MOST_RESULTS:
             told = " and ".join(f"#{number}" for number, _ in self._alive)
             raise UsageError(
-                f"{self._what}: results {told} are alive and there is memory for {MOST_RESULTS}; combine one, "
+                f"{self._what}: results {told} are alive, memory is for {MOST_RESULTS}; combine one, "
                 "or drop its handle, before the next dispatch"
             )
 
