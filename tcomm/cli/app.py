@@ -19,11 +19,13 @@ from tcomm.cli.cases import VERBS
 from tcomm.cli.demo import run_demo
 from tcomm.cli.explain import EXPLAIN_HEADER, Question, answers, explain_columns, title_of
 from tcomm.cli.inspection import inspect_process
+from tcomm.cli.moe_bench import MOE_HEADER, MoeRequest, moe_columns, run_moe_bench
 from tcomm.cli.object_bench import OBJECT_HEADER, ObjectRequest, object_columns, run_object_bench
 from tcomm.cli.overhead_bench import OVERHEAD_HEADER, measure_overhead, overhead_columns, overhead_rows
 from tcomm.cli.workers import why_no_mpi
 from tcomm.config import Config
 from tcomm.errors import ConfigError, TcommError
+from tcomm.groups.moe.layers import BACKENDS
 from tcomm.presets import PRESETS
 from tcomm.tuning.decision import encode_decisions
 from tcomm.tuning.measure import Schedule
@@ -53,7 +55,8 @@ def _table(title: str, header: tuple[str, ...], rows: list[list[str]]) -> None:
 @app.command()
 def bench(
     op: Annotated[
-        str, typer.Argument(help=f"collective: {', '.join(VERBS)}; or object_broadcast, or call_overhead")
+        str,
+        typer.Argument(help=f"collective: {', '.join(VERBS)}; or object_broadcast, call_overhead or moe"),
     ],
     ranks: Annotated[int, typer.Option(help="processes on this machine")] = 2,
     sizes: Annotated[
@@ -63,10 +66,15 @@ def bench(
     against: Annotated[
         str, typer.Option(help="baselines in the same run: gloo, mpi or both; of object_broadcast gloo, zmq")
     ] = "gloo",
-    dtype: Annotated[str, typer.Option(help="element type")] = "float32",
+    dtype: Annotated[str, typer.Option(help="element type; empty: float32, of moe bfloat16")] = "",
     redop: Annotated[str, typer.Option(help="reduce operation")] = "sum",
     algorithm: Annotated[str, typer.Option(help="engine, algorithm or both; empty: the table's")] = "",
     out: Annotated[str, typer.Option(help="reused, allocated or both")] = "both",
+    tokens: Annotated[str, typer.Option(help="of moe: tokens of a rank")] = "128,4096",
+    hidden: Annotated[int, typer.Option(help="of moe: elements of a token")] = 7168,
+    topk: Annotated[int, typer.Option(help="of moe: experts of a token")] = 8,
+    experts: Annotated[int, typer.Option(help="of moe: experts of all ranks")] = 256,
+    backends: Annotated[str, typer.Option(help="of moe: which; empty: all")] = "",
     blocks: Annotated[int, typer.Option(min=1, help="blocks of each candidate")] = 8,
     calls: Annotated[int, typer.Option(min=1, help="timed calls of a block")] = 30,
     pin: Annotated[bool, typer.Option(help="give each rank one core")] = False,
@@ -76,6 +84,8 @@ def bench(
     """Measure a collective against torch.distributed's and MPI's, in alternating blocks of checked calls.
 
     `call_overhead`: what the group layer adds to a call of the communicator, whose transport does nothing.
+    `moe`: tokens to their experts and back, by every backend, against gloo with a row for each (token,
+    expert), and with one for each (token, rank).
     """
     if json_file is not None and not json_file.parent.is_dir():
         raise ConfigError(f"--json {json_file}: {json_file.parent} is no folder")
@@ -84,14 +94,25 @@ def bench(
         return
     if op == "object_broadcast":
         objects = ObjectRequest(
-            _numbers(readers), parse_sizes(sizes), tuple(against.split(",")), Schedule(blocks, calls), pin
-        )
+            _numbers("--readers", readers), parse_sizes(sizes), tuple(against.split(",")),
+            Schedule(blocks, calls), pin,
+        )  # fmt: skip
         _bench_objects(objects, timeout, json_file)
+        return
+    if op == "moe":
+        _bench_moe(
+            MoeRequest(
+                ranks, _numbers("--tokens", tokens), hidden, topk, experts,
+                dtype or "bfloat16", tuple(filter(None, backends.split(","))) or tuple(BACKENDS),
+                Schedule(blocks, calls), pin,
+            ),
+            against, timeout, json_file,
+        )  # fmt: skip
         return
     if out not in {"reused", "allocated", "both"}:
         raise ConfigError(f"--out {out!r} is none of reused, allocated, both")
     request = BenchRequest(
-        op, ranks, parse_sizes(sizes), dtype, reduce_op_name(redop), algorithm,
+        op, ranks, parse_sizes(sizes), dtype or "float32", reduce_op_name(redop), algorithm,
         ("reused", "allocated") if out == "both" else (out,), Schedule(blocks, calls), pin,
         _baselines(against),
     )  # fmt: skip
@@ -110,11 +131,23 @@ def _bench_call_overhead(schedule: Schedule, json_file: pathlib.Path | None) -> 
     _table(f"a call in one process, torch {torch.__version__}", OVERHEAD_HEADER, overhead_columns(found))
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _bench_moe(request: MoeRequest, against: str, timeout: float, json_file: pathlib.Path | None) -> None:
+    if against != "gloo":
+        raise ConfigError(f"--against {against!r}: moe is measured against gloo")
+    rows = run_moe_bench(request, timeout)
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+    told = f"{request.ranks} ranks, hidden {request.hidden}, top {request.top_k} of {request.num_experts}"
+    _table(f"moe, {told}, {rows[0]['affinity']}, torch {torch.__version__}", MOE_HEADER, moe_columns(rows))
+    if not all(row["checked"] for row in rows):
+        raise TcommError("some results were wrong")
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"--readers {text!r} is not numbers with commas between") from None
+        raise ConfigError(f"{option} {text!r} is not numbers with commas between") from None
 
 
 def _bench_objects(request: ObjectRequest, timeout: float, json_file: pathlib.Path | None) -> None:
