@@ -14,7 +14,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from tcomm.errors import ConfigError
-from tcomm.groups.moe.high_throughput import Handle, HighThroughput
+from tcomm.groups.moe.high_throughput import HighThroughput
+from tcomm.groups.moe.routing import Routing
 
 __all__ = ["combine_tokens", "dispatch_tokens"]
 
@@ -25,7 +26,7 @@ def dispatch_tokens(
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
     num_experts: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Handle]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Routing]:
     """Send tokens to the ranks of their experts. **Collective**, and so is its backward.
 
     Args:
@@ -42,11 +43,13 @@ def dispatch_tokens(
     Raises:
         ConfigError, CommError: as `HighThroughput.dispatch` does.
     """
-    came, weights, idx, handle = _Dispatch.apply(exchange, x, topk_weights, topk_idx, num_experts)
+    came, weights, idx, handle = _Dispatch.apply(  # type: ignore[no-untyped-call]
+        exchange, x, topk_weights, topk_idx, num_experts
+    )
     return came, idx, weights, handle
 
 
-def combine_tokens(exchange: HighThroughput, y: torch.Tensor, handle: Handle) -> torch.Tensor:
+def combine_tokens(exchange: HighThroughput, y: torch.Tensor, handle: Routing) -> torch.Tensor:
     """Sum up on each token's rank what the others made of it. **Collective**, and so is its backward.
 
     Args:
@@ -60,7 +63,7 @@ def combine_tokens(exchange: HighThroughput, y: torch.Tensor, handle: Handle) ->
     Raises:
         ConfigError, CommError: as `HighThroughput.combine` does.
     """
-    result: torch.Tensor = _Combine.apply(exchange, y, handle)
+    result: torch.Tensor = _Combine.apply(exchange, y, handle)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -73,13 +76,13 @@ class _Dispatch(torch.autograd.Function):
         topk_weights: torch.Tensor,
         topk_idx: torch.Tensor,
         num_experts: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Handle]:
+    ) -> tuple[object, ...]:
         if x.dtype.itemsize < 2:
             raise ConfigError(f"gradients of {x.dtype} are not summed; dispatch x as it was before")
         came = exchange.dispatch(x, topk_idx, topk_weights, num_experts)
         ctx.exchange, ctx.handle = exchange, came.handle
-        ctx.mark_non_differentiable(came.recv_topk_idx)
-        return came.recv_x, came.recv_topk_weights, came.recv_topk_idx, came.handle
+        ctx.mark_non_differentiable(came.topk_idx)
+        return came.x, came.topk_weights, came.topk_idx, came.handle
 
     @staticmethod
     @once_differentiable
@@ -90,7 +93,7 @@ class _Dispatch(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, exchange: HighThroughput, y: torch.Tensor, handle: Handle) -> torch.Tensor:
+    def forward(ctx: Any, exchange: HighThroughput, y: torch.Tensor, handle: Routing) -> torch.Tensor:
         ctx.exchange, ctx.handle = exchange, handle
         return exchange.combine(y, handle)[0]
 
@@ -98,4 +101,4 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         came = ctx.exchange.dispatch(grad.contiguous(), None, None, 0, handle=ctx.handle)
-        return None, came.recv_x, None
+        return None, came.x, None

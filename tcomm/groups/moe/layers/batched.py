@@ -28,7 +28,7 @@ class LowLatencyLayer:
         members = from_process_group(group, "moe low latency")
         self._exchange = LowLatency(
             members, shape.max_num_tokens, shape.hidden, shape.num_experts, max_topk=shape.top_k,
-            timeout=timeout,
+            dtype=shape.dtype, timeout=timeout,
         )  # fmt: skip
 
     def forward(

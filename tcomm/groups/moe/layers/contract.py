@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -49,7 +50,7 @@ class MoeShape:
         """Tokens as they travel: x, or its fp8 elements and their scales."""
         return quantise(x) if self.use_fp8 else (x,)
 
-    def unpack(self, packed: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def unpack(self, packed: Sequence[torch.Tensor]) -> torch.Tensor:
         """What `pack` was given, in `dtype`."""
         return dequantise(*packed).to(self.dtype) if self.use_fp8 else packed[0]
 

@@ -44,8 +44,12 @@ class HighThroughputLayer:
         if not self._shape.use_fp8:
             rows, idx, weights, handle = dispatch_tokens(exchange, x, topk_idx, topk_weights, num_experts)
             return combine_tokens(exchange, experts.flat(rows, idx, weights), handle)
-        came = exchange.dispatch(self._shape.pack(x), topk_idx, topk_weights, num_experts)
-        y = experts.flat(self._shape.unpack(came.recv_x), came.recv_topk_idx, came.recv_topk_weights)
+        packed, scales = self._shape.pack(x)
+        came = exchange.dispatch((packed, scales), topk_idx, topk_weights, num_experts)
+        assert came.topk_idx is not None
+        assert came.topk_weights is not None
+        assert came.handle is not None
+        y = experts.flat(self._shape.unpack(tuple(came.x)), came.topk_idx, came.topk_weights)
         return exchange.combine(y, came.handle)[0]
 
     @property
