@@ -37,32 +37,42 @@ class Coordinator(Protocol):
         """Rank `src`'s tensor, in place. **Collective.**"""
 
 
-_found_by: list[Callable[[str], Coordinator | None]] = []
-_being_made: contextvars.ContextVar[Mapping[str, Coordinator] | None] = contextvars.ContextVar(
-    "tcomm_groups_being_made", default=None
-)
+_Find = Callable[[str], Coordinator | None]
+_found_by: list[_Find] = []
+_inside: contextvars.ContextVar[_Find | None] = contextvars.ContextVar("tcomm_groups_around", default=None)
 
 
-def look_up_with(find: Callable[[str], Coordinator | None]) -> None:
+def look_up_with(find: _Find) -> None:
     """Have `find` tell which group of a kind is current: called once, where groups are made."""
     _found_by[:] = [find]
 
 
 @contextlib.contextmanager
-def among(made: Mapping[str, Coordinator]) -> Iterator[None]:
-    """Let these be the current groups inside: those made so far, before any is published."""
-    token = _being_made.set(made)
+def among(groups: Mapping[str, Coordinator], *, alone: bool = False) -> Iterator[None]:
+    """Let these be the current groups inside.
+
+    Args:
+        groups: by kind; looked into again at every call.
+        alone: there are no others, such as those of a state before this one.
+    """
+
+    def find(kind: str) -> Coordinator | None:
+        return groups.get(kind) or (None if alone else outer(kind))
+
+    outer = _inside.get() or _find_published
+    token = _inside.set(find)
     try:
         yield
     finally:
-        _being_made.reset(token)
+        _inside.reset(token)
 
 
 def find_coordinator(kind: str) -> Coordinator | None:
     """The current group of a kind, `dp`, `tp`, `pcp` or `ep`; None where there is none."""
-    made = _being_made.get()
-    if made is not None:
-        return made.get(kind)
+    return (_inside.get() or _find_published)(kind)
+
+
+def _find_published(kind: str) -> Coordinator | None:
     return _found_by[0](kind) if _found_by else None
 
 
