@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -21,12 +21,12 @@ class Coordinator(Protocol):
     world_size: int
 
     def all_gatherv(
-        self, input_: torch.Tensor | Sequence[torch.Tensor], dim: int = 0, sizes: Sequence[int] | None = None
+        self, input_: torch.Tensor | list[torch.Tensor], dim: int = 0, sizes: list[int] | None = None
     ) -> Any:
         """All ranks' rows. **Collective.**"""
 
     def reduce_scatterv(
-        self, input_: torch.Tensor, dim: int = -1, sizes: Sequence[int] | None = None
+        self, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None
     ) -> torch.Tensor:
         """This rank's rows of the sum. **Collective.**"""
 
