@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -14,10 +14,9 @@ from tcomm.groups.arguments import UNSET, Timeout, Unset
 from tcomm.groups.moe.buffer_config import check_nbytes
 from tcomm.groups.moe.high_throughput import HighThroughput
 from tcomm.groups.moe.low_latency import LowLatency, size_hint
-from tcomm.groups.setup import Membership, from_process_group, from_store
+from tcomm.groups.moe.members import members_of
 from tcomm.groups.stateless.group import StatelessProcessGroup
 from tcomm.groups.stateless.same_node import place_of
-from tcomm.memory.exchange import Store
 
 __all__ = ["BufferMemory"]
 
@@ -102,7 +101,7 @@ class BufferMemory:
         if found is None:
             if not self.num_nvl_bytes:
                 raise UsageError("a Buffer with num_nvl_bytes=0 has no memory for dispatch and combine")
-            members = self._members("moe/high_throughput")
+            members = members_of(self.group, "moe/high_throughput")
             found = self._engines[None] = HighThroughput(
                 members, self.num_nvl_bytes, timeout=self._timeout, device=device, engine=self._engine
             )
@@ -125,7 +124,7 @@ class BufferMemory:
         found = None if self._is_destroyed else self._engines.get(key)
         if found is None:
             self.check_low_latency(*key)
-            members = self._members("moe/low_latency")
+            members = members_of(self.group, "moe/low_latency")
             found = self._engines[key] = LowLatency(
                 members, *key, timeout=self._timeout, device=device, engine=self._engine
             )
@@ -153,11 +152,6 @@ class BufferMemory:
                 f"{max_tokens} tokens of {hidden} channels for {num_experts} experts; see "
                 "get_low_latency_rdma_size_hint()"
             )
-
-    def _members(self, name: str) -> Membership:
-        if isinstance(self.group, StatelessProcessGroup):
-            return from_store(cast("Store", self.group.store), self.rank, self.group_size, name)
-        return from_process_group(self.group, name)
 
     def _refuse_destroyed(self) -> None:
         if self._is_destroyed:
