@@ -6,6 +6,7 @@
     |-- ConfigError (ValueError)            an argument, a variable or a table is wrong: the caller's to mend
     |   `-- UsageError (AssertionError)     a function of the group layer was called out of place or wrongly
     |-- CapabilityError                     this machine, build or dtype cannot do what was asked
+    |   `-- NotOfferedError (NotImplementedError)  an object of this kind does not offer the method
     |-- RendezvousError                     the ranks did not find one another
     |   |-- GroupMismatchError              they did, and disagree about the group
     |   `-- DuplicateRankError              two processes claim one rank
@@ -33,6 +34,7 @@ __all__ = [
     "DuplicateRankError",
     "GroupClosedError",
     "GroupMismatchError",
+    "NotOfferedError",
     "PeerLostError",
     "PeerTimeoutError",
     "QueueFullError",
@@ -59,6 +61,10 @@ class UsageError(ConfigError, AssertionError):
 
 class CapabilityError(TcommError):
     """This machine, build, transport or dtype cannot do what was asked for by name."""
+
+
+class NotOfferedError(CapabilityError, NotImplementedError):
+    """An object of this kind does not offer the method; another kind does. Nothing was sent."""
 
 
 class RendezvousError(TcommError):

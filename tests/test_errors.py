@@ -10,6 +10,7 @@ TREE = {
     "ConfigError": (errors.TcommError, ValueError),
     "UsageError": (errors.ConfigError, AssertionError),
     "CapabilityError": (errors.TcommError,),
+    "NotOfferedError": (errors.CapabilityError, NotImplementedError),
     "RendezvousError": (errors.TcommError,),
     "GroupMismatchError": (errors.RendezvousError,),
     "DuplicateRankError": (errors.RendezvousError,),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,8 +10,8 @@ from torch import nn
 
 from tcomm.errors import ConfigError
 from tcomm.groups.arguments import UNSET, Timeout, Unset, check_tensor
-from tcomm.groups.device.experts import ExpertTraffic
 from tcomm.groups.device.loopback import Loopback
+from tcomm.groups.device.managed import ManagedTraffic
 from tcomm.groups.device.opening import open_communicator
 from tcomm.groups.device.sizes import check_gatherv, dim_of, rank_of, scatter_of, shape_of
 from tcomm.tuning.choose import Decision
@@ -22,7 +21,7 @@ __all__ = ["DeviceCommunicatorBase"]
 _MODULES_OF_EXPERTS = frozenset({"FusedMoE", "SharedFusedMoE"})
 
 
-class DeviceCommunicatorBase(ExpertTraffic):
+class DeviceCommunicatorBase(ManagedTraffic):
     """Collectives of one group on one device. **Collective** to create.
 
     Every rank passed in or given is a rank within the group. Results are new tensors and inputs stay as
@@ -39,6 +38,8 @@ class DeviceCommunicatorBase(ExpertTraffic):
         global_world_size: ranks in the whole job, likewise.
         use_all2all: whether tokens are exchanged through this group; counts where the group is `ep`.
         use_kernels: use tcomm's own algorithms. Where False, torch.distributed does everything.
+        all2all_backend: what tokens are exchanged with: a name of `BACKENDS`, or "auto"; None: as
+            TCOMM_ALL2ALL_BACKEND says, or else all-gather and reduce-scatter.
         timeout: of calls: seconds, a profile, or None: as long as the peers live.
 
     Raises:
@@ -50,7 +51,7 @@ class DeviceCommunicatorBase(ExpertTraffic):
     device_types: tuple[str, ...] = ()
     """Types of device that this class is for; empty: any."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         cpu_group: dist.ProcessGroup | None,
         device: torch.device | str | None = None,
@@ -61,6 +62,7 @@ class DeviceCommunicatorBase(ExpertTraffic):
         global_world_size: int | None = None,
         use_all2all: bool = False,
         use_kernels: bool = True,
+        all2all_backend: str | None = None,
         timeout: Timeout | Unset = UNSET,
     ) -> None:
         self.device = torch.device("cpu" if device is None else device)
@@ -75,9 +77,7 @@ class DeviceCommunicatorBase(ExpertTraffic):
         self.is_ep_communicator = base_name == "ep"
         """Whether experts are spread over the group."""
         self.use_all2all = self.is_ep_communicator and use_all2all
-        self.all2all_backend: str | None = None
-        self.all2all_manager: Any | None = None
-        """What exchanges tokens, once somebody has put one here; ends with the communicator."""
+        self.all2all_backend = self._backend_of(all2all_backend)
         self.algorithm = "" if use_kernels else "torch"
         """Given to every call of `communicator`; empty: its own choice."""
         group = device_group if device_group is not None and self.device.type != "cpu" else cpu_group
@@ -89,6 +89,11 @@ class DeviceCommunicatorBase(ExpertTraffic):
         known = dist.get_world_size() if dist.is_initialized() else self.world_size
         self.global_world_size = known if global_world_size is None else global_world_size
         self._loopback = Loopback()
+        try:
+            self._open_traffic()
+        except BaseException:
+            self.destroy()
+            raise
 
     def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, the same bits on each. **Collective.**
@@ -351,8 +356,6 @@ class DeviceCommunicatorBase(ExpertTraffic):
 
     def destroy(self) -> None:
         """Leave the group and give its memory back. Not collective; may be called twice."""
-        manager, self.all2all_manager = self.all2all_manager, None
-        if manager is not None:
-            manager.destroy()
+        self._close_traffic()
         self.communicator.close()
         self._loopback.clear()

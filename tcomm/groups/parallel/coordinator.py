@@ -28,6 +28,7 @@ from tcomm.groups.parallel.coordinator_arguments import (
     process_group_of,
     rows_of,
 )
+from tcomm.groups.parallel.current_config import current_parallel_config
 from tcomm.groups.parallel.lanes import Lanes
 from tcomm.groups.parallel.making import agree_on_name, making
 from tcomm.groups.parallel.process_groups import (
@@ -195,6 +196,7 @@ class GroupCoordinator(TensorDictVerbs):
 
     def _make_device_communicator(self, use_all2all: bool, use_kernels: bool) -> Any:
         kind = CudaCommunicator if self.device.type == "cuda" else CpuCommunicator
+        config = current_parallel_config()
         return kind(
             self.cpu_group,
             self.device,
@@ -202,6 +204,7 @@ class GroupCoordinator(TensorDictVerbs):
             self.unique_name,
             use_all2all=use_all2all,
             use_kernels=use_kernels,
+            all2all_backend=None if config is None else config.all2all_backend,
             timeout=self.timeout,
         )
 

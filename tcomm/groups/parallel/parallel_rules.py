@@ -48,6 +48,7 @@ ALL2ALL_BACKENDS = (
     "moonep",
     "nixl_ep",
     "passthrough",
+    "auto",
 )
 
 PLACEMENT = frozenset(

@@ -244,6 +244,7 @@ def initialize_model_parallel(
         backend,
         with_experts=config is None or config.is_moe_model is not False,
         with_eplb=config is not None and config.enable_eplb,
+        use_all2all=None if config is None else config.use_all2all,
     )
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from tcomm.errors import UsageError
+from tcomm.groups.all2all.surroundings import among, look_up_with
 from tcomm.groups.arguments import UNSET, Timeout, Unset
 from tcomm.groups.parallel.coordinator import GroupCoordinator
 from tcomm.groups.parallel.layouts import Layout, Rows, inner_dp_rows
@@ -152,6 +153,7 @@ class ParallelState:
         *,
         with_experts: bool = True,
         with_eplb: bool = False,
+        use_all2all: bool | None = None,
     ) -> None:
         """Make all groups of a layout, and then publish them. **Collective.**
 
@@ -162,6 +164,7 @@ class ParallelState:
             backend: of the device groups; None: as the world's.
             with_experts: make the `ep` group.
             with_eplb: make the `eplb` group.
+            use_all2all: whether the `ep` group exchanges tokens; None: where DP groups have several ranks.
 
         Raises:
             UsageError: when there are groups already, or no world.
@@ -171,8 +174,9 @@ class ParallelState:
             raise UsageError(f"{KINDS[next(iter(self.groups))]} is already initialized")
         backend = backend or str(dist.get_backend(world.device_group))
         wanted = {"ep": with_experts, "eplb": with_eplb}
+        exchanges = any(len(row) > 1 for row in layout.dp) if use_all2all is None else use_all2all
         made: dict[str, GroupCoordinator] = {}
-        with contextlib.ExitStack() as undo:
+        with among(made, alone=True), contextlib.ExitStack() as undo:
             for kind in KINDS:
                 if not wanted.get(kind, True):
                     continue
@@ -182,7 +186,7 @@ class ParallelState:
                     world.local_rank,
                     backend,
                     with_queue=kind in _QUEUED,
-                    with_experts=kind == "ep",
+                    use_all2all=kind == "ep" and exchanges,
                 )
                 undo.callback(made[kind].destroy)
             undo.pop_all()
@@ -294,7 +298,7 @@ class ParallelState:
         *,
         with_device: bool = True,
         with_queue: bool = False,
-        with_experts: bool = False,
+        use_all2all: bool = False,
     ) -> GroupCoordinator:
         return GroupCoordinator(
             rows,
@@ -303,7 +307,7 @@ class ParallelState:
             with_device,
             with_queue,
             name,
-            with_experts,
+            use_all2all,
             use_kernels=self.use_kernels,
             timeout=self.timeout,
         )
@@ -315,6 +319,13 @@ _current = ParallelState()
 def current() -> ParallelState:
     """The state that the module-level functions are a view of."""
     return _current
+
+
+def _find(kind: str) -> GroupCoordinator | None:
+    return _current.group(kind) if kind in _current.groups else None
+
+
+look_up_with(_find)
 
 
 @contextlib.contextmanager
