@@ -9,7 +9,7 @@ __all__ = ["DeduplicatedGloo", "ExpandedGloo"]
 
 
 class ExpandedGloo:
-    """A row for each (token, expert) by `all_to_all_single`, and the same way back. Experts return their rows.
+    """A row for each (token, expert) by `all_to_all_single`, and back the same way, as experts got it.
 
     Args:
         num_experts: of all ranks.

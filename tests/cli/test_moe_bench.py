@@ -42,7 +42,8 @@ def test_bench_writes_a_row_for_each_backend_and_baseline(tmp_path):
     path = tmp_path / "rows.json"
     done = _tcomm(
         "bench", "moe", "--ranks", "2", "--tokens", "5", "--hidden", "64", "--topk", "2", "--experts", "8",
-        "--backends", "high_throughput,low_latency,all_gather", "--blocks", "1", "--calls", "2", "--json", str(path),
+        "--backends", "high_throughput,low_latency,all_gather", "--blocks", "1", "--calls", "2",
+        "--json", str(path),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = json.loads(path.read_text())

@@ -38,7 +38,7 @@ def _backward(member):
             torch.allclose(a, b, atol=1e-5) for a, b in zip((x.grad, weights.grad), wanted, strict=True)
         ]
         found.append(bool(mine.grad.any()) == bool(len(rows)))
-    with pytest.raises(ConfigError, match="gradients of torch.float8_e4m3fn"):
+    with pytest.raises(ConfigError, match=r"gradients of torch\.float8_e4m3fn"):
         dispatch_tokens(
             exchange, torch.zeros(1, HIDDEN).to(torch.float8_e4m3fn), idx[:1], weights[:1], NUM_EXPERTS
         )
