@@ -10,6 +10,7 @@ from tcomm.errors import ConfigError
 from tcomm.groups.arguments import UNSET, Timeout, Unset
 from tcomm.groups.moe.host_engine import HostEngine
 from tcomm.groups.moe.jobs import CombineJob, DispatchJob, Engine, Received, Tokens
+from tcomm.groups.moe.kernel_engine import KernelEngine
 from tcomm.groups.moe.routing import Routing
 from tcomm.groups.moe.token_checks import check_choices, check_results, check_rounding, check_tokens
 from tcomm.groups.moe.workspace import Workspace
@@ -65,7 +66,8 @@ class HighThroughput:
             raise ConfigError(f"num_nbytes={num_nbytes!r} is not a positive number of bytes")
         self.workspace = Workspace(members, num_nbytes // 2, timeout=timeout, device=device, engine=engine)
         self.rank, self.world_size = self.workspace.rank, self.workspace.world_size
-        self._engine: Engine = HostEngine(self.workspace)
+        is_host = self.workspace.engine == "cpu"
+        self._engine: Engine = HostEngine(self.workspace) if is_host else KernelEngine(self.workspace)
 
     def close(self) -> None:
         """Give the memory back. Not collective."""

@@ -37,8 +37,8 @@ def check_tokens(
     wanted = {torch.float32: groups, torch.int32: -(-groups // _SCALES_A_WORD)}
     if rows.shape[1] % _SCALE_BLOCK or scales.shape != (len(rows), wanted.get(scales.dtype)):
         raise ConfigError(
-            f"x is fp8 {list(rows.shape)} with scales {scales.dtype} {list(scales.shape)}; give a hidden size "
-            f"that is a multiple of {_SCALE_BLOCK}, and scales float32 [T, H / 128] or int32 [T, ceil(H / 512)]"
+            f"x is fp8 {list(rows.shape)} with scales {scales.dtype} {list(scales.shape)}; give hidden a "
+            f"multiple of {_SCALE_BLOCK}, and scales float32 [T, H / 128] or int32 [T, ceil(H / 512)]"
         )
     return rows, scales.contiguous()
 
@@ -121,9 +121,7 @@ def _check_rows(name: str, rows: torch.Tensor, dtypes: set[torch.dtype], device:
         raise ConfigError(f"{name} is {shape}; give a contiguous tensor [rows, hidden]")
     if rows.dtype not in dtypes or rows.shape[1] % 8 or not rows.shape[1]:
         names = ", ".join(sorted(map(dtype_name, dtypes)))
-        raise ConfigError(
-            f"{name} is {rows.dtype} {list(rows.shape)}; give {names}, and a hidden size that is a multiple of 8"
-        )
+        raise ConfigError(f"{name} is {rows.dtype} {list(rows.shape)}; give {names}, hidden a multiple of 8")
     if rows.device.type != device.type:
         raise ConfigError(f"{name} is on {rows.device}, and the buffer is for tensors on {device}")
 
