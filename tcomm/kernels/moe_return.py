@@ -44,8 +44,6 @@ from tcomm.signature import CallDescription
 
 __all__ = ["return_rows", "sum_places"]
 
-_ELEMENTS_A_TILE = 1024
-
 
 @triton.jit(do_not_specialize=["num_rows", "first", "signature", "rank", "budget"])
 def _return_rows_kernel(
@@ -248,7 +246,7 @@ def sum_places(
         timeout, epoch, out, weights, slots, *added, num_tokens, first,
         HALF_BYTES=staging_of(arena).layout.half_bytes, HIDDEN=hidden, WEIGHT_WORDS=weights.shape[-1],
         WIDTH=regions.width, PIECE=regions.num_tokens, WEIGHTS=regions.weights_offset, TERMS=len(terms),
-        BLOCK=tile_for(hidden, _ELEMENTS_A_TILE), FACT_LANES=lanes_for(weights.shape[-1]),
+        BLOCK=tile_for(hidden, 8 * WORDS_A_TILE // out.itemsize), FACT_LANES=lanes_for(weights.shape[-1]),
     )  # fmt: skip
     if epoch is not None:
         arena.channel.after_kernel(epoch)
