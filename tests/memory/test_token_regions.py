@@ -31,3 +31,8 @@ def test_a_half_that_holds_no_token_is_refused():
     for regions in (DispatchRegions(1024, 2, 1024, 0), ReturnRegions(1024, 2, 512, 0)):
         with pytest.raises(ConfigError, match="a half of 1024 bytes holds no token"):
             _ = regions.num_tokens
+
+
+def test_tokens_that_fit_the_buffer_of_the_documentation():
+    there = DispatchRegions(1 << 29, 4, 2 * 7168, 16)
+    assert (there.num_tokens, ReturnRegions(1 << 29, 4, 2 * 7168, 8).num_tokens) == (37241, 9341)

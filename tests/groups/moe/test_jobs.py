@@ -10,8 +10,8 @@ from tcomm.memory.token_regions import DispatchRegions, ReturnRegions
 
 IDX, WEIGHTS = torch.tensor([[0, 3], [1, -1]]), torch.ones(2, 2)
 HANDLE = Routing(
-    0, torch.zeros(2, 2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), torch.zeros(2, 2), [[2, 1], [1, 2]],
-    2, 3, 4,
+    0, torch.zeros(2, 2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), torch.zeros(2, 2),
+    [[2, 1], [1, 2]], 2, 3, 4,
 )  # fmt: skip
 JOB = DispatchJob(torch.ones(2, 8), None, IDX, WEIGHTS, None, 4, 1, 0, None)
 CACHED = dataclasses.replace(JOB, topk_idx=None, topk_weights=None, handle=HANDLE)
