@@ -105,7 +105,10 @@ class HighThroughput:
             CollectiveMismatchError, PeerLostError, PeerTimeoutError: from the wait.
         """
         rows, scales = check_tokens(x, self.workspace.device)
-        check_choices(len(rows), topk_idx, topk_weights, num_experts, self.world_size, handle)
+        check_choices(
+            len(rows), topk_idx, topk_weights, num_experts, self.world_size, handle,
+            self.workspace.device, may_wait=not num_worst_tokens,
+        )  # fmt: skip
         check_rounding(expert_alignment, num_worst_tokens)
         job = DispatchJob(
             rows, scales, topk_idx, topk_weights, handle, num_experts, expert_alignment, num_worst_tokens,
@@ -142,7 +145,7 @@ class HighThroughput:
             ConfigError: on this rank only, when an argument is wrong. Nothing was sent.
             CollectiveMismatchError, PeerLostError, PeerTimeoutError: from the wait.
         """
-        terms = check_results(x, handle, topk_weights, bias, self.workspace.device)
+        terms = check_results(x, handle, topk_weights, bias, self.world_size, self.workspace.device)
         job = CombineJob(x, handle, topk_weights, terms, self.workspace.seconds(timeout))
         return self.workspace.run(lambda: self._engine.combine(job))
 

@@ -13,7 +13,7 @@ from tcomm.cpu.moe_layout import count_experts, find_holders
 from tcomm.errors import ConfigError
 from tcomm.kernels.moe_layout import find_layout
 
-__all__ = ["Layout", "Routing", "check_topk", "make_layout"]
+__all__ = ["Layout", "Routing", "check_topk", "check_topk_shape", "make_layout"]
 
 MOST_CHOICES = 32
 """Experts that a token may be given to."""
@@ -79,7 +79,9 @@ def check_topk_shape(topk_idx: torch.Tensor, num_experts: int, world_size: int) 
 
 
 def make_layout(topk_idx: torch.Tensor, num_experts: int, world_size: int, engine: str = "cpu") -> Layout:
-    """Count where the tokens of this rank go. Not collective.
+    """Count where the tokens of this rank go. Not collective, and no GPU is waited for.
+
+    On a GPU nobody looks at the experts: one that there is not counts as none.
 
     Args:
         topk_idx: [T, k] int64; -1 where nothing was selected.
@@ -90,7 +92,8 @@ def make_layout(topk_idx: torch.Tensor, num_experts: int, world_size: int, engin
     Raises:
         ConfigError: when topk_idx is no such tensor, or names an expert that there is not.
     """
-    check_topk(topk_idx, num_experts, world_size)
+    looks = isinstance(topk_idx, torch.Tensor) and topk_idx.device.type == "cpu"
+    (check_topk if looks else check_topk_shape)(topk_idx, num_experts, world_size)
     if engine == "triton":
         found = find_layout(topk_idx.contiguous(), num_experts, world_size)
         return Layout(found.prefix[-1], found.num_tokens_per_expert, found.slots >= 0)

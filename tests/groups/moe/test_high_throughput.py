@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from tcomm.errors import CollectiveMismatchError, ConfigError, PeerLostError, UsageError
+from tcomm.errors import CollectiveMismatchError, ConfigError, GroupClosedError, PeerLostError, UsageError
 from tcomm.groups.moe.high_throughput import HighThroughput
 from tcomm.groups.setup import from_store
 from tests.groups.moe.exact_moves import (
@@ -263,6 +263,8 @@ def _mistakes(member):
     member.meet("agreed")
     if me == 1:
         exchange.close()
+        with pytest.raises(GroupClosedError):
+            exchange.combine(rows, handle)
         member.meet("gone")
         return
     member.meet("gone")

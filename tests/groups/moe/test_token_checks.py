@@ -41,6 +41,7 @@ def test_rows_and_scales_that_are_right_come_back():
         ((NARROW, torch.ones(2, 4)), r"scales torch.float32 \[2, 4\]"),
         ((NARROW, torch.ones(1, 5)), r"scales torch.float32 \[1, 5\]"),
         ((NARROW, torch.ones(2, 5).double()), "scales torch.float64"),
+        ((NARROW, torch.ones(2, 5).to("meta")), "x's tensor of scales is on meta"),
         ((NARROW[:, :72].contiguous(), torch.ones(2, 0)), "give hidden a multiple of 128"),
     ],
 )
@@ -56,15 +57,26 @@ def test_rows_that_cannot_travel_are_refused(x, told):
         ((2, IDX + 1, None, 4, 2, None), r"topk_idx\[0, 1\] = 4: token 0 wants"),
         ((3, IDX, None, 4, 2, None), r"topk_idx is torch.int64 \[2, 2\]; give torch.int64 \[3, 2\]"),
         ((2, IDX, IDX, 4, 2, None), "topk_weights is torch.int64"),
+        ((2, IDX, X[:, :2].to("meta"), 4, 2, None), "topk_weights is on meta"),
         ((2, IDX, None, 4, 2, routing()), "takes no topk_idx"),
         ((2, None, X, 4, 2, routing()), "takes no topk_idx and no topk_weights"),
         ((1, None, None, 4, 2, routing()), "x has 1 tokens, the dispatch of the handle had 2"),
         ((2, None, None, 4, 2, (1, 2)), "handle is a tuple"),
+        ((2, None, None, 6, 3, routing()), "the handle is of 2 ranks, and the buffer of 3"),
     ],
 )
 def test_choices_that_do_not_fit_the_tokens_are_refused(arguments, told):
     with pytest.raises(ConfigError, match=told):
-        check_choices(*arguments)
+        check_choices(*arguments, CPU)
+
+
+def test_a_gpu_may_be_waited_for_only_when_that_is_allowed():
+    on_device = IDX.to("meta")
+    check_choices(2, on_device, None, 4, 2, None, on_device.device, may_wait=False)
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        check_choices(2, on_device, None, 4, 2, None, on_device.device)
+    with pytest.raises(ConfigError, match="token 0 wants"):
+        check_choices(2, IDX + 1, None, 4, 2, None, CPU, may_wait=False)
 
 
 def test_numbers_that_round_up_are_positive():
@@ -79,7 +91,7 @@ def test_numbers_that_round_up_are_positive():
 def test_bias_comes_back_as_a_list():
     rows, term = torch.ones(3, 8), torch.ones(2, 8)
     given = [(None, 0), (term, 1), ((term, term), 2), ([], 0)]
-    assert [len(check_results(rows, routing(), None, bias, CPU)) for bias, _ in given] == [0, 1, 2, 0]
+    assert [len(check_results(rows, routing(), None, bias, 2, CPU)) for bias, _ in given] == [0, 1, 2, 0]
 
 
 @pytest.mark.parametrize(
@@ -95,4 +107,4 @@ def test_bias_comes_back_as_a_list():
 )
 def test_results_that_do_not_fit_the_dispatch_are_refused(arguments, told):
     with pytest.raises(ConfigError, match=told):
-        check_results(*arguments, CPU)
+        check_results(*arguments, 2, CPU)
