@@ -19,8 +19,8 @@ def _fit(half_nbytes: int, fixed: int, token_nbytes: int) -> int:
     num_tokens = (half_nbytes - fixed) // token_nbytes
     if num_tokens < 1:
         raise ConfigError(
-            f"a half of {half_nbytes} bytes holds no token, which takes {token_nbytes} bytes and {fixed} bytes "
-            "for all of them; enlarge the buffer"
+            f"a half of {half_nbytes} bytes holds no token, which takes {token_nbytes} bytes, and {fixed} "
+            "bytes for all of them; enlarge the buffer"
         )
     return num_tokens
 

@@ -10,6 +10,7 @@ from tcomm.errors import ConfigError
 from tcomm.groups.arguments import UNSET, Timeout, Unset
 from tcomm.groups.moe.host_engine import HostEngine
 from tcomm.groups.moe.jobs import CombineJob, DispatchJob, Engine, Received, Tokens
+from tcomm.groups.moe.kernel_engine import KernelEngine
 from tcomm.groups.moe.routing import Routing
 from tcomm.groups.moe.token_checks import check_choices, check_results, check_rounding, check_tokens
 from tcomm.groups.moe.workspace import Workspace
@@ -65,7 +66,8 @@ class HighThroughput:
             raise ConfigError(f"num_nbytes={num_nbytes!r} is not a positive number of bytes")
         self.workspace = Workspace(members, num_nbytes // 2, timeout=timeout, device=device, engine=engine)
         self.rank, self.world_size = self.workspace.rank, self.workspace.world_size
-        self._engine: Engine = HostEngine(self.workspace)
+        is_host = self.workspace.engine == "cpu"
+        self._engine: Engine = HostEngine(self.workspace) if is_host else KernelEngine(self.workspace)
 
     def close(self) -> None:
         """Give the memory back. Not collective."""
@@ -103,7 +105,10 @@ class HighThroughput:
             CollectiveMismatchError, PeerLostError, PeerTimeoutError: from the wait.
         """
         rows, scales = check_tokens(x, self.workspace.device)
-        check_choices(len(rows), topk_idx, topk_weights, num_experts, self.world_size, handle)
+        check_choices(
+            len(rows), topk_idx, topk_weights, num_experts, self.world_size, handle,
+            self.workspace.device, may_wait=not num_worst_tokens,
+        )  # fmt: skip
         check_rounding(expert_alignment, num_worst_tokens)
         job = DispatchJob(
             rows, scales, topk_idx, topk_weights, handle, num_experts, expert_alignment, num_worst_tokens,
@@ -140,7 +145,7 @@ class HighThroughput:
             ConfigError: on this rank only, when an argument is wrong. Nothing was sent.
             CollectiveMismatchError, PeerLostError, PeerTimeoutError: from the wait.
         """
-        terms = check_results(x, handle, topk_weights, bias, self.workspace.device)
+        terms = check_results(x, handle, topk_weights, bias, self.world_size, self.workspace.device)
         job = CombineJob(x, handle, topk_weights, terms, self.workspace.seconds(timeout))
         return self.workspace.run(lambda: self._engine.combine(job))
 

@@ -100,11 +100,9 @@ class HostEngine:
     ) -> tuple[Received, list[int]]:
         """Room for all that comes, and where the rows of each source begin."""
         counts = [head.totals for head in heads]
-        try:
-            job.check_matrix(counts)
-        except BaseException:
+        if (refusal := job.find_wrong(counts)) is not None:
             self._workspace.finish(epoch)
-            raise
+            raise refusal
         mine = [row[self._rank] for row in counts]
         num_rows = job.num_worst_tokens or sum(mine)
         matrix = torch.tensor(counts, dtype=torch.int32, device="cpu")

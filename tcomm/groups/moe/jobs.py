@@ -68,7 +68,8 @@ class DispatchJob:
         scales = None if self.scales is None else dtype_name(self.scales.dtype)
         return _describe_dispatch(
             dtype_name(self.rows.dtype), self.rows.shape[1], scales, self.num_topk, self.num_experts,
-            self.topk_weights is not None, self.handle is not None, self.expert_alignment, self.num_worst_tokens,
+            self.topk_weights is not None, self.handle is not None, self.expert_alignment,
+            self.num_worst_tokens,
         )  # fmt: skip
 
     def check_one_piece(self, regions: DispatchRegions) -> None:
@@ -83,25 +84,25 @@ class DispatchJob:
                 "num_worst_tokens all go at once: enlarge the buffer"
             )
 
-    def check_matrix(self, counts: list[list[int]]) -> None:
-        """Check the rows from each rank to each, which all ranks know now.
+    def find_wrong(self, counts: list[list[int]]) -> ConfigError | None:
+        """What is wrong with the rows from each rank to each, which all ranks know now; they all raise it.
 
-        Raises:
-            ConfigError: when a rank gets more than there is room for.
-            UsageError: when they are not those of the handle.
+        A `ConfigError` when a rank gets more than there is room for, a `UsageError` when these are not
+        the rows of the handle.
         """
         received = [sum(column) for column in zip(*counts, strict=True)]
         most = max(received)
         if self.num_worst_tokens and most > self.num_worst_tokens:
-            raise ConfigError(
+            return ConfigError(
                 f"rank {received.index(most)} gets {most} rows, more than num_worst_tokens="
                 f"{self.num_worst_tokens}; give at least as many as can come"
             )
         if self.handle is not None and self.handle.counts not in (None, counts):
-            raise UsageError(
+            return UsageError(
                 f"the ranks gave handles of different dispatches: rows from each rank to each are {counts}, "
                 f"and {self.handle.counts} by this one"
             )
+        return None
 
 
 @functools.lru_cache(256)

@@ -11,8 +11,9 @@ import torch
 
 from tcomm.cpu.moe_layout import count_experts, find_holders
 from tcomm.errors import ConfigError
+from tcomm.kernels.moe_layout import find_layout
 
-__all__ = ["Layout", "Routing", "check_topk", "make_layout"]
+__all__ = ["Layout", "Routing", "check_topk", "check_topk_shape", "make_layout"]
 
 MOST_CHOICES = 32
 """Experts that a token may be given to."""
@@ -49,8 +50,8 @@ def check_topk(topk_idx: torch.Tensor, num_experts: int, world_size: int = 1) ->
         return
     token, choice = ((topk_idx < -1) | (topk_idx >= num_experts)).nonzero()[0].tolist()
     raise ConfigError(
-        f"topk_idx[{token}, {choice}] = {int(topk_idx[token, choice])}: token {token} wants an expert that is "
-        f"none of 0 to {num_experts - 1}; give -1 where nothing is selected"
+        f"topk_idx[{token}, {choice}] = {int(topk_idx[token, choice])}: token {token} wants an expert that "
+        f"is none of 0 to {num_experts - 1}; give -1 where nothing is selected"
     )
 
 
@@ -78,7 +79,9 @@ def check_topk_shape(topk_idx: torch.Tensor, num_experts: int, world_size: int) 
 
 
 def make_layout(topk_idx: torch.Tensor, num_experts: int, world_size: int, engine: str = "cpu") -> Layout:
-    """Count where the tokens of this rank go. Not collective.
+    """Count where the tokens of this rank go. Not collective, and no GPU is waited for.
+
+    On a GPU nobody looks at the experts: one that there is not counts as none.
 
     Args:
         topk_idx: [T, k] int64; -1 where nothing was selected.
@@ -89,12 +92,11 @@ def make_layout(topk_idx: torch.Tensor, num_experts: int, world_size: int, engin
     Raises:
         ConfigError: when topk_idx is no such tensor, or names an expert that there is not.
     """
-    check_topk(topk_idx, num_experts, world_size)
+    looks = isinstance(topk_idx, torch.Tensor) and topk_idx.device.type == "cpu"
+    (check_topk if looks else check_topk_shape)(topk_idx, num_experts, world_size)
     if engine == "triton":
-        from tcomm.kernels.moe_layout import layout
-
-        found = layout(topk_idx.contiguous(), num_experts, world_size)
-        return Layout(found.num_tokens_per_rank, found.num_tokens_per_expert, found.slots >= 0)
+        found = find_layout(topk_idx.contiguous(), num_experts, world_size)
+        return Layout(found.prefix[-1], found.num_tokens_per_expert, found.slots >= 0)
     holders = find_holders(topk_idx, num_experts, world_size)
     reached = torch.zeros(len(topk_idx), world_size + 1, dtype=torch.bool, device="cpu").scatter_(
         1, holders + 1, True
@@ -109,7 +111,7 @@ class Routing:
     Holds no data of tokens. It unpacks like the handle of `deep_ep.Buffer`, with one channel.
 
     Attributes:
-        slots: [T, R] int64; the place of each rank in a token's order of ranks, -1 where it does not go.
+        slots: [T, R] integers; the place of each rank in a token's order of ranks, -1 where it does not go.
         row_slots: [N] int64; `token * width + place` at its source, of each received row; -1 of unused rows.
         num_topk: choices a token.
         num_experts: of all ranks.
@@ -130,6 +132,7 @@ class Routing:
         most_tokens: int | None,
         num_topk: int,
         num_experts: int,
+        prefix: torch.Tensor | None = None,
     ) -> None:
         self.rank = rank
         self.slots = slots
@@ -139,6 +142,7 @@ class Routing:
         self.most_tokens = most_tokens
         self.num_topk = num_topk
         self.num_experts = num_experts
+        self._prefix = prefix
         self.width = min(num_topk, slots.shape[1])
 
     @property
@@ -194,8 +198,14 @@ class Routing:
     @property
     def send_head(self) -> torch.Tensor:
         """[T, R] int32: which of the rows that this rank sends to a rank is a token's; -1 where none."""
-        reached = self.is_token_in_rank
-        return (reached.cumsum(0, dtype=torch.int32) - 1).masked_fill_(~reached, -1)
+        return self.prefix[:-1].masked_fill(self.slots < 0, -1)
+
+    @functools.cached_property
+    def prefix(self) -> torch.Tensor:
+        """[T + 1, R] int32: how many of the tokens before go to each rank; of all of them last."""
+        if self._prefix is not None:
+            return self._prefix
+        return torch.nn.functional.pad(self.is_token_in_rank.cumsum(0, dtype=torch.int32), (0, 0, 1, 0))
 
     @functools.cached_property
     def _tuple(self) -> tuple[torch.Tensor, ...]:

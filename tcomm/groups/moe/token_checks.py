@@ -6,7 +6,7 @@ import torch
 
 from tcomm.errors import ConfigError
 from tcomm.groups.arguments import dtype_name
-from tcomm.groups.moe.routing import Routing, check_topk
+from tcomm.groups.moe.routing import Routing, check_topk, check_topk_shape
 
 __all__ = ["check_choices", "check_results", "check_rounding", "check_tokens"]
 
@@ -37,9 +37,10 @@ def check_tokens(
     wanted = {torch.float32: groups, torch.int32: -(-groups // _SCALES_A_WORD)}
     if rows.shape[1] % _SCALE_BLOCK or scales.shape != (len(rows), wanted.get(scales.dtype)):
         raise ConfigError(
-            f"x is fp8 {list(rows.shape)} with scales {scales.dtype} {list(scales.shape)}; give a hidden size "
-            f"that is a multiple of {_SCALE_BLOCK}, and scales float32 [T, H / 128] or int32 [T, ceil(H / 512)]"
+            f"x is fp8 {list(rows.shape)} with scales {scales.dtype} {list(scales.shape)}; give hidden a "
+            f"multiple of {_SCALE_BLOCK}, and scales float32 [T, H / 128] or int32 [T, ceil(H / 512)]"
         )
+    _check_device("x's tensor of scales", scales, device)
     return rows, scales.contiguous()
 
 
@@ -50,14 +51,19 @@ def check_choices(
     num_experts: int,
     world_size: int,
     handle: Routing | None,
+    device: torch.device,
+    *,
+    may_wait: bool = True,
 ) -> None:
     """Check what says where tokens go: a router's choice, or an earlier dispatch.
+
+    Values are looked at where they are in host memory, or `may_wait` allows to wait for a GPU.
 
     Raises:
         ConfigError: when it is neither or both, or does not fit the tokens.
     """
     if handle is not None:
-        _check_handle(handle)
+        _check_handle(handle, world_size)
         if topk_idx is not None or topk_weights is not None:
             raise ConfigError(
                 "a cached dispatch takes no topk_idx and no topk_weights: its handle stands for them"
@@ -69,10 +75,11 @@ def check_choices(
         return
     if topk_idx is None:
         raise ConfigError("a dispatch needs topk_idx, or the handle of an earlier one")
-    check_topk(topk_idx, num_experts, world_size)
-    _check_beside("topk_idx", topk_idx, (num_tokens, topk_idx.shape[1]), torch.int64)
+    looks = may_wait or (isinstance(topk_idx, torch.Tensor) and topk_idx.device.type == "cpu")
+    (check_topk if looks else check_topk_shape)(topk_idx, num_experts, world_size)
+    _check_beside("topk_idx", topk_idx, (num_tokens, topk_idx.shape[1]), torch.int64, device)
     if topk_weights is not None:
-        _check_beside("topk_weights", topk_weights, tuple(topk_idx.shape), torch.float32)
+        _check_beside("topk_weights", topk_weights, tuple(topk_idx.shape), torch.float32, device)
 
 
 def check_rounding(expert_alignment: int, num_worst_tokens: int) -> None:
@@ -94,6 +101,7 @@ def check_results(
     handle: Routing,
     topk_weights: torch.Tensor | None,
     bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None,
+    world_size: int,
     device: torch.device,
 ) -> list[torch.Tensor]:
     """The tensors of `bias`, when all that is combined fits together; see `HighThroughput.combine`.
@@ -101,17 +109,17 @@ def check_results(
     Raises:
         ConfigError: when it does not.
     """
-    _check_handle(handle)
+    _check_handle(handle, world_size)
     _check_rows("x", x, _SUMMED, device)
     if len(x) != handle.num_rows:
         raise ConfigError(f"x has {len(x)} rows, the dispatch of the handle gave {handle.num_rows}")
     if topk_weights is not None:
-        _check_beside("topk_weights", topk_weights, (len(x), handle.num_topk), torch.float32)
+        _check_beside("topk_weights", topk_weights, (len(x), handle.num_topk), torch.float32, device)
     terms = [] if bias is None else [bias] if isinstance(bias, torch.Tensor) else list(bias)
     if len(terms) > _MOST_BIAS:
         raise ConfigError(f"bias has {len(terms)} tensors; give none, one or two")
     for term in terms:
-        _check_beside("bias", term, (handle.num_tokens, x.shape[1]), x.dtype)
+        _check_beside("bias", term, (handle.num_tokens, x.shape[1]), x.dtype, device)
     return terms
 
 
@@ -121,18 +129,25 @@ def _check_rows(name: str, rows: torch.Tensor, dtypes: set[torch.dtype], device:
         raise ConfigError(f"{name} is {shape}; give a contiguous tensor [rows, hidden]")
     if rows.dtype not in dtypes or rows.shape[1] % 8 or not rows.shape[1]:
         names = ", ".join(sorted(map(dtype_name, dtypes)))
-        raise ConfigError(
-            f"{name} is {rows.dtype} {list(rows.shape)}; give {names}, and a hidden size that is a multiple of 8"
-        )
-    if rows.device.type != device.type:
-        raise ConfigError(f"{name} is on {rows.device}, and the buffer is for tensors on {device}")
+        raise ConfigError(f"{name} is {rows.dtype} {list(rows.shape)}; give {names}, hidden a multiple of 8")
+    _check_device(name, rows, device)
 
 
-def _check_beside(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _check_beside(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
     if tensor.dtype != dtype or tuple(tensor.shape) != shape:
         raise ConfigError(f"{name} is {tensor.dtype} {list(tensor.shape)}; give {dtype} {list(shape)}")
+    _check_device(name, tensor, device)
 
 
-def _check_handle(handle: Routing) -> None:
+def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device.type != device.type:
+        raise ConfigError(f"{name} is on {tensor.device}, and the buffer is for tensors on {device}")
+
+
+def _check_handle(handle: Routing, world_size: int) -> None:
     if not isinstance(handle, Routing):
         raise ConfigError(f"handle is a {type(handle).__name__}; give the one that a dispatch returned")
+    if handle.slots.shape[1] != world_size:
+        raise ConfigError(f"the handle is of {handle.slots.shape[1]} ranks, and the buffer of {world_size}")
