@@ -146,8 +146,9 @@ def _plan_kernel(
             for j in tl.static_range(TOPK):
                 chosen = tl.load(idx_ptr + tokens * TOPK + j, mask=mask, other=-1)
                 tl.store(slots_ptr + tokens * TOPK + j, slots, mask=mask & (chosen == expert))
-                is_none = (expert == 0) & ((chosen < 0) | (chosen >= WORLD * EXPERTS))
-                tl.store(slots_ptr + tokens * TOPK + j, tl.full((TOKENS,), -1, tl.int32), mask=mask & is_none)
+                if expert == 0:
+                    is_none = mask & ((chosen < 0) | (chosen >= WORLD * EXPERTS))
+                    tl.store(slots_ptr + tokens * TOPK + j, tl.full((TOKENS,), -1, tl.int32), mask=is_none)
             found += tl.sum(hits, axis=0)
             start += TOKENS
         tl.store(counts_ptr + expert, found)
@@ -185,9 +186,9 @@ def _send_copies_kernel(
     staging_ptrs, pad_ptrs,  # [W] int64, symmetric
     signature: tl.int64, rank, budget: tl.int64,
     WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, HALF_BYTES: tl.constexpr,
-    ATOMIC_POLL: tl.constexpr, VIRTUAL: tl.constexpr, TOPK: tl.constexpr, EXPERTS: tl.constexpr, EXPERT_LANES: tl.constexpr,
-    SLOTS: tl.constexpr, HIDDEN: tl.constexpr, ROW_BYTES: tl.constexpr, SCALE_WORDS: tl.constexpr,
-    ROWS_AT: tl.constexpr, SCALES_AT: tl.constexpr, INDICES_AT: tl.constexpr,
+    ATOMIC_POLL: tl.constexpr, VIRTUAL: tl.constexpr, TOPK: tl.constexpr, EXPERTS: tl.constexpr,
+    EXPERT_LANES: tl.constexpr, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, ROW_BYTES: tl.constexpr,
+    SCALE_WORDS: tl.constexpr, ROWS_AT: tl.constexpr, SCALES_AT: tl.constexpr, INDICES_AT: tl.constexpr,
     ROUND: tl.constexpr, UE8M0: tl.constexpr, BY_INSTRUCTION: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -261,7 +262,8 @@ def _receive_from(
             scales = tl.load(src_ptr + words, mask=words < SCALE_WORDS, other=0)
             dst_ptr = scales_ptr + expert.to(tl.int64) * (SCALE_WORDS * CAPACITY) + line
             tl.store(dst_ptr + words * CAPACITY, scales, mask=words < SCALE_WORDS)
-        tl.store(info_ptr + row, tl.load(pointer_to(staging_ptrs, rank, half + INDICES_AT, tl.int32) + place))
+        indices_ptr = pointer_to(staging_ptrs, rank, half + INDICES_AT, tl.int32)
+        tl.store(info_ptr + row, tl.load(indices_ptr + place))
         slot += tl.num_programs(0)
 
 

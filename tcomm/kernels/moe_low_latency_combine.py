@@ -172,7 +172,9 @@ def _sum_rows_kernel(
                     first = pointer_to(staging_ptrs, rank, half + ROWS_AT, dtype)
                     src_ptr = first + (owner * SLOTS + slot) * HIDDEN
                 weight = tl.load(weights_ptr + token * TOPK + j, mask=is_chosen, other=0.0)
-                y = tl.load(src_ptr + offs, mask=mask & is_chosen, other=0.0)
+                # The interpreter takes no mask made of a vector and a scalar.
+                is_there = tl.full((BLOCK,), 0, tl.int32) + is_chosen.to(tl.int32) > 0
+                y = tl.load(src_ptr + offs, mask=mask & is_there, other=0.0)
                 acc += weight * y.to(tl.float32)
             tl.store(out_ptr + token.to(tl.int64) * HIDDEN + offs, rounded(acc, dtype), mask=mask)
             tile += tl.num_programs(0)
