@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests.name_service import use_no_name_server
 from tests.ranks import RankServer
 
 GPU_TESTS = pathlib.Path(__file__).parent / "gpu"
@@ -19,6 +20,7 @@ def _wants_gpu(config):
 
 
 def pytest_configure(config):
+    use_no_name_server()
     # Once in a process, before Triton is imported: its kernels are compiled, or all of them interpreted.
     if _wants_gpu(config):
         # A queue for each stream, or ranks in streams would wait for a rank behind them.
