@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.name_service import use_no_name_server
+from tests.programs import Programs
 from tests.ranks import RankServer
 
 GPU_TESTS = pathlib.Path(__file__).parent / "gpu"
@@ -53,3 +54,9 @@ def rank_server():
 def on_ranks(rank_server):
     """Run a function on real processes: `on_ranks(world_size, fn, *args)`; see `RankServer.run`."""
     return rank_server.run
+
+
+@pytest.fixture
+def programs(rank_server, tmp_path):
+    """Run Python programs without their imports; see `Programs`."""
+    return Programs(rank_server, tmp_path)
