@@ -13,6 +13,8 @@ import traceback
 
 import torch.distributed as dist
 
+STREAMS = ("out", "err")
+
 
 class Program:
     """What `subprocess.Popen` gives, of `[python, "-c" | "-m" | script, ...]`.
@@ -22,7 +24,7 @@ class Program:
         command: as for Popen.
         env: all variables; as they are when it is None.
         cwd: directory; of the rank server when it is empty.
-        output: file for what it writes to either stream; the server's streams when it is None.
+        output: beginning of the names of files for what it writes; the server's streams when it is None.
         options: of Popen, without meaning here.
     """
 
@@ -71,12 +73,11 @@ class Programs:
         return Program(self._server, command, **options)
 
     def run(self, *arguments, env=None, cwd="", timeout=100.0):
-        """Exit code and output of `python *arguments`."""
-        ((code, text),) = self._run([(arguments, env)], cwd, timeout)
-        return code, text
+        """What `subprocess.run` gives of `python *arguments`."""
+        return self._run([(arguments, env)], cwd, timeout)[0]
 
     def torchrun(self, world_size, *arguments, env, timeout=100.0):
-        """Exit codes and outputs of the ranks of `python *arguments`, joined as torchrun joins them."""
+        """The same of the ranks of `python *arguments`, joined as torchrun joins them."""
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         joined = {
             "MASTER_ADDR": "127.0.0.1",
@@ -100,7 +101,16 @@ class Programs:
         finally:
             for program in programs:
                 program.kill()
-        return [(code, output.read_text()) for code, output in zip(codes, outputs, strict=True)]
+        return [
+            subprocess.CompletedProcess(
+                program.args, code, *(_file(output, name).read_text() for name in STREAMS)
+            )
+            for program, code, output in zip(programs, codes, outputs, strict=True)
+        ]
+
+
+def _file(output, name):
+    return pathlib.Path(f"{output}.{name}")
 
 
 def _run(arguments, variables, cwd, output):
@@ -110,9 +120,8 @@ def _run(arguments, variables, cwd, output):
     if cwd:
         os.chdir(cwd)
     if output is not None:
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for stream in (1, 2):
-            os.dup2(descriptor, stream)
+        for stream, name in enumerate(STREAMS, 1):
+            os.dup2(os.open(_file(output, name), os.O_WRONLY | os.O_CREAT), stream)
     try:
         _run_as_main(*arguments)
     except Exception:

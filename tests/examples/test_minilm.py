@@ -111,16 +111,16 @@ def _dicts(out, verb):
 
 
 def _ranks(programs, world_size, *command):
-    """Exit code of all ranks and output of rank 0, as of torchrun but without its imports."""
+    """Exit code of all ranks, stdout and stderr of rank 0, as of torchrun but without its imports."""
     ranks = programs.torchrun(world_size, *command, env=_environment(), timeout=TIMEOUT_SECONDS)
-    assert len({code for code, _ in ranks}) == 1, ranks
-    return ranks[0]
+    assert len({rank.returncode for rank in ranks}) == 1, ranks
+    return ranks[0].returncode, ranks[0].stdout, ranks[0].stderr
 
 
 @needs_model
 def test_two_ranks_agree_with_the_unsharded_model(programs):
-    code, out = _ranks(programs, 2, EXAMPLE)
-    assert code == 0, out
+    code, out, err = _ranks(programs, 2, EXAMPLE)
+    assert code == 0, out + err
     assert out.splitlines()[-1] == "ok"
     assert out.isascii()
     algorithm, count, ours, gloos = _collective(out)
@@ -147,29 +147,25 @@ def test_triton_kernels_carry_every_all_reduce():
 def test_a_kernel_that_adds_wrongly_fails_the_demo(programs, tmp_path):
     broken = tmp_path / "break_sums.py"
     broken.write_text(BREAK_SUMS)
-    code, out = _ranks(programs, 2, broken, EXAMPLE, "--algorithm", "triton")
+    code, out, err = _ranks(programs, 2, broken, EXAMPLE, "--algorithm", "triton")
     assert code != 0
     assert "ok" not in out.splitlines()
     assert sum(_launches(out).values()) == ALL_REDUCES
-    assert "the embeddings differ from the unsharded model's by" in out
+    assert "the embeddings differ from the unsharded model's by" in err
 
 
 @needs_model
 def test_one_process_needs_no_torchrun(programs):
-    code, out = programs.run(EXAMPLE, env=_environment())
-    assert code == 0, out
-    assert out.splitlines()[-1] == "ok"
-    assert _collective(out)[0] == "local:copy"
+    done = programs.run(EXAMPLE, env=_environment())
+    assert done.returncode == 0, done
+    assert done.stdout.splitlines()[-1] == "ok"
+    assert _collective(done.stdout)[0] == "local:copy"
 
 
 @needs_model
 @pytest.mark.parametrize(("tp", "pp"), [(2, 2), (1, 4)])
 def test_stages_agree_with_the_unsharded_model(programs, tp, pp):
-    if tp > 1:
-        code, out, err = _torchrun(EXAMPLE, "--tp", tp, "--pp", pp, ranks=4)
-    else:
-        code, out = _ranks(programs, 4, EXAMPLE, "--tp", tp, "--pp", pp)
-        err = ""
+    code, out, err = _ranks(programs, 4, EXAMPLE, "--tp", tp, "--pp", pp)
     assert code == 0, out + err
     assert out.splitlines()[-1] == "ok"
     assert f"ranks: tp {tp} x pp {pp}" in out
