@@ -6,6 +6,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests.name_service import use_no_name_server
+from tests.programs import Programs
 from tests.ranks import RankServer
 
 GPU_TESTS = pathlib.Path(__file__).parent / "gpu"
@@ -19,6 +21,7 @@ def _wants_gpu(config):
 
 
 def pytest_configure(config):
+    use_no_name_server()
     # Once in a process, before Triton is imported: its kernels are compiled, or all of them interpreted.
     if _wants_gpu(config):
         # A queue for each stream, or ranks in streams would wait for a rank behind them.
@@ -51,3 +54,9 @@ def rank_server():
 def on_ranks(rank_server):
     """Run a function on real processes: `on_ranks(world_size, fn, *args)`; see `RankServer.run`."""
     return rank_server.run
+
+
+@pytest.fixture
+def programs(rank_server, tmp_path):
+    """Run Python programs without their imports; see `Programs`."""
+    return Programs(rank_server, tmp_path)

@@ -97,6 +97,12 @@ class RankServer:
     def __exit__(self, *_):
         del self._store
 
+    def fork(self, fn, *args):
+        """A process that calls `fn(*args)`."""
+        process = self._context.Process(target=fn, args=args)
+        process.start()
+        return process
+
     def run(self, world_size, fn, *args, timeout=60.0, check=True, during=None):
         """Call `fn(member, *args)` on `world_size` ranks.
 

@@ -13,12 +13,13 @@ from tcomm.groups.communicator import Communicator
 from tcomm.tuning.measure import Schedule, time_alternating
 
 
-def wrong_elements(names: list[str], op: str, numel: int, redop: str):
-    """Over a few calls of each contender, on all ranks: {out: {name: count}}."""
+def wrong_elements(names: list[str], op: str, numels: list[int], redop: str):
+    """Over a few calls of each contender, on all ranks: for each number of elements, {out: {name: count}}."""
     with Communicator(timeout=30.0) as comm:
-        return {
-            out: _count(comm, names, op, numel, redop, out == "reused") for out in ("reused", "allocated")
-        }
+        return [
+            {out: _count(comm, names, op, numel, redop, out == "reused") for out in ("reused", "allocated")}
+            for numel in numels
+        ]
 
 
 def _count(comm, names, op, numel, redop, reuses):

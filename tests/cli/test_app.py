@@ -1,7 +1,5 @@
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -13,12 +11,6 @@ from tcomm.cli.workers import why_no_mpi
 from tcomm.errors import ConfigError
 
 runner = CliRunner()
-
-
-def _tcomm(*args, timeout=100):
-    return subprocess.run(
-        [sys.executable, "-m", "tcomm", *args], capture_output=True, text=True, timeout=timeout, check=False
-    )
 
 
 @pytest.mark.parametrize(
@@ -35,20 +27,21 @@ def test_a_size_that_makes_no_sense_is_refused(text):
         parse_sizes(text)
 
 
-def test_demo_says_ok_and_counts_launches():
-    done = _tcomm("demo", "--ranks", "2")
-    assert done.returncode == 0, done.stderr
+def test_demo_says_ok_and_counts_launches(forked_ranks):
+    done = runner.invoke(app, ["demo", "--ranks", "2"])
+    assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[-1] == "ok"
     assert re.search(r"launched +\d+ x _two_shot_all_reduce_kernel", done.stdout)
 
 
-def test_bench_writes_the_rows_that_it_prints(tmp_path):
+def test_bench_writes_the_rows_that_it_prints(forked_ranks, tmp_path):
     path = tmp_path / "rows.json"
-    done = _tcomm(
+    command = [
         "bench", "all_reduce", "--ranks", "2", "--sizes", "1KiB,16KiB", "--blocks", "2", "--calls", "3",
         "--json", str(path),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ]  # fmt: skip
+    done = runner.invoke(app, command)
+    assert done.exit_code == 0, done.output
     rows = json.loads(path.read_text())
     assert [(row["nbytes"], row["out"]) for row in rows] == [
         (1024, "reused"), (1024, "allocated"), (16384, "reused"), (16384, "allocated"),
@@ -62,8 +55,8 @@ def test_bench_writes_the_rows_that_it_prints(tmp_path):
         assert f"{row['median_us']:.1f}" in done.stdout
 
 
-def test_an_error_is_a_sentence_and_not_a_traceback():
-    done = _tcomm("bench", "all_reduce", "--sizes", "1KiB", "--against", "smoke signals")
+def test_an_error_is_a_sentence_and_not_a_traceback(programs):
+    done = programs.run("-m", "tcomm", "bench", "all_reduce", "--sizes", "1KiB", "--against", "smoke signals")
     assert done.returncode == 1
     assert done.stderr == "tcomm: ConfigError: 'smoke signals' is not a baseline; give gloo or mpi\n"
 
@@ -71,11 +64,12 @@ def test_an_error_is_a_sentence_and_not_a_traceback():
 @pytest.mark.skipif(bool(why_no_mpi()), reason=why_no_mpi() or "there is MPI")
 def test_bench_has_a_row_for_each_baseline(tmp_path):
     path = tmp_path / "rows.json"
-    done = _tcomm(
+    command = [
         "bench", "barrier", "--ranks", "2", "--blocks", "1", "--calls", "3", "--against", "gloo,mpi",
         "--json", str(path),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ]  # fmt: skip
+    done = runner.invoke(app, command)
+    assert done.exit_code == 0, done.output
     rows = json.loads(path.read_text())
     assert [(row["baseline"], row["nbytes"], row["out"]) for row in rows] == [
         ("gloo", 0, "none"), ("mpi", 0, "none"),
@@ -108,7 +102,7 @@ def test_a_request_that_makes_no_sense_is_refused(changes, told):
         check_request(BenchRequest(**given))
 
 
-def test_bench_counts_wrong_results(monkeypatch):
+def test_bench_counts_wrong_results(forked_ranks, monkeypatch):
     from tcomm.cli import bench
     from tcomm.tuning.measure import Schedule
     from tests.cli.broken import broken_measure

@@ -1,12 +1,13 @@
 import json
 
 import pytest
+from typer.testing import CliRunner
 
 from tcomm.cli import object_bench
+from tcomm.cli.app import app
 from tcomm.cli.object_bench import ObjectRequest, check_object_request, message_of, object_columns
 from tcomm.errors import ConfigError
 from tcomm.objects.codec import encode
-from tests.cli.test_app import _tcomm
 
 
 @pytest.mark.parametrize(
@@ -34,16 +35,17 @@ def test_a_message_has_about_the_size_asked_for(nbytes):
     assert 0.9 * nbytes <= encode(message_of(nbytes)).nbytes <= 1.1 * nbytes + 64
 
 
-def test_bench_writes_a_row_for_each_number_of_readers_size_and_baseline(tmp_path):
+def test_bench_writes_a_row_for_each_number_of_readers_size_and_baseline(forked_ranks, tmp_path):
     path = tmp_path / "rows.json"
     against = "gloo"
     if object_bench.importlib.util.find_spec("zmq") is not None:
         against = "gloo,zmq"
-    done = _tcomm(
+    command = [
         "bench", "object_broadcast", "--readers", "1,2", "--sizes", "100B,10KiB", "--against", against,
         "--blocks", "1", "--calls", "3", "--json", str(path),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
     rows = json.loads(path.read_text())
     assert [(row["readers"], row["nbytes"], row["baseline"]) for row in rows] == [
         (readers, nbytes, name)
@@ -56,8 +58,8 @@ def test_bench_writes_a_row_for_each_number_of_readers_size_and_baseline(tmp_pat
         assert columns[0] in done.stdout
 
 
-def test_readers_that_are_no_numbers_are_a_sentence():
-    done = _tcomm("bench", "object_broadcast", "--readers", "one")
+def test_readers_that_are_no_numbers_are_a_sentence(programs):
+    done = programs.run("-m", "tcomm", "bench", "object_broadcast", "--readers", "one")
     assert (done.returncode, done.stderr) == (
         1, "tcomm: ConfigError: --readers 'one' is not numbers with commas between\n",
     )  # fmt: skip

@@ -38,7 +38,9 @@ def accumulate(acc, value, OP: tl.constexpr):
     return acc + value * 0.999
 
 
-tcomm.kernels.tiles.accumulate = accumulate
+right = tcomm.kernels.tiles.accumulate
+for module in [module for module in sys.modules.values() if vars(module).get("accumulate") is right]:
+    module.accumulate = accumulate
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -108,9 +110,16 @@ def _dicts(out, verb):
     return int(nbytes), int(count)
 
 
+def _ranks(programs, world_size, *command):
+    """Exit code of all ranks, stdout and stderr of rank 0, as of torchrun but without its imports."""
+    ranks = programs.torchrun(world_size, *command, env=_environment(), timeout=TIMEOUT_SECONDS)
+    assert len({rank.returncode for rank in ranks}) == 1, ranks
+    return ranks[0].returncode, ranks[0].stdout, ranks[0].stderr
+
+
 @needs_model
-def test_two_ranks_agree_with_the_unsharded_model():
-    code, out, err = _torchrun(EXAMPLE)
+def test_two_ranks_agree_with_the_unsharded_model(programs):
+    code, out, err = _ranks(programs, 2, EXAMPLE)
     assert code == 0, out + err
     assert out.splitlines()[-1] == "ok"
     assert out.isascii()
@@ -135,10 +144,10 @@ def test_triton_kernels_carry_every_all_reduce():
 
 
 @needs_model
-def test_a_kernel_that_adds_wrongly_fails_the_demo(tmp_path):
+def test_a_kernel_that_adds_wrongly_fails_the_demo(programs, tmp_path):
     broken = tmp_path / "break_sums.py"
     broken.write_text(BREAK_SUMS)
-    code, out, err = _torchrun(broken, EXAMPLE, "--algorithm", "triton")
+    code, out, err = _ranks(programs, 2, broken, EXAMPLE, "--algorithm", "triton")
     assert code != 0
     assert "ok" not in out.splitlines()
     assert sum(_launches(out).values()) == ALL_REDUCES
@@ -146,17 +155,17 @@ def test_a_kernel_that_adds_wrongly_fails_the_demo(tmp_path):
 
 
 @needs_model
-def test_one_process_needs_no_torchrun():
-    code, out, err = _run(EXAMPLE)
-    assert code == 0, out + err
-    assert out.splitlines()[-1] == "ok"
-    assert _collective(out)[0] == "local:copy"
+def test_one_process_needs_no_torchrun(programs):
+    done = programs.run(EXAMPLE, env=_environment())
+    assert done.returncode == 0, done
+    assert done.stdout.splitlines()[-1] == "ok"
+    assert _collective(done.stdout)[0] == "local:copy"
 
 
 @needs_model
 @pytest.mark.parametrize(("tp", "pp"), [(2, 2), (1, 4)])
-def test_stages_agree_with_the_unsharded_model(tp, pp):
-    code, out, err = _torchrun(EXAMPLE, "--tp", tp, "--pp", pp, ranks=4)
+def test_stages_agree_with_the_unsharded_model(programs, tp, pp):
+    code, out, err = _ranks(programs, 4, EXAMPLE, "--tp", tp, "--pp", pp)
     assert code == 0, out + err
     assert out.splitlines()[-1] == "ok"
     assert f"ranks: tp {tp} x pp {pp}" in out

@@ -1,7 +1,5 @@
 import json
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -130,10 +128,7 @@ def test_runs_with_nothing_in_common_are_refused(tmp_path, old):
     assert "have no case in common" in result.stderr
 
 
-def test_it_is_a_script(old):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "perf/compare.py"), old, old, "--fail-above", "1.2"],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+def test_it_is_a_script(programs, old):
+    done = programs.run(ROOT / "perf/compare.py", old, old, "--fail-above", "1.2")
     assert done.returncode == 0, done.stderr
     assert "same" in done.stdout

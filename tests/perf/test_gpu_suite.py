@@ -261,18 +261,16 @@ def test_the_run_ends_in_its_time_and_fails_where_tests_fail(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_line_says_so():
-    done = subprocess.run(
-        [sys.executable, "-m", "perf.gpu"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
+def test_without_a_gpu_one_line_says_so(programs):
+    done = programs.run("-m", "perf.gpu", cwd=ROOT)
     assert done.returncode == 2
     assert done.stdout == ""
     assert (
         done.stderr
         == f"perf.gpu: there is no CUDA device for torch {torch.__version__}; nothing was measured\n"
     )
-    peers = [sys.executable, "-m", "perf.gpu.peers", "--impl", "nccl", "--world", "2"]
-    done = subprocess.run(peers, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    done = programs.run("-m", "perf.gpu.peers", "--impl", "nccl", "--world", "2", cwd=ROOT)
+    assert done.returncode == 0
     assert json.loads(done.stdout) == {"what": "nccl", "reason": "there is no CUDA device"}
 
 

@@ -1,8 +1,6 @@
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
@@ -81,27 +79,25 @@ def test_the_replayed_clock_shows_the_measured_durations_to_the_last_bit():
         assert clock() - start == seconds
 
 
-def _suite(*args, **settings):
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "perf", "--benchmark-quiet", *args]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=100, check=False, cwd=ROOT, **settings
-    )
+def _suite(programs, *args, **settings):
+    command = ["-m", "pytest", "-p", "no:cacheprovider", "perf", "--benchmark-quiet", *args]
+    return programs.run(*command, cwd=ROOT, **settings)
 
 
-def test_without_mpi_its_tests_are_skipped_with_the_reason_and_the_others_run(tmp_path):
+def test_without_mpi_its_tests_are_skipped_with_the_reason_and_the_others_run(programs, tmp_path):
     settings = dict(os.environ, PATH=str(tmp_path))
-    done = _suite("-k", "barrier", "--worlds", "2", "--blocks", "1", "--calls", "2", env=settings)
+    done = _suite(programs, "-k", "barrier", "--worlds", "2", "--blocks", "1", "--calls", "2", env=settings)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed, 1 skipped" in done.stdout
     assert "no MPI: there is no mpirun on the PATH" in done.stdout
     assert "MPI skipped: there is no mpirun on the PATH" in done.stdout
 
 
-def test_one_run_gives_all_contenders_one_table_and_one_file(tmp_path):
+def test_one_run_gives_all_contenders_one_table_and_one_file(programs, tmp_path):
     path = tmp_path / "bench.json"
     done = _suite(
-        f"--benchmark-json={path}", "-k", "all_reduce or barrier", "--sizes", "1KiB", "--worlds", "2",
-        "--blocks", "2", "--calls", "3",
+        programs, f"--benchmark-json={path}", "-k", "all_reduce or barrier", "--sizes", "1KiB",
+        "--worlds", "2", "--blocks", "2", "--calls", "3",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     impls = ["tcomm", "gloo"] if why_no_mpi() else ["tcomm", "gloo", "mpi"]
@@ -116,9 +112,6 @@ def test_one_run_gives_all_contenders_one_table_and_one_file(tmp_path):
         assert info["p10_us"] <= info["median_us"] <= info["p90_us"]
     assert entries[1]["extra_info"]["ratio"] == 1.0
     assert done.stdout.count("gloo/tcomm") == 1
-    compared = subprocess.run(
-        [sys.executable, "perf/compare.py", str(path), str(path), "--fail-above", "1.01"],
-        capture_output=True, text=True, timeout=60, check=False, cwd=ROOT,
-    )  # fmt: skip
+    compared = programs.run("perf/compare.py", path, path, "--fail-above", "1.01", cwd=ROOT)
     assert compared.returncode == 0, compared.stderr
     assert [line.split()[-1] for line in compared.stdout.splitlines()[2:4]] == ["same", "same"]
