@@ -9,13 +9,13 @@ from tcomm.kernels.moe_rows import blocks_for, copy_facts, copy_row, half_of, la
 
 @triton.jit
 def _copying_kernel(
-    rows_ptr, facts_ptr, row_out_ptr, facts_out_ptr, halves_ptr, epoch: tl.int64,
+    rows_ptr, facts_ptr, row_out_ptr, facts_out_ptr, halves_ptr, epoch,
     WORDS: tl.constexpr, BLOCK: tl.constexpr, FACTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     copy_row(rows_ptr, row_out_ptr, WORDS, BLOCK)
     copy_facts(facts_ptr, facts_out_ptr, FACTS, LANES)
-    tl.store(halves_ptr, half_of(epoch << 32, 100, 1000))
-    tl.store(halves_ptr + 1, half_of((epoch + 1) << 32, 100, 1000))
+    tl.store(halves_ptr, half_of(epoch.to(tl.int64) << 32, 100, 1000))
+    tl.store(halves_ptr + 1, half_of((epoch.to(tl.int64) + 1) << 32, 100, 1000))
 
 
 def test_rows_and_facts_are_copied_and_nothing_behind_them():
