@@ -73,6 +73,7 @@ class HighThroughput:
         """Give the memory back. Not collective."""
         self.workspace.close()
 
+    @torch.no_grad()
     def dispatch(
         self,
         x: Tokens,
@@ -85,7 +86,7 @@ class HighThroughput:
         num_worst_tokens: int = 0,
         timeout: Timeout | Unset = UNSET,
     ) -> Dispatched:
-        """Give each token to the ranks that hold its experts. **Collective.**
+        """Give each token to the ranks that hold its experts. **Collective.** Records no gradient.
 
         Args:
             x: [T, H] bfloat16, float16 or float32, H a multiple of 8, contiguous; or [T, H] float8_e4m3fn
@@ -117,6 +118,7 @@ class HighThroughput:
         received = self.workspace.run(lambda: self._engine.dispatch(job))
         return _results_of(job, received, self.rank, self.world_size)
 
+    @torch.no_grad()
     def combine(
         self,
         x: torch.Tensor,
@@ -129,7 +131,7 @@ class HighThroughput:
         """Give rows back to where they came from, which adds up those of each token. **Collective.**
 
         Nothing is weighted. Sums are float32, in the order in which the ranks come in a token's list, then
-        bias; they are rounded once. A token that went nowhere gets 0, and bias.
+        bias; they are rounded once. A token that went nowhere gets 0, and bias. Records no gradient.
 
         Args:
             x: [N, H], a row for each that was received, bfloat16, float16 or float32.

@@ -61,10 +61,10 @@ def check_round(exchange, tokens, kind, num_topk, hidden, dtype, seed=0, num_bia
     return got, rows[me], results
 
 
-def _worlds(member, engine):
+def _worlds(member, engine, kinds):
     exchange, world = make(member, engine), member.world_size
     shapes = [([5, 0, 9, 3, 1, 1, 1, 1], 16), ([3] * 8, 24), ([0, 12, 1, 0, 0, 4, 0, 2], 8)]
-    for seed, kind in enumerate(KINDS):
+    for seed, kind in enumerate(KINDS[:kinds]):
         tokens, hidden = shapes[seed % len(shapes)]
         dtype = (torch.bfloat16, torch.float32, torch.float16)[seed % 3]
         check_round(exchange, tokens[:world], kind, 1 + 3 * seed % 8, hidden, dtype, seed, seed % 3)
@@ -79,8 +79,9 @@ def _worlds(member, engine):
     [(1, "cpu"), (2, "cpu"), (3, "cpu"), (4, "cpu"), (8, "cpu"), (2, "triton"), (4, "triton")],
 )
 def test_random_routes_go_there_and_back(on_ranks, world, engine):
-    calls_in_one_piece = 4 * (len(KINDS) + 1)
-    assert on_ranks(world, _worlds, engine) == [calls_in_one_piece] * world
+    kinds = len(KINDS) if engine == "cpu" else 3
+    calls_in_one_piece = 4 * (kinds + 1)
+    assert on_ranks(world, _worlds, engine, kinds) == [calls_in_one_piece] * world
 
 
 def _oracle(member):
