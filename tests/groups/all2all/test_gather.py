@@ -156,6 +156,6 @@ class _Group:
 def test_several_replicas_of_context_parallel_ranks_are_not_tensor_parallel():
     manager = AgRsAll2AllManager.__new__(AgRsAll2AllManager)
     manager._around = {"dp": _Group(2), "pcp": _Group(2), "tp": _Group(2), "ep": _Group(8)}
-    with pytest.raises(AssertionError, match="tokens of 2 DP and 2 PCP ranks .* there are 2 TP ranks"):
+    with pytest.raises(AssertionError, match=r"tokens of 2 DP and 2 PCP ranks .* there are 2 TP ranks"):
         manager._group_of(False)
     assert manager._group_of(True).world_size == 8
