@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tcomm.memory.moe_slots import GROUP
+from tcomm.memory.moe_slots import AMAX_FLOOR, FP8_MAX, GROUP
 
-__all__ = ["AMAX_FLOOR", "FP8_MAX", "dequantise", "quantise"]
-
-FP8_MAX = 448.0
-"""The largest e4m3 number."""
-AMAX_FLOOR = 1e-4
-"""A group of smaller numbers is scaled as if it had one of this size."""
+__all__ = ["dequantise", "quantise"]
 
 _MANTISSA_BITS, _MANTISSA = 23, 0x7FFFFF
 _MOST_EXPONENT = 254
@@ -59,9 +54,12 @@ def dequantise(q: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """
     num_groups = q.shape[-1] // GROUP
     if scales.dtype == torch.int32:
-        packed = scales.contiguous().view(torch.uint8)[..., :num_groups].to(torch.int32)
-        scales = (packed << _MANTISSA_BITS).view(torch.float32)
-    return q.float().unflatten(-1, (-1, GROUP)).mul(scales.unsqueeze(-1)).flatten(-2)
+        # A last dimension of one is contiguous for torch at any stride.
+        words = scales.clone(memory_format=torch.contiguous_format)
+        exponents = words.view(torch.uint8)[..., :num_groups].to(torch.int32)
+        scales = (exponents << _MANTISSA_BITS).view(torch.float32)
+    groups: torch.Tensor = q.float().unflatten(-1, (-1, GROUP))
+    return groups.mul(scales.unsqueeze(-1)).flatten(-2)
 
 
 def _exponents_above(scales: torch.Tensor) -> torch.Tensor:

@@ -8,10 +8,14 @@ import torch
 
 from tcomm.memory.layout import ALIGNMENT
 
-__all__ = ["GROUP", "RowFormat", "SlotLayout"]
+__all__ = ["AMAX_FLOOR", "FP8_MAX", "GROUP", "RowFormat", "SlotLayout"]
 
 GROUP = 128
 """Channels that share a scale."""
+FP8_MAX = 448.0
+"""The largest e4m3 number."""
+AMAX_FLOOR = 1e-4
+"""A group of smaller numbers is scaled as if it had one of this size."""
 _EXPONENTS_PER_WORD = 4
 
 

@@ -1,0 +1,234 @@
+import gc
+import time
+
+import pytest
+import torch
+
+from tcomm.errors import ConfigError, PeerLostError, UsageError
+from tcomm.groups.moe import low_latency
+from tests.groups.moe.low_latency_cases import (
+    KINDS,
+    Case,
+    make,
+    mistakes_of,
+    run_case,
+    tokens_of,
+    wire_nbytes_of,
+)
+
+FP8 = ((), ("use_fp8",), ("use_fp8", "round_scale"), ("use_fp8", "round_scale", "use_ue8m0"))
+
+
+def cases():
+    """Alternating kinds, formats and ways, for one exchange."""
+    return [
+        Case(seed, 1 + seed % 8, KINDS[seed % len(KINDS)], FP8[seed % 4], seed % 3 == 0, seed % 2 == 1)
+        for seed in range(24)
+    ]
+
+
+def _identities(member, dtype, hidden):
+    exchange = make(member, dtype=dtype, hidden=hidden)
+    found = []
+    for case in cases():
+        time.sleep(0.002 * ((case.seed + member.rank) % 3))
+        found += mistakes_of(exchange, case)
+    twice = [run_case(exchange, cases()[2]) for _ in range(2)]
+    phases = exchange.workspace.traffic.num_phases
+    exchange.close()
+    same = all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(*twice, strict=True))
+    return found, same, phases
+
+
+@pytest.mark.parametrize(
+    ("world", "dtype", "hidden"),
+    [
+        (1, torch.bfloat16, 128),
+        (2, torch.float32, 640),
+        (4, torch.bfloat16, 128),
+        (8, torch.float16, 128),
+    ],
+)
+def test_rows_scales_sources_and_sums_are_those_of_the_definition(on_ranks, world, dtype, hidden):
+    assert on_ranks(world, _identities, dtype, hidden) == [([], True, 2 * (len(cases()) + 2))] * world
+
+
+def _wire(member):
+    exchange = make(member, num_experts=6)
+    told = []
+    for case in (Case(1, 3), Case(2, 3, fp8=FP8[1]), Case(3, 3, fp8=FP8[3], zero_copy=True)):
+        before = exchange.workspace.traffic.wire_nbytes
+        x, topk_idx, weights = tokens_of(case, exchange.layout, member.rank)
+        _, _, handle, _ = exchange.dispatch(x, topk_idx, **case.flags)
+        there = exchange.workspace.traffic.wire_nbytes - before
+        y = (
+            exchange.next_combine_buffer(handle)
+            if case.zero_copy
+            else torch.zeros(6 // member.world_size, 18, 128).bfloat16()
+        )
+        exchange.combine(y, topk_idx, weights, handle, zero_copy=case.zero_copy)
+        back = exchange.workspace.traffic.wire_nbytes - before - there
+        row = {0: 256 + 4, 1: 128 + 4 + 4, 3: 128 + 4 + 4}[len(case.fp8)]
+        told.append(
+            (
+                there,
+                back,
+                wire_nbytes_of(case, exchange.layout, member.rank, row),
+                wire_nbytes_of(case, exchange.layout, member.rank, 256),
+            )
+        )
+    return told
+
+
+def test_bytes_on_the_wire_are_those_of_the_copies_for_others(on_ranks):
+    ranks = on_ranks(3, _wire)
+    for number in range(3):
+        there, back, wanted, wanted_back = zip(*(told[number] for told in ranks), strict=True)
+        assert there == wanted
+        # Who owns an expert pushes its rows; of those that are lent, the source reads its own.
+        assert sum(back) == sum(wanted_back) > 0
+        assert (back == wanted_back) == (number == 2)
+
+
+def _rules(member):
+    exchange = make(member, num_max_tokens=4, max_topk=3)
+    x, idx = torch.ones(4, 128).bfloat16(), torch.zeros(4, 2, dtype=torch.int64)
+    weights = torch.ones(4, 2)
+    told = []
+
+    def refused(match, *args, call=exchange.dispatch, **kwargs):
+        with pytest.raises(ConfigError, match=match):
+            call(*args, **kwargs)
+
+    refused("5 tokens pass the capacity of 4", torch.ones(5, 128).bfloat16(), torch.zeros(5, 2).long())
+    refused(r"x is float32 \[4, 128\] on cpu; give bfloat16 \[T, 128\]", x.float(), idx)
+    refused(r"topk_idx is int32 \[4, 2\]", x, idx.int())
+    refused(r"give int64 \[4, k\]", x, idx[:3])
+    refused("4 choices a token; the exchange was made for 1 to 3", x, torch.zeros(4, 4).long())
+    wrong = idx.clone()
+    wrong[2, 1] = 8
+    refused("token 2 chooses expert 8 of 8", x, wrong)
+    refused("needs round_scale=True", x, idx, use_ue8m0=True)
+    refused(
+        r"cumulative_recv_stats is int64 \[4\]; give int32",
+        x,
+        idx,
+        cumulative_recv_stats=torch.zeros(4).long(),
+    )
+    refused(r"give int64 \[2\] or \[2, 2\]", x, idx, wait_recv_cost_stats=torch.zeros(3).long())
+    stats, waits = torch.zeros(4, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int64)
+    if member.rank == 1:
+        time.sleep(0.2)
+    rows, counts, first, _ = exchange.dispatch(
+        x, idx, cumulative_recv_stats=stats, wait_recv_cost_stats=waits
+    )
+    told.append(
+        (
+            stats.tolist(),
+            waits[member.rank, 1 - member.rank].item() // 100_000,
+            int(waits.count_nonzero()) <= 1,
+        )
+    )
+    fields = list(first)
+    told.append((len(first), fields[2:], first[0] is fields[0], first[4]))
+    y = torch.ones(4, 8, 128).bfloat16()
+    refused("give bfloat16", y.float(), idx, weights, first, call=exchange.combine)
+    refused("topk_weights is float64", y, idx, weights.double(), first, call=exchange.combine)
+    refused(
+        r"topk_idx is \[4, 1\]; its dispatch had \[4, 2\]",
+        y,
+        idx[:, :1],
+        weights,
+        first,
+        call=exchange.combine,
+    )
+    refused("token 0 chooses other experts", y, idx + 1, weights, first, call=exchange.combine)
+    refused(r"out is bfloat16 \[3, 128\]", y, idx, weights, first, out=y[0, :3], call=exchange.combine)
+    refused("zero_copy=True takes", y, idx, weights, first, zero_copy=True, call=exchange.combine)
+    _, _, second, hook = exchange.dispatch(x * 2, idx, use_fp8=False, return_recv_hook=True)
+    with pytest.raises(UsageError, match="results #1 and #2 are alive"):
+        exchange.dispatch(x, idx)
+    # The first result is left in peace by the calls after it.
+    told.append((rows[0][0, 0, 0].float().item(), counts.tolist()))
+    out = torch.empty(4, 128, dtype=torch.bfloat16)
+    leaving_out = torch.where(torch.tensor([[True, False]]), idx, -1)
+    given, _ = exchange.combine(y, leaving_out, weights, first, out=out)
+    told.append((given is out, hook.is_done, out.unique().tolist()))
+    hook()
+    with pytest.raises(UsageError, match="no result here"):
+        exchange.combine(y, idx, weights, first)
+    third_rows, _, third, _ = exchange.dispatch(x * 3, idx, use_fp8=False)
+    told.append(
+        (
+            third_rows.data_ptr() == rows[0].data_ptr(),
+            third_rows[0, :1].unique().tolist() if member.rank == 0 else [3.0],
+        )
+    )
+    # Results are left alone by hooks that nobody calls: the next call completes them, in order.
+    for result, value in ((third, 3.0), (second, 2.0)):
+        out, _ = exchange.combine(value * y, idx, weights, result, return_recv_hook=True)
+        told.append(out)
+    del first, second, third, fields, result
+    gc.collect()
+    for _ in range(3):
+        _, _, handle, _ = exchange.dispatch(x[:0], idx[:0])
+        del handle
+    told[-2:] = [one.unique().tolist() for one in told[-2:]]
+    exchange.close()
+    exchange.close()
+    return told
+
+
+def test_rules_of_calls(on_ranks):
+    for rank, told in enumerate(on_ranks(2, _rules, timeout=60)):
+        waits, fields, first, out, memory, third, second = told
+        # All tokens of both ranks choose expert 0 twice, which makes one copy each.
+        assert waits == ([8, 0, 0, 0] if rank == 0 else [0] * 4, 1 if rank == 0 else 0, True) or waits[1] in (
+            1,
+            2,
+        )
+        assert waits[0] == ([8, 0, 0, 0] if rank == 0 else [0] * 4)
+        assert fields == (5, [4, 128, 8], True, 8)
+        assert first[1] == ([8, 0, 0, 0] if rank == 0 else [0] * 4)
+        assert rank == 1 or first[0] == 448.0
+        assert out == (True, True, [1.0])
+        assert memory == (True, [3.0])
+        assert (third, second) == ([6.0], [4.0])
+
+
+def _dead(member):
+    exchange = make(member, num_experts=6, timeout=30.0)
+    x, idx = torch.ones(2, 128).bfloat16(), torch.zeros(2, 1, dtype=torch.int64)
+    exchange.dispatch(x, idx)
+    if member.rank == 2:
+        exchange.workspace.close()
+        return "left"
+    with pytest.raises(PeerLostError) as caught:
+        exchange.dispatch(x, idx)
+    return caught.value.peers
+
+
+def test_a_rank_that_is_gone_is_named(on_ranks):
+    assert on_ranks(3, _dead) == [(2,), (2,), "left"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ((0, 128, 8, 2, torch.bfloat16), "num_max_tokens=0"),
+        ((4, 12, 8, 2, torch.bfloat16), "hidden=12 is no multiple of 8"),
+        ((4, 128, 9, 2, torch.bfloat16), "num_experts=9 is no multiple of the 2 ranks"),
+        ((4, 128, 8, 2.0, torch.bfloat16), "max_topk=2.0"),
+        ((4, 128, 8, 2, torch.float64), "dtype=torch.float64"),
+    ],
+)
+def test_capacities_that_make_no_sense(sizes, told):
+    with pytest.raises(ConfigError, match=told):
+        low_latency.check_sizes_of_exchange(*sizes, 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "nbytes"), [((128, 7168, 8, 256), 1908410496), ((256, 2048, 2, 64), 272630400)]
+)
+def test_size_hint_is_that_of_deepep(sizes, nbytes):
+    assert low_latency.size_hint(*sizes) == nbytes
