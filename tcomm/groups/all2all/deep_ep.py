@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -47,6 +48,12 @@ class DeepEPAll2AllManagerBase(All2AllManagerBase):
             buffer.destroy()
         self.handle_cache.clear()
 
+    def _buffer(self, kwargs: dict[str, Any]) -> Buffer:
+        # The group is the same for all of them, and one of the stateless kind cannot be hashed.
+        make = functools.partial(Buffer, kwargs.pop("group"))
+        buffer: Buffer = self.handle_cache.get_or_create(kwargs, make)
+        return buffer
+
     def _nvl_nbytes(self) -> int:
         return EngineConfig.from_environment().deepep_buffer_size_mb << 20
 
@@ -81,8 +88,7 @@ class DeepEPHTAll2AllManager(DeepEPAll2AllManagerBase):
                 f"DeepEPHTAll2AllManager expects no arguments. All the required args are computed in the "
                 f"Manager itself. Got {sorted(kwargs)}"
             )
-        buffer: Buffer = self.handle_cache.get_or_create(self._make_all2all_kwargs(), Buffer)
-        return buffer
+        return self._buffer(self._make_all2all_kwargs())
 
     def set_num_sms(self, num_sms: int) -> None:
         """Let all buffers use fewer processors; never more than `num_sms` of this manager.
@@ -139,8 +145,7 @@ class DeepEPLLAll2AllManager(DeepEPAll2AllManagerBase):
         Raises:
             TypeError: when one is missing, or another is given.
         """
-        buffer: Buffer = self.handle_cache.get_or_create(self._make_all2all_kwargs(**kwargs), Buffer)
-        return buffer
+        return self._buffer(self._make_all2all_kwargs(**kwargs))
 
     def max_sms_used(self) -> int | None:
         """0: beside the exchange, computing may use the whole GPU."""
