@@ -40,7 +40,8 @@ def quantise(
         scales = (exponents << _MANTISSA_BITS).view(torch.float32)
         factors = (_MOST_EXPONENT - exponents << _MANTISSA_BITS).view(torch.float32)
     else:
-        factors = FP8_MAX / amax
+        # A number over a tensor would be a product with its reciprocal, rounded twice.
+        factors = torch.full_like(amax, FP8_MAX).div_(amax)
     q = groups.mul(factors.unsqueeze(-1)).flatten(-2).to(torch.float8_e4m3fn)
     return q, _pack(exponents) if use_ue8m0 else scales
 

@@ -8,7 +8,7 @@ import torch
 
 from tcomm.memory.layout import ALIGNMENT
 
-__all__ = ["AMAX_FLOOR", "FP8_MAX", "GROUP", "RowFormat", "SlotLayout"]
+__all__ = ["AMAX_FLOOR", "FP8_MAX", "GROUP", "LENT_SHIFT", "RowFormat", "SlotLayout"]
 
 GROUP = 128
 """Channels that share a scale."""
@@ -16,6 +16,8 @@ FP8_MAX = 448.0
 """The largest e4m3 number."""
 AMAX_FLOOR = 1e-4
 """A group of smaller numbers is scaled as if it had one of this size."""
+LENT_SHIFT = 31
+"""In a word of combine: of the number of a result, above the row where a source's begin."""
 _EXPONENTS_PER_WORD = 4
 
 

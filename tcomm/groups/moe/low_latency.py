@@ -20,10 +20,12 @@ from tcomm.groups.moe.low_latency_checks import (
     check_sizes_of_exchange,
     check_statistics,
 )
+from tcomm.groups.moe.low_latency_device import KernelEngine
 from tcomm.groups.moe.low_latency_host import HostEngine
 from tcomm.groups.moe.results import MOST_RESULTS, Results
 from tcomm.groups.moe.workspace import Hook, Workspace
 from tcomm.groups.setup import Membership, split_membership
+from tcomm.memory.base import Staging
 from tcomm.memory.moe_slots import RowFormat, SlotLayout
 from tcomm.signature import CallDescription
 
@@ -104,7 +106,11 @@ class LowLatency:
         memory = range(MOST_RESULTS)
         self._packed = [Packed(number, self.layout, self.workspace.device) for number in memory]
         self._in_memory: list[weakref.ref[LowLatencyHandle] | None] = [None] * MOST_RESULTS
-        self._engine: Engine = HostEngine(self.workspace, self.layout, self._lent)
+        self._engine: Engine
+        if self.workspace.engine == "cpu":
+            self._engine = HostEngine(self.workspace, self.layout, self._lent)
+        else:
+            self._engine = KernelEngine(self.workspace, self.layout, self._lent_staging)
 
     def dispatch(
         self,
@@ -247,14 +253,24 @@ class LowLatency:
 
     def _lent(self, rank: int, number: int) -> torch.Tensor:
         """What `rank` lends of its result `number`."""
-        layout, space = self.layout, self.workspace
+        layout = self.layout
+        shape = (layout.num_local_experts, layout.capacity, layout.hidden)
+        return self._lending_space().view(rank, number, 0, shape, self.dtype)
+
+    def _lending_space(self) -> Workspace:
+        """Memory of what is lent: a half for each result. **Collective** the first time."""
         if self._combine_space is None:
+            space = self.workspace
             self._combine_space = Workspace(
-                self._combine_members, layout.combine_nbytes,
+                self._combine_members, self.layout.combine_nbytes,
                 timeout=space.timeout, device=space.device, engine=space.engine,
             )  # fmt: skip
-        shape = (layout.num_local_experts, layout.capacity, layout.hidden)
-        return self._combine_space.view(rank, number, 0, shape, self.dtype)
+        return self._combine_space
+
+    def _lent_staging(self) -> Staging:
+        staging = self._lending_space().arena.staging
+        assert staging is not None
+        return staging
 
     def close(self) -> None:
         """Leave the exchange and give its memory back. Not collective; may be called twice."""

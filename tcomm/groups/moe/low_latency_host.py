@@ -22,12 +22,11 @@ from tcomm.cpu.moe_quantise import quantise
 from tcomm.errors import CommError
 from tcomm.groups.moe.low_latency_calls import CombineJob, DispatchJob
 from tcomm.groups.moe.workspace import Workspace
-from tcomm.memory.moe_slots import RowFormat, SlotLayout
+from tcomm.memory.moe_slots import LENT_SHIFT, RowFormat, SlotLayout
 
 __all__ = ["HostEngine"]
 
 _BYTES_AT_A_TIME = 1 << 19
-_LENT_SHIFT = 31
 
 
 @dataclasses.dataclass
@@ -114,7 +113,7 @@ class HostEngine:
         job.epoch = space.begin(job.call, job.seconds)
         assert routing.begins is not None
         y = job.y.reshape(-1, layout.hidden)
-        begins = routing.begins.t() | job.handle.packed.number << _LENT_SHIFT
+        begins = routing.begins.t() | job.handle.packed.number << LENT_SHIFT
         for step in range(layout.world_size):
             source = (space.rank + step + 1) % layout.world_size
             where = routing.rows[source]
@@ -166,8 +165,8 @@ class HostEngine:
         experts = torch.arange(layout.num_local_experts, device="cpu") * layout.capacity
         found = []
         for owner in range(layout.world_size):
-            number = int(numbers[owner, 0]) >> _LENT_SHIFT
-            begins = numbers[owner] & ((1 << _LENT_SHIFT) - 1)
+            number = int(numbers[owner, 0]) >> LENT_SHIFT
+            begins = numbers[owner] & ((1 << LENT_SHIFT) - 1)
             shift = begins + experts - first_slots[owner]
             local = (job.topk_idx - owner * layout.num_local_experts).clamp(0, layout.num_local_experts - 1)
             rows = self._lent(owner, number).flatten(0, 1)

@@ -1,0 +1,91 @@
+"""Low-latency dispatch and combine by kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import torch
+
+from tcomm.groups.moe.low_latency_calls import CombineJob, DispatchJob
+from tcomm.groups.moe.workspace import Workspace
+from tcomm.kernels.moe_low_latency import receive_copies, send_copies
+from tcomm.kernels.moe_low_latency_combine import send_rows, sum_rows
+from tcomm.memory.base import Staging
+from tcomm.memory.moe_slots import SlotLayout
+
+__all__ = ["KernelEngine"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Routing:
+    """What a dispatch left for its combine, on the device."""
+
+    slots: torch.Tensor
+    """[T, k] int32."""
+    counts: torch.Tensor
+    """[E] int32."""
+
+
+class KernelEngine:
+    """Carries calls out by kernels. What they move, the host does not count.
+
+    Args:
+        workspace: whose halves have `layout`.
+        layout: of the exchange.
+        lent: the memory of all ranks for results that are not copied.
+    """
+
+    def __init__(self, workspace: Workspace, layout: SlotLayout, lent: Callable[[], Staging]) -> None:
+        self._space = workspace
+        self._layout = layout
+        self._lent = lent
+
+    def send_dispatch(self, job: DispatchJob) -> None:
+        """Number the copies, push them, and publish."""
+        topk_idx, layout = job.handle.topk_idx.contiguous(), self._layout
+        routing = _Routing(
+            torch.empty_like(topk_idx, dtype=torch.int32),
+            torch.empty(
+                layout.world_size * layout.num_local_experts, dtype=torch.int32, device=topk_idx.device
+            ),
+        )
+        job.handle.routing = routing
+        job.epoch = send_copies(
+            self._space.arena, job.call, job.seconds, layout, job.form, job.x.contiguous(), topk_idx,
+            routing.slots, routing.counts,
+        )  # fmt: skip
+
+    def receive_dispatch(self, job: DispatchJob) -> None:
+        """Wait for all sources, and pack their copies."""
+        packed, space = job.handle.packed, self._space
+        space.traffic.num_phases += 1
+        began = time.monotonic()
+        receive_copies(
+            space.arena, job.call, job.seconds, job.epoch, self._layout, job.form,
+            packed.rows.view(torch.int32), packed.scales, packed.src_info, packed.ranges, packed.counts,
+            job.recv_stats, job.wait_stats,
+        )  # fmt: skip
+        if job.wait_stats is not None and space.device.type == "cpu":
+            # Interpreted kernels have no clock.
+            waited = int((time.monotonic() - began) * 1e6)
+            job.wait_stats += (torch.arange(space.world_size, device="cpu") != space.rank) * waited
+
+    def send_combine(self, job: CombineJob) -> None:
+        """Push each source's rows, or say where they begin."""
+        packed = job.handle.packed
+        job.epoch = send_rows(
+            self._space.arena, job.call, job.seconds, self._layout, job.y.contiguous(), packed.ranges,
+            packed.number, job.lends,
+        )  # fmt: skip
+
+    def receive_combine(self, job: CombineJob) -> None:
+        """Wait for all owners, and sum up."""
+        routing = job.handle.routing
+        self._space.traffic.num_phases += 1
+        sum_rows(
+            self._space.arena, job.call, job.seconds, job.epoch, self._layout, job.out,
+            job.topk_idx.contiguous(), job.weights.contiguous(), routing.slots, routing.counts,
+            self._lent() if job.lends else None,
+        )  # fmt: skip

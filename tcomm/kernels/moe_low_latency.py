@@ -1,0 +1,457 @@
+"""Low-latency dispatch: copies are pushed into slots at the owners of their experts, and packed there.
+
+===============  =====================================  ==============================
+kernel           a program's work                       waits
+===============  =====================================  ==============================
+plan             the slots of one expert's copies       for nobody
+send copies      a choice: its row, quantised           for nobody; publishes
+receive copies   a row: to its place in the result      for all sources
+===============  =====================================  ==============================
+
+Numerics: quantised rows and scales have the bits of `tcomm.cpu.moe_quantise`; others are moved as they are.
+
+Source: DeepEP's low-latency kernels, with slots numbered by the sender instead of counted by atomics.
+
+Meaning and protocol: `docs/moe/low_latency.md`. Where things lie: `tcomm.memory.moe_slots`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from tcomm.interpret import is_interpreted
+from tcomm.kernels.device import (
+    begin_call,
+    finish_call,
+    launched_rank,
+    page_of,
+    pointer_to,
+    record_late,
+    row_of,
+    started,
+)
+from tcomm.kernels.launch import grid_of, launch_part, staging_of
+from tcomm.kernels.moe_quantise import e4m3, has_e4m3, pack_exponents, scaled_groups
+from tcomm.kernels.phases import await_ranks, open_word, publish_last
+from tcomm.memory.base import KernelArena
+from tcomm.memory.moe_slots import GROUP, RowFormat, SlotLayout
+from tcomm.signature import CallDescription
+
+__all__ = [
+    "copy_row", "fresh_numbers", "half_of", "launch_of", "own_part", "receive_copies", "row_block",
+    "send_copies",
+]  # fmt: skip
+
+_RUNTIME = ["rank", "signature", "budget", "num_tokens"]
+_WORD_BYTES = 4
+_COMPILED_WORDS = 1024
+_COMPILED_GROUPS = 32
+_TOKENS_AT_A_TIME = 128
+_GROUP = tl.constexpr(GROUP)
+_LOW = tl.constexpr(0xFFFFFFFF)
+
+
+@triton.jit
+def own_part(ptr, stride, rank, VIRTUAL: tl.constexpr):
+    """Where a small tensor of `rank` begins; unlike `row_of` at any multiple of its elements."""
+    if VIRTUAL:
+        return ptr + rank * stride
+    else:
+        return ptr
+
+
+@triton.jit
+def half_of(word, LANE_HALF_BYTES: tl.constexpr, HALF_BYTES: tl.constexpr):
+    """Offset in staging of the half of a call."""
+    return 2 * LANE_HALF_BYTES + ((word >> 32) & 1) * HALF_BYTES
+
+
+@triton.jit
+def copy_row(src_ptr, dst_ptr, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    """dst[i] = src[i] for i < WORDS of 32 bits, a multiple of 4; both begin at multiples of 16 bytes."""
+    src_ptr = tl.multiple_of(src_ptr.to(tl.pointer_type(tl.int32)), 16)
+    dst_ptr = tl.multiple_of(dst_ptr.to(tl.pointer_type(tl.int32)), 16)
+    for start in tl.static_range(0, WORDS, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        if start + BLOCK <= WORDS:
+            tl.store(dst_ptr + offs, tl.load(src_ptr + offs))
+        else:
+            tl.store(dst_ptr + offs, tl.load(src_ptr + offs, mask=offs < WORDS), mask=offs < WORDS)
+
+
+@triton.jit
+def fresh_numbers(words_ptr, page, word, WORLD: tl.constexpr, LANES: tl.constexpr,
+                  EXPERTS: tl.constexpr, EXPERT_LANES: tl.constexpr):  # fmt: skip
+    """The numbers [LANES, EXPERT_LANES] that ranks told this one, and how many are not of this epoch."""
+    ranks = tl.arange(0, LANES)[:, None]
+    experts = tl.arange(0, EXPERT_LANES)[None, :]
+    there = (ranks < WORLD) & (experts < EXPERTS)
+    told = tl.load(words_ptr + ranks * EXPERTS + experts, mask=there, other=0)
+    is_stale = there & ((told >> 32) != (word >> 32))
+    num_stale = tl.sum(tl.sum(is_stale.to(tl.int32), axis=1), axis=0)
+    if num_stale > 0:
+        lanes = tl.arange(0, LANES)
+        stale_ranks = tl.sum(is_stale.to(tl.int32), axis=1) > 0
+        record_late(page, tl.min(tl.where(stale_ranks, lanes, LANES), axis=0), word)
+    return told & _LOW, num_stale
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _plan_kernel(
+    idx_ptr,  # [T, k] int64
+    slots_ptr,  # [T, k] int32, out
+    counts_ptr,  # [E] int32, out
+    num_tokens, staging_ptrs, pad_ptrs,
+    signature: tl.int64, rank, budget: tl.int64,
+    WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
+    VIRTUAL: tl.constexpr, TOPK: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Number the copies for each rank by (expert, token); -1 for no choice, or an expert that is none.
+
+    Example: 4 experts on 2 ranks, idx [[0, 3], [1, -1], [0, 2]] -> slots [[0, 1], [2, -1], [1, 0]],
+    counts [2, 1, 1, 1].
+    """
+    rank = launched_rank(rank)
+    idx_ptr = own_part(idx_ptr, num_tokens * TOPK, rank, VIRTUAL)
+    slots_ptr = own_part(slots_ptr, num_tokens * TOPK, rank, VIRTUAL)
+    counts_ptr = own_part(counts_ptr, WORLD * EXPERTS, rank, VIRTUAL)
+    expert = tl.program_id(0)
+    while expert < WORLD * EXPERTS:
+        first = expert // EXPERTS * EXPERTS
+        before = tl.full((), 0, tl.int32)
+        start = tl.full((), 0, tl.int32)
+        while start < num_tokens:
+            tokens = start + tl.arange(0, TOKENS)
+            mask = tokens < num_tokens
+            for j in tl.static_range(TOPK):
+                chosen = tl.load(idx_ptr + tokens * TOPK + j, mask=mask, other=-1)
+                counts = (chosen >= first) & (chosen < expert)
+                for i in tl.static_range(j):
+                    counts = counts & (tl.load(idx_ptr + tokens * TOPK + i, mask=mask, other=-1) != chosen)
+                before += tl.sum(counts.to(tl.int32), axis=0)
+            start += TOKENS
+        found = tl.full((), 0, tl.int32)
+        start = tl.full((), 0, tl.int32)
+        while start < num_tokens:
+            tokens = start + tl.arange(0, TOKENS)
+            mask = tokens < num_tokens
+            hits = tl.full((TOKENS,), 0, tl.int32)
+            for j in tl.static_range(TOPK):
+                chosen = tl.load(idx_ptr + tokens * TOPK + j, mask=mask, other=-1)
+                hits = tl.where(chosen == expert, 1, hits)
+            slots = before + found + tl.cumsum(hits, axis=0) - hits
+            for j in tl.static_range(TOPK):
+                chosen = tl.load(idx_ptr + tokens * TOPK + j, mask=mask, other=-1)
+                tl.store(slots_ptr + tokens * TOPK + j, slots, mask=mask & (chosen == expert))
+                if expert == 0:
+                    is_none = mask & ((chosen < 0) | (chosen >= WORLD * EXPERTS))
+                    tl.store(slots_ptr + tokens * TOPK + j, tl.full((TOKENS,), -1, tl.int32), mask=is_none)
+            found += tl.sum(hits, axis=0)
+            start += TOKENS
+        tl.store(counts_ptr + expert, found)
+        expert += tl.num_programs(0)
+
+
+@triton.jit
+def _send_quantised(
+    src_ptr, row_ptr, scale_ptr,
+    GROUPS: tl.constexpr, SCALE_WORDS: tl.constexpr, ROUND: tl.constexpr, UE8M0: tl.constexpr,
+    BY_INSTRUCTION: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Quantise one row of GROUPS groups, TILE of them at a time."""
+    row_ptr = tl.multiple_of(row_ptr.to(tl.pointer_type(tl.uint8)), 16)
+    for start in tl.static_range(0, GROUPS, TILE):
+        groups = start + tl.arange(0, TILE)
+        offs = groups[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
+        mask = (groups < GROUPS)[:, None] & (offs >= 0)
+        x = tl.load(src_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        scaled, scale, exponent = scaled_groups(x, ROUND)
+        tl.store(row_ptr + offs, e4m3(scaled, BY_INSTRUCTION), mask=mask)
+        if UE8M0:
+            words = start // 4 + tl.arange(0, TILE // 4)
+            packed = pack_exponents(tl.where(groups < GROUPS, exponent, 0), TILE)
+            tl.store(scale_ptr + words, packed, mask=words < SCALE_WORDS)
+        else:
+            tl.store(scale_ptr + groups, scale.to(tl.int32, bitcast=True), mask=groups < GROUPS)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _send_copies_kernel(
+    rows_ptr,  # [T, H]
+    idx_ptr, slots_ptr, counts_ptr,  # as of the plan
+    num_tokens,
+    staging_ptrs, pad_ptrs,  # [W] int64, symmetric
+    signature: tl.int64, rank, budget: tl.int64,
+    WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, HALF_BYTES: tl.constexpr,
+    ATOMIC_POLL: tl.constexpr, VIRTUAL: tl.constexpr, TOPK: tl.constexpr, EXPERTS: tl.constexpr,
+    EXPERT_LANES: tl.constexpr, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, ROW_BYTES: tl.constexpr,
+    SCALE_WORDS: tl.constexpr, ROWS_AT: tl.constexpr, SCALES_AT: tl.constexpr, INDICES_AT: tl.constexpr,
+    ROUND: tl.constexpr, UE8M0: tl.constexpr, BY_INSTRUCTION: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Put each copy into its slot at the owner of its expert, tell the owners the counts, and publish.
+
+    Example: with the plan of above, rank 0 writes its token 1 into slot 2 of its region at rank 0.
+    """
+    rank = launched_rank(rank)
+    rows_ptr = row_of(rows_ptr, num_tokens * HIDDEN, rank, VIRTUAL)
+    idx_ptr = own_part(idx_ptr, num_tokens * TOPK, rank, VIRTUAL)
+    slots_ptr = own_part(slots_ptr, num_tokens * TOPK, rank, VIRTUAL)
+    counts_ptr = own_part(counts_ptr, WORLD * EXPERTS, rank, VIRTUAL)
+    page = page_of(pad_ptrs, rank)
+    word = begin_call(page, pointer_to(staging_ptrs, rank, 0, tl.int64), signature, LANE_HALF_BYTES // 8)
+    half = half_of(word, LANE_HALF_BYTES, HALF_BYTES)
+    choice = tl.program_id(0)
+    while choice < num_tokens * TOPK:
+        slot = tl.load(slots_ptr + choice)
+        if slot >= 0:
+            token = choice // TOPK
+            owner = tl.load(idx_ptr + choice) // EXPERTS
+            place = rank * SLOTS + slot
+            row_ptr = pointer_to(staging_ptrs, owner, half + ROWS_AT + place * ROW_BYTES, tl.uint8)
+            src_ptr = rows_ptr + token.to(tl.int64) * HIDDEN
+            if SCALE_WORDS:
+                scales_ptr = pointer_to(staging_ptrs, owner, half + SCALES_AT, tl.int32)
+                _send_quantised(
+                    src_ptr, row_ptr, scales_ptr + place * SCALE_WORDS,
+                    HIDDEN // _GROUP, SCALE_WORDS, ROUND, UE8M0, BY_INSTRUCTION, TILE,
+                )  # fmt: skip
+            else:
+                copy_row(src_ptr, row_ptr, ROW_BYTES // 4, BLOCK)
+            tl.store(pointer_to(staging_ptrs, owner, half + INDICES_AT, tl.int32) + place, token)
+        choice += tl.num_programs(0)
+    if tl.program_id(0) == 0:
+        experts = tl.arange(0, EXPERT_LANES)
+        mask = experts < EXPERTS
+        for step in tl.static_range(WORLD):
+            peer = (rank + step + 1) % WORLD
+            counts = tl.load(counts_ptr + peer * EXPERTS + experts, mask=mask, other=0).to(tl.int64)
+            words_ptr = pointer_to(staging_ptrs, peer, half, tl.int64) + rank * EXPERTS
+            tl.store(words_ptr + experts, ((word >> 32) << 32) | counts, mask=mask)
+    publish_last(page, pad_ptrs, rank, 0, word, WORLD, LANES)
+
+
+@triton.jit
+def _receive_from(
+    source, counts, begins, half, rank, staging_ptrs, rows_ptr, scales_ptr, info_ptr,
+    LANES: tl.constexpr, EXPERT_LANES: tl.constexpr, SLOTS: tl.constexpr, CAPACITY: tl.constexpr,
+    ROW_BYTES: tl.constexpr, SCALE_WORDS: tl.constexpr, SCALE_LANES: tl.constexpr,
+    ROWS_AT: tl.constexpr, SCALES_AT: tl.constexpr, INDICES_AT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Put this program's share of one source's copies where they belong."""
+    is_source = (tl.arange(0, LANES) == source)[:, None]
+    given = tl.sum(tl.where(is_source, counts, 0), axis=0)
+    ends = tl.cumsum(given, axis=0)
+    shifts = tl.sum(tl.where(is_source, begins, 0), axis=0) - (ends - given)
+    experts = tl.arange(0, EXPERT_LANES)
+    num_copies = tl.sum(given, axis=0)
+    slot = tl.program_id(0)
+    while slot < num_copies:
+        expert = tl.sum((ends <= slot).to(tl.int32), axis=0)
+        line = slot + tl.sum(tl.where(experts == expert, shifts, 0), axis=0)
+        place = source * SLOTS + slot
+        row = expert.to(tl.int64) * CAPACITY + line
+        src_ptr = pointer_to(staging_ptrs, rank, half + ROWS_AT + place * ROW_BYTES, tl.uint8)
+        copy_row(src_ptr, rows_ptr + row * (ROW_BYTES // 4), ROW_BYTES // 4, BLOCK)
+        if SCALE_WORDS:
+            words = tl.arange(0, SCALE_LANES)
+            src_ptr = pointer_to(staging_ptrs, rank, half + SCALES_AT, tl.int32) + place * SCALE_WORDS
+            scales = tl.load(src_ptr + words, mask=words < SCALE_WORDS, other=0)
+            dst_ptr = scales_ptr + expert.to(tl.int64) * (SCALE_WORDS * CAPACITY) + line
+            tl.store(dst_ptr + words * CAPACITY, scales, mask=words < SCALE_WORDS)
+        indices_ptr = pointer_to(staging_ptrs, rank, half + INDICES_AT, tl.int32)
+        tl.store(info_ptr + row, tl.load(indices_ptr + place))
+        slot += tl.num_programs(0)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _receive_copies_kernel(
+    rows_ptr,  # [El, R * M] rows of ROW_BYTES, as int32, out
+    scales_ptr,  # [El, SCALE_WORDS, R * M] int32, out
+    info_ptr,  # [El, R * M] int32, out
+    ranges_ptr,  # [El, R] int64, out
+    received_ptr,  # [El] int32, out
+    stats_ptr,  # [El] int32, added to where HAS_STATS
+    waits_ptr,  # [R] int64, added to where HAS_WAITS
+    staging_ptrs, pad_ptrs,  # [W] int64, symmetric
+    signature: tl.int64, rank, budget: tl.int64,
+    WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, HALF_BYTES: tl.constexpr,
+    ATOMIC_POLL: tl.constexpr, VIRTUAL: tl.constexpr, EXPERTS: tl.constexpr, EXPERT_LANES: tl.constexpr,
+    SLOTS: tl.constexpr, CAPACITY: tl.constexpr, ROW_BYTES: tl.constexpr, SCALE_WORDS: tl.constexpr,
+    SCALE_LANES: tl.constexpr, ROWS_AT: tl.constexpr, SCALES_AT: tl.constexpr, INDICES_AT: tl.constexpr,
+    HAS_STATS: tl.constexpr, HAS_WAITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Wait for all sources, and pack their copies by (expert, source, token).
+
+    Example: 2 sources gave 1 and 2 copies for expert 0, and 2 and 0 for expert 1 -> rows of expert 0
+    [slot 0 of source 0, slots 0 and 1 of source 1], of expert 1 [slots 1 and 2 of source 0].
+    """
+    rank = launched_rank(rank)
+    rows_ptr = row_of(rows_ptr, EXPERTS * CAPACITY * (ROW_BYTES // 4), rank, VIRTUAL)
+    scales_ptr = own_part(scales_ptr, EXPERTS * SCALE_WORDS * CAPACITY, rank, VIRTUAL)
+    info_ptr = own_part(info_ptr, EXPERTS * CAPACITY, rank, VIRTUAL)
+    page = page_of(pad_ptrs, rank)
+    word = open_word(page, signature)
+    half = half_of(word, LANE_HALF_BYTES, HALF_BYTES)
+    since = started(ATOMIC_POLL)
+    if await_ranks(page, 0, word, budget, WORLD, LANES, ATOMIC_POLL) == 0:
+        waited = (started(ATOMIC_POLL) - since) // 1000
+        words_ptr = pointer_to(staging_ptrs, rank, half, tl.int64)
+        told, num_stale = fresh_numbers(words_ptr, page, word, WORLD, LANES, EXPERTS, EXPERT_LANES)
+        if num_stale == 0:
+            counts = told.to(tl.int32)
+            begins = tl.cumsum(counts, axis=0) - counts
+            for source in tl.static_range(WORLD):
+                _receive_from(
+                    source, counts, begins, half, rank, staging_ptrs, rows_ptr, scales_ptr, info_ptr,
+                    LANES, EXPERT_LANES, SLOTS, CAPACITY, ROW_BYTES, SCALE_WORDS, SCALE_LANES,
+                    ROWS_AT, SCALES_AT, INDICES_AT, BLOCK,
+                )  # fmt: skip
+            if tl.program_id(0) == 0:
+                ranks = tl.arange(0, LANES)
+                experts = tl.arange(0, EXPERT_LANES)
+                there = (ranks < WORLD)[:, None] & (experts < EXPERTS)[None, :]
+                offs = experts[None, :] * WORLD + ranks[:, None]
+                ranges_ptr = own_part(ranges_ptr, EXPERTS * WORLD, rank, VIRTUAL)
+                tl.store(ranges_ptr + offs, (begins.to(tl.int64) << 32) | told, mask=there)
+                received = tl.sum(counts, axis=0)
+                at = own_part(experts, EXPERTS, rank, VIRTUAL)
+                tl.store(received_ptr + at, received, mask=experts < EXPERTS)
+                if HAS_STATS:
+                    before = tl.load(stats_ptr + at, mask=experts < EXPERTS, other=0)
+                    tl.store(stats_ptr + at, before + received, mask=experts < EXPERTS)
+                if HAS_WAITS:
+                    others = (ranks < WORLD) & (ranks != rank)
+                    waits_at = own_part(waits_ptr, WORLD, rank, VIRTUAL) + ranks
+                    tl.store(waits_at, tl.load(waits_at, mask=others, other=0) + waited, mask=others)
+    finish_call(page, word)
+
+
+def row_block(nbytes: int) -> int:
+    """32-bit words that a program copies at a time of a row of `nbytes`."""
+    return triton.next_power_of_2(nbytes // _WORD_BYTES) if is_interpreted() else _COMPILED_WORDS
+
+
+def launch_of(kernel: Any, arena: KernelArena, layout: SlotLayout, **more: Any) -> Callable[..., int | None]:
+    """`launch_part` of a kernel, given those constants that it takes: from the layout, and `more`.
+
+    Returns:
+        Takes the number of programs, call, timeout, epoch and the tensors.
+    """
+    known = {
+        "HALF_BYTES": staging_of(arena).layout.half_bytes,
+        "EXPERTS": layout.num_local_experts,
+        "EXPERT_LANES": triton.next_power_of_2(layout.num_local_experts),
+        "SLOTS": layout.slots,
+        "CAPACITY": layout.capacity,
+        "HIDDEN": layout.hidden,
+        "ROWS_AT": layout.rows_offset,
+        "SCALES_AT": layout.scales_offset,
+        "INDICES_AT": layout.indices_offset,
+    }
+    constants = {name: value for name, value in known.items() if name in kernel.arg_names} | more
+
+    def launch(
+        work: int, call: CallDescription, timeout: float | None, epoch: int | None, *args: Any
+    ) -> int | None:
+        blocks = grid_of(work, arena.max_blocks)
+        return launch_part(kernel, blocks, arena, call, timeout, epoch, *args, **constants)
+
+    return launch
+
+
+def send_copies(
+    arena: KernelArena,
+    call: CallDescription,
+    timeout: float | None,
+    layout: SlotLayout,
+    form: RowFormat,
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    slots: torch.Tensor,
+    counts: torch.Tensor,
+) -> int:
+    """Begin a dispatch: number the copies, push them, and publish. **Collective.**
+
+    Of virtual ranks every tensor has a row for each, in front.
+
+    Args:
+        arena: of the group, with a staging half of `layout`.
+        call: the same for both parts.
+        timeout: seconds that the call may wait.
+        layout: of the exchange.
+        form: of the copies.
+        x: [T, H], contiguous, at a multiple of 16 bytes.
+        topk_idx: [T, k] int64, contiguous.
+        slots: [T, k] int32, written: the slot of each choice's copy, or -1.
+        counts: [E] int32, written: copies for each expert.
+
+    Returns:
+        The epoch, for `receive_copies`; 0 where kernels are only compiled.
+
+    Raises:
+        PeerLostError, PeerTimeoutError: when the group was given up before.
+        CapabilityError: when there is nothing to run it on.
+    """
+    topk, num_tokens = topk_idx.shape[-1], topk_idx.shape[-2]
+    plan = launch_of(_plan_kernel, arena, layout, TOPK=topk, TOKENS=_TOKENS_AT_A_TIME)
+    epoch = plan(counts.shape[-1], call, timeout, None, topk_idx, slots, counts, num_tokens)
+    groups = triton.next_power_of_2(max(layout.hidden // GROUP, 4))
+    send = launch_of(
+        _send_copies_kernel, arena, layout, TOPK=topk, ROW_BYTES=form.row_nbytes,
+        SCALE_WORDS=form.num_scale_words, ROUND=form.round_scale, UE8M0=form.use_ue8m0,
+        BY_INSTRUCTION=has_e4m3(arena.device), BLOCK=row_block(form.row_nbytes),
+        TILE=groups if is_interpreted() else min(groups, _COMPILED_GROUPS),
+    )  # fmt: skip
+    send(num_tokens * topk, call, timeout, epoch, x, topk_idx, slots, counts, num_tokens)
+    return epoch or 0
+
+
+def receive_copies(
+    arena: KernelArena,
+    call: CallDescription,
+    timeout: float | None,
+    epoch: int,
+    layout: SlotLayout,
+    form: RowFormat,
+    rows: torch.Tensor,
+    scales: torch.Tensor,
+    src_info: torch.Tensor,
+    ranges: torch.Tensor,
+    counts: torch.Tensor,
+    recv_stats: torch.Tensor | None,
+    wait_stats: torch.Tensor | None,
+) -> None:
+    """End a dispatch: wait, and pack. **Collective.**
+
+    Args:
+        arena: as for `send_copies`.
+        call: likewise.
+        timeout: likewise.
+        epoch: what that returned.
+        layout: of the exchange.
+        form: of the copies.
+        rows: [El * R * M * row words] int32, written.
+        scales: [El * scale words * R * M] int32, written.
+        src_info: [El, R * M] int32, written.
+        ranges: [El, R] int64, written.
+        counts: [El] int32, written.
+        recv_stats: [El] int32, or None.
+        wait_stats: [R] int64, or None; the interpreter adds nothing.
+
+    Raises:
+        CollectiveMismatchError, PeerLostError, PeerTimeoutError: from the wait.
+    """
+    receive = launch_of(
+        _receive_copies_kernel, arena, layout, ROW_BYTES=form.row_nbytes, SCALE_WORDS=form.num_scale_words,
+        SCALE_LANES=triton.next_power_of_2(max(form.num_scale_words, 1)),
+        HAS_STATS=recv_stats is not None, HAS_WAITS=wait_stats is not None, BLOCK=row_block(form.row_nbytes),
+    )  # fmt: skip
+    receive(
+        layout.slots, call, timeout, epoch, rows, scales, src_info, ranges, counts,
+        counts if recv_stats is None else recv_stats, ranges if wait_stats is None else wait_stats,
+    )  # fmt: skip
+    arena.channel.after_kernel(epoch)
