@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from tcomm.errors import UsageError
 from tcomm.groups.all2all.gather import AgRsAll2AllManager
+from tcomm.groups.all2all.metadata import DPMetadata, use_metadata
 from tcomm.groups.all2all.naive import NaiveAll2AllManager
 from tcomm.groups.device import managed
 from tcomm.groups.device.base import DeviceCommunicatorBase
@@ -21,6 +22,9 @@ def _made(member):
         x = torch.full((2, 3), float(member.rank))
         sizes = [2, 2]
         by_manager = manager.dispatch(x, x, sizes=sizes)[0]
+        with use_metadata(DPMetadata(torch.tensor(2), torch.tensor([2, 2]))):
+            by_group = ep.dispatch(x, -x, x.long())
+            back = ep.combine(by_group[0])
         explained = device.explain_all2all(**LAYER)
         found = {
             "kind": type(manager) is NaiveAll2AllManager,
@@ -28,6 +32,7 @@ def _made(member):
             "ep is itself": manager._around["ep"] is device,
             "dp": manager.dp_group is state.groups["dp"],
             "rows": by_manager[:, 0].tolist(),
+            "by group": (len(by_group), by_group[2].dtype, back[:, 0].tolist()),
             "same": device.all2all_for(**LAYER) is manager,
             "why": (explained.name, explained.reason),
             "others": [g.device_communicator.all2all_manager for g in (state.groups["dp"],)],
@@ -43,13 +48,14 @@ def _made(member):
 
 
 def test_it_is_made_by_the_backends_name_and_ends_with_the_group(on_ranks):
-    for found in on_ranks(2, _made):
+    for rank, found in enumerate(on_ranks(2, _made)):
         assert found["kind"]
         assert found["ep is itself"]
         assert found["dp"]
         assert found["same"]
         assert found["backend"] == "naive"
         assert found["rows"] == [0.0, 0.0, 1.0, 1.0]
+        assert found["by group"] == (3, torch.int64, [2.0 * rank, 2.0 * rank])
         assert found["why"] == ("naive", "'naive' was asked for by name")
         assert found["others"] == [None]
         assert "numbers of tokens are not known" in found["not known"][1]
