@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 
@@ -80,7 +81,11 @@ class ElasticMembers:
                 f"rank {self.rank} is to be one of {num_ranks} ranks, and rank 0 calls {turn.num_ranks}"
             )
         members = from_store(self.store, self.rank, num_ranks, turn.name)
-        told = members.exchange.all_gather(msgspec.msgpack.encode(facts), self._seconds)
+        try:
+            told = members.exchange.all_gather(msgspec.msgpack.encode(facts), self._seconds)
+        except BaseException:
+            self._call_off(num_ranks)
+            raise
         known = {found for data in told if (found := msgspec.msgpack.decode(data, type=Facts | None))}
         if len(known) > 1:
             raise GroupMismatchError(
@@ -98,9 +103,20 @@ class ElasticMembers:
         turn = _Turn(number, f"elastic/{number}/{secrets.token_hex(4)}", num_ranks)
         data = msgspec.msgpack.encode(turn)
         self.store.set(f"{_PREFIX}/turn/{number}", data)
-        for rank in range(max(1, self._num_ranks), num_ranks):
+        for rank in self._called(num_ranks):
             self.store.set(f"{_PREFIX}/call/{rank}", data)
         return turn
+
+    def _called(self, num_ranks: int) -> range:
+        """Ranks that are not there yet."""
+        return range(max(1, self._num_ranks), num_ranks)
+
+    def _call_off(self, num_ranks: int) -> None:
+        """Who comes later is not to follow a call to a meeting that is over."""
+        if self.rank == 0:
+            with contextlib.suppress(RuntimeError):
+                for rank in self._called(num_ranks):
+                    self.store.delete_key(f"{_PREFIX}/call/{rank}")
 
     def _hear(self) -> _Turn:
         joins = self._num_ranks == 0

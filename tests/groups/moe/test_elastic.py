@@ -43,17 +43,24 @@ def _come_and_go(member):
     buffer = ElasticBuffer(member.store, member.rank, timeout=20)
     sizes = {"max_tokens": M, "hidden": H} if member.rank == 0 else {}
     buffer.update_memory_buffers(MOST, EACH, NBYTES, **sizes)
-    rank, found, masks = member.rank, [], []
+    rank, found, masks, nobody = member.rank, [], [], ([], "ranks [2, 3] of 4 did not come")
     if rank < 2:
         buffer.connect_ranks([0, 1])
         found += [_step(buffer, rank, 2), _step(buffer, rank, 2, return_recv_hook=True)]
         masks.append(_mask(buffer))
+        buffer._members._seconds = 0.3
+        found.append(_step(buffer, rank, 2))
+        nobody = told(buffer.connect_ranks, [2, 3])
+        buffer._members._seconds = 20.0
+        member.meet("nobody came")
+        found.append(_step(buffer, rank, 2))
         # Those that come are met while the exchange goes on.
         buffer.stage(3)
         found.append(_step(buffer, rank, 2))
         buffer.commit()
         buffer.commit()
     else:
+        member.meet("nobody came")
         buffer.connect_ranks(range(3))
     found += [_step(buffer, rank, 3) for _ in range(2)]
     masks.append(_mask(buffer))
@@ -75,7 +82,7 @@ def _come_and_go(member):
     ]
     buffer.destroy()
     buffer.destroy()
-    return found, masks, gone, refused, buffer.num_ranks
+    return found, masks, gone, [*refused, nobody], buffer.num_ranks
 
 
 def _mask(buffer):
@@ -101,6 +108,7 @@ def test_ranks_come_and_go_and_addresses_stay(on_ranks):
         assert "ranks [0] are not the last" in texts[2]
         assert "a buffer of 0 bytes for 4 ranks with 2 experts each" in texts[3]
         assert "5 ranks where there is room for 4" in texts[4]
+        assert "ranks [2, 3] of 4 did not come" in texts[5]
         assert num_ranks == 0
 
 

@@ -45,6 +45,14 @@ def test_ranks_that_want_different_things_are_told(on_ranks):
     assert "ranks [1] of 2 did not come" in late[1]
 
 
+def test_a_call_to_a_meeting_that_failed_is_called_off():
+    store = HashStore()
+    with pytest.raises(RendezvousError, match=r"ranks \[1\] of 2"):
+        ElasticMembers(store, 0, 0.1).meet(2, None)
+    with pytest.raises(RendezvousError, match=r"rank 1 was not called within 0.1 s"):
+        ElasticMembers(store, 1, 0.1).meet(2, None)
+
+
 def _other_facts(member):
     members = ElasticMembers(member.store, member.rank, 20.0)
     return told(members.meet, 2, Facts(4, 16 + member.rank))
