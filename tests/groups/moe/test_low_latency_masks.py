@@ -60,7 +60,7 @@ def _elastic(member, how, lost_at):
     handler = logging.Handler()
     handler.emit = lambda record: logged.append(record.getMessage())
     logging.getLogger("tcomm").addHandler(handler)
-    exchange = make(member, timeout=0.5, on_timeout="mask")
+    exchange = make(member, on_timeout="mask")
     exchange.dispatch(*tokens_of(CASES[0], exchange.layout, member.rank)[:2])
     with torch.no_grad():
         exchange._lending_space()
@@ -72,6 +72,8 @@ def _elastic(member, how, lost_at):
                 _meet_the_end(exchange, CASES[number + 1], "after")
             told = str(caught.value)
             break
+        # Short where it has to pass: a rank without a core of its own may be late for no reason.
+        exchange.workspace.timeout = 0.7 if number == lost_at else 20.0
         sums.append(sum_of(exchange, case))
     masks = exchange.masks.query().tolist(), bool(exchange.masks.query_fault()), exchange.masks.faults
     after = None
@@ -98,7 +100,7 @@ def _elastic(member, how, lost_at):
 def test_survivors_go_on_as_if_the_owners_experts_gave_nothing(on_ranks, how, lost_at, call):
     outcomes = on_ranks(4, _elastic, how, lost_at, check=False)
     values = {o.rank: o.value for o in outcomes if not (o.rank == LOST and "dies" in how)}
-    assert [o.error for o in outcomes] == [""] * 4
+    assert "".join(o.error for o in outcomes) == ""
     verdicts = {str(values[rank][2]) for rank in values if rank != LOST}
     assert len(verdicts) == 1, verdicts
     for rank, (layout, sums, masks, logged, told, after, left) in values.items():
