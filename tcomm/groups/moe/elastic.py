@@ -56,14 +56,21 @@ class ElasticBuffer:
         rank: this process; it keeps its number.
         timeout: of calls: seconds, a profile, or None: as long as the peers live.
         engine: `cpu`, or `triton` for kernels; empty: what suits the device.
+        on_timeout: what becomes of a rank that is lost: `raise` or `mask`, see `LowLatency`.
     """
 
     def __init__(
-        self, store: Store, rank: int, *, timeout: Timeout | Unset = UNSET, engine: str = ""
+        self,
+        store: Store,
+        rank: int,
+        *,
+        timeout: Timeout | Unset = UNSET,
+        engine: str = "",
+        on_timeout: str = "raise",
     ) -> None:
         self.rank = rank
         self._members = ElasticMembers(store, rank, SETUP_SECONDS)
-        self._timeout, self._engine = timeout, engine
+        self._timeout, self._engine, self._on_timeout = timeout, engine, on_timeout
         self.max_ranks = self.num_experts_per_rank = self.num_rdma_bytes = 0
         self._facts: Facts | None = None
         self._active: tuple[Membership, LowLatency | None] | None = None
@@ -189,16 +196,18 @@ class ElasticBuffer:
             self._is_masked = False
 
     def query_mask_buffer(self, mask_status: torch.Tensor) -> None:
-        """Write 1 for each rank that is left out, and 0 for the others. Not collective.
+        """Write 1 for each rank that is left out or lost, and 0 for the others. Not collective.
 
         Args:
-            mask_status: int32 [ranks], written; at most as many as there may be.
+            mask_status: int32 [ranks], written: as many as there are, or more.
         """
         mask_status.fill_(1)
         if self._is_masked:
             mask_status[self.rank : self.rank + 1] = 0
-        else:
-            mask_status[: self.num_ranks] = 0
+            return
+        mask_status[: self.num_ranks] = 0
+        if self._active is not None and self._active[1] is not None:
+            mask_status[: self.num_ranks] |= self._active[1].masks.query().to(mask_status.device)
 
     def dispatch(
         self,
@@ -309,6 +318,7 @@ class ElasticBuffer:
         return LowLatency(
             members, facts.max_tokens, facts.hidden, num_experts,
             dtype=x.dtype, timeout=self._timeout, device=x.device, engine=self._engine,
+            on_timeout=self._on_timeout,
         )  # fmt: skip
 
     def _allocate(self, facts: Facts, x: torch.Tensor) -> None:

@@ -163,3 +163,40 @@ def test_a_layer_by_either(on_ranks):
         assert max(high, low) < 0.06
         assert same
         assert destroyed
+
+
+class Masks:
+    faults = ()
+    cleaned = 0
+
+    def __init__(self, *mask):
+        self.mask = mask
+
+    def query(self):
+        return torch.tensor(self.mask, dtype=torch.int32)
+
+    def clean(self):
+        self.cleaned += 1
+
+
+class Shrinking(Made):
+    def __init__(self, group, **kwargs):
+        self.found = [Masks(1), Masks(0)]
+
+    def masks(self):
+        return self.found
+
+
+def test_ranks_that_buffers_lost(monkeypatch):
+    monkeypatch.setattr(deep_ep, "Buffer", Shrinking)
+    manager = _alone(DeepEPLLAll2AllManager)
+    buffer = manager.get_handle(LAYER)
+    assert "enable_shrink" not in manager._make_all2all_kwargs(**LAYER)
+    assert (manager.query_active_mask().tolist(), manager.query_fault().item()) == ([0], False)
+    manager.support_fault_tolerance = True
+    assert manager._make_all2all_kwargs(**LAYER)["enable_shrink"] is True
+    assert (manager.query_active_mask().tolist(), manager.query_fault().item()) == ([1], False)
+    buffer.found[1].faults = ((3, (0,)),)
+    assert (manager.query_fault().item(), manager.query_fault().dtype) == (True, torch.bool)
+    manager.clean_buffers()
+    assert [masks.cleaned for masks in buffer.found] == [1, 1]

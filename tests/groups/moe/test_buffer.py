@@ -39,6 +39,9 @@ SIGNATURES = {
     "clean_low_latency_buffer": "self, num_max_dispatch_tokens_per_rank, hidden, num_experts",
     "get_low_latency_rdma_size_hint": "num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts",
     "get_next_low_latency_combine_buffer": "self, handle",
+    "low_latency_update_mask_buffer": "self, rank_to_mask, mask",
+    "low_latency_query_mask_buffer": "self, mask_status",
+    "low_latency_clean_mask_buffer": "self",
     "set_num_sms": "new_num_sms",
     "get_dispatch_config": "num_ranks",
     "get_combine_config": "num_ranks",
@@ -266,6 +269,40 @@ def test_the_low_latency_calls(on_ranks):
         assert "CapabilityError" in found["refused"][3][0]
         assert "it was combined" in texts[6]
         assert "num_nvl_bytes=0" in texts[7]
+
+
+def _masks(member):
+    """Both leave the other out, and take it in again."""
+    member.process_group()
+    nbytes = Buffer.get_low_latency_rdma_size_hint(M, H, 2, E)
+    options = {"low_latency_mode": True, "explicitly_destroy": True, "enable_shrink": True, "timeout": 20}
+    buffer = Buffer(dist.group.WORLD, 0, nbytes, **options)
+    x, idx, _ = _inputs(member.rank)
+    mask, seen = torch.full((2,), 7, dtype=torch.int32), []
+    early = told(buffer.low_latency_update_mask_buffer, 1, True)
+    buffer.low_latency_query_mask_buffer(mask)
+    seen.append(mask.tolist())
+    buffer.low_latency_dispatch(x, idx, M, E, use_fp8=False)
+    member.meet("dispatched")
+    buffer.low_latency_update_mask_buffer(1 - member.rank, True)
+    buffer.low_latency_query_mask_buffer(mask)
+    seen.append(mask.tolist())
+    counts = buffer.low_latency_dispatch(x, idx, M, E, use_fp8=False)[1].tolist()
+    member.meet("alone")
+    buffer.low_latency_clean_mask_buffer()
+    buffer.low_latency_query_mask_buffer(mask)
+    seen.append(mask.tolist())
+    buffer.destroy()
+    dist.destroy_process_group()
+    return seen, counts, early
+
+
+def test_ranks_are_left_out_and_taken_in(on_ranks):
+    for rank, (seen, counts, early) in enumerate(on_ranks(2, _masks)):
+        assert seen[0] == seen[2] == [0, 0]
+        assert seen[1] == [int(r != rank) for r in range(2)]
+        assert counts == [1, 1]
+        assert "call low_latency_dispatch() first" in early[1]
 
 
 def test_a_layout_is_counted_by_the_engine(monkeypatch):

@@ -28,8 +28,24 @@ class HighThroughput(Exchange):
     pass
 
 
+class Masks:
+    def __init__(self):
+        self.masked, self.cleaned = [0, 0, 0, 0], 0
+
+    def update(self, rank, is_masked):
+        self.masked[rank] = int(is_masked)
+
+    def query(self):
+        return torch.tensor(self.masked, dtype=torch.int32)
+
+    def clean(self):
+        self.cleaned += 1
+
+
 class LowLatency(Exchange):
-    pass
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.masks = Masks()
 
 
 @pytest.fixture
@@ -65,6 +81,7 @@ def test_each_exchange_is_made_at_its_first_call(group):
     assert buffer.high_throughput(CPU) is first
     options = {"timeout": 3.0, "device": CPU, "engine": "triton"}
     assert (first.args, first.options) == (("moe/high_throughput", 256), options)
+    options["on_timeout"] = "raise"
     low = buffer.low_latency(4, 16, 8, CPU)
     assert buffer.low_latency(4, 16, 8, CPU) is low
     assert buffer.low_latency(8, 16, 8, CPU) is not low
@@ -77,6 +94,29 @@ def test_each_exchange_is_made_at_its_first_call(group):
         with pytest.raises(AssertionError, match="the Buffer was destroyed"):
             use()
     assert len(Exchange.made) == 3
+
+
+def test_ranks_are_left_out_only_where_that_is_asked_for(group):
+    buffer = BufferMemory(group, 256, 1 << 20, True, enable_shrink=True)
+    assert buffer.masks() == []
+    with pytest.raises(AssertionError, match=r"call low_latency_dispatch\(\) first"):
+        buffer.low_latency_update_mask_buffer(2, True)
+    first, second = buffer.low_latency(4, 16, 8, CPU), buffer.low_latency(8, 16, 8, CPU)
+    assert first.options["on_timeout"] == "mask"
+    buffer.high_throughput(CPU)
+    assert buffer.masks() == [first.masks, second.masks]
+    buffer.low_latency_update_mask_buffer(2, True)
+    second.masks.update(3, True)
+    status = torch.full((4,), 7, dtype=torch.int32)
+    buffer.low_latency_query_mask_buffer(status)
+    assert status.tolist() == [0, 0, 1, 1]
+    buffer.low_latency_update_mask_buffer(3)
+    buffer.low_latency_query_mask_buffer(status)
+    assert status.tolist() == [0, 0, 1, 0]
+    buffer.low_latency_clean_mask_buffer()
+    assert (first.masks.cleaned, second.masks.cleaned) == (1, 1)
+    with pytest.raises(AssertionError, match="enable_shrink=False leaves no rank out"):
+        BufferMemory(group).masks()
 
 
 def test_memory_that_is_not_there(group):

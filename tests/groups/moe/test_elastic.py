@@ -114,7 +114,7 @@ def test_ranks_come_and_go_and_addresses_stay(on_ranks):
 
 def _with_scales(member):
     """What is received in fp8 has its scales beside it."""
-    buffer = ElasticBuffer(member.store, member.rank, timeout=20)
+    buffer = ElasticBuffer(HashStore(), member.rank, timeout=20)
     hidden = 128
     buffer.update_memory_buffers(3, 1, ElasticBuffer.get_rdma_size_hint(M, hidden, 3, 3))
     assert buffer.num_ranks == 0
