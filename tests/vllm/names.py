@@ -233,8 +233,7 @@ MESSAGE_QUEUE = {
 }
 
 MANAGER_DISPATCH = (
-    "(self, hidden_states, topk_weights=None, topk_ids=None, is_sequence_parallel=False,"
-    " extra_tensors=None)"
+    "(self, hidden_states, topk_weights=None, topk_ids=None, is_sequence_parallel=False, extra_tensors=None)"
 )
 """Of two versions at once, as `DISPATCH`."""
 
