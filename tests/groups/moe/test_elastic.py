@@ -118,6 +118,7 @@ def _with_scales(member):
     hidden = 128
     buffer.update_memory_buffers(3, 1, ElasticBuffer.get_rdma_size_hint(M, hidden, 3, 3))
     assert buffer.num_ranks == 0
+    buffer._members._seconds = 5.0
     buffer.set_store(member.store)
     buffer.connect_ranks([0, 1])
     x = (torch.arange(2 * hidden).reshape(2, hidden) / 32 + member.rank).to(torch.bfloat16)
