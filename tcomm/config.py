@@ -153,6 +153,11 @@ class EngineConfig(msgspec.Struct, frozen=True):
     rpc_base_path: str = ""
     """TCOMM_RPC_BASE_PATH: directory of sockets between processes; empty: the temporary one."""
 
+    deepep_buffer_size_mb: Positive = 1024
+    """TCOMM_DEEPEP_BUFFER_SIZE_MB: MiB on each rank for the high-throughput exchange of tokens."""
+    nixl_ep_max_num_ranks: Positive = 32
+    """TCOMM_NIXL_EP_MAX_NUM_RANKS: ranks that an expert group which grows may come to have."""
+
     sleep_when_idle: bool = False
     """TCOMM_SLEEP_WHEN_IDLE: without effect; see `WITHOUT_EFFECT`, as of all that follow."""
     cache_root: str = "~/.cache/vllm"
@@ -171,7 +176,6 @@ class EngineConfig(msgspec.Struct, frozen=True):
     flashinfer_allreduce_backend: str = "auto"
     distributed_use_split_group: bool = False
     elastic_ep_scale_up_launch: bool = False
-    deepep_buffer_size_mb: Positive = 1024
     deepep_high_throughput_force_intra_node: bool = False
     deepep_low_latency_use_mnnvl: bool = False
     deepepll_nvfp4_dispatch: bool = False
@@ -180,7 +184,6 @@ class EngineConfig(msgspec.Struct, frozen=True):
     deepep_v2_allow_multiple_reduction: bool = False
     moe_dp_chunk_size: Positive = 256
     moe_skip_padding: bool = True
-    nixl_ep_max_num_ranks: Positive = 32
     flashinfer_moe_a2a_low_precision_combine: bool = False
 
     @classmethod
@@ -226,7 +229,8 @@ _OURS = frozenset(("secret",))
 
 _CHOOSES = "TCOMM_ALGORITHM says what a collective uses, the tuning table where it is unset"
 _TORCHS = "NCCL is torch's own, and reached through it"
-_PLANNED = "expert dispatch does not read it yet"
+_SHARED = "tokens go through memory that ranks share"
+_ONE_BUFFER = "there is one kind of buffer"
 
 WITHOUT_EFFECT: dict[str, str] = {
     "sleep_when_idle": "an idle wait costs no core",
@@ -247,17 +251,15 @@ WITHOUT_EFFECT: dict[str, str] = {
     "nccl_so_path": _TORCHS,
     "distributed_use_split_group": "groups are made by torch.distributed.new_group",
     "elastic_ep_scale_up_launch": "groups do not grow",
-    "deepep_buffer_size_mb": _PLANNED,
-    "deepep_high_throughput_force_intra_node": _PLANNED,
-    "deepep_low_latency_use_mnnvl": _PLANNED,
-    "deepepll_nvfp4_dispatch": _PLANNED,
-    "deepep_v2_allow_hybrid_mode": _PLANNED,
-    "deepep_v2_prefer_overlap": _PLANNED,
-    "deepep_v2_allow_multiple_reduction": _PLANNED,
-    "moe_dp_chunk_size": _PLANNED,
-    "moe_skip_padding": _PLANNED,
-    "nixl_ep_max_num_ranks": _PLANNED,
-    "flashinfer_moe_a2a_low_precision_combine": _PLANNED,
+    "deepep_high_throughput_force_intra_node": _SHARED,
+    "deepep_low_latency_use_mnnvl": _SHARED,
+    "deepepll_nvfp4_dispatch": "the low-latency exchange quantises to fp8 or not at all",
+    "deepep_v2_allow_hybrid_mode": _ONE_BUFFER,
+    "deepep_v2_prefer_overlap": _ONE_BUFFER,
+    "deepep_v2_allow_multiple_reduction": _ONE_BUFFER,
+    "moe_dp_chunk_size": "layers say how many tokens an exchange is for",
+    "moe_skip_padding": "layers say which tokens they dispatch",
+    "flashinfer_moe_a2a_low_precision_combine": "sums are float32",
 }
 """Why a field of `EngineConfig` changes nothing here; it is read and checked all the same."""
 

@@ -31,14 +31,17 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYER = (
     "tcomm/functional.py",
     "tcomm/objects",
-    *(f"tcomm/groups/{room}" for room in ("helpers", "stateless", "queue", "device", "compiled", "parallel")),
+    *(
+        f"tcomm/groups/{room}"
+        for room in ("helpers", "stateless", "queue", "moe", "all2all", "device", "compiled", "parallel")
+    ),
 )
 """What is emptied unless something else is asked for."""
 MORE_TESTS: dict[str, tuple[str, ...]] = {
     "tcomm/groups/queue": ("tests/groups/queue/test_message_queue.py", "tests/groups/queue/test_remote.py"),
 }
 """Test files of a module, or of all modules of a folder, beside those that mirror them."""
-OF_INTEREST = {"__init__", "__post_init__", "_verify_args"}
+OF_INTEREST = {"__init__", "__post_init__", "_verify_args", "_make_all2all_kwargs"}
 """Methods that begin with an underscore and are emptied too."""
 COPIED = ("tcomm", "tests", "examples", "pyproject.toml")
 SECONDS = 300.0

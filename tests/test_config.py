@@ -135,6 +135,8 @@ ENGINE = {
     "dp_master_ip": ("::1", "::1"),
     "dp_master_port": ("99", 99),
     "all2all_backend": ("naive", "naive"),
+    "deepep_buffer_size_mb": ("64", 64),
+    "nixl_ep_max_num_ranks": ("8", 8),
     "batch_invariant": ("1", True),
     "configure_logging": ("0", False),
     "logging_config_path": ("a.json", "a.json"),
@@ -239,10 +241,10 @@ def test_the_newer_name_counts_unless_it_is_empty(monkeypatch):
 def test_a_variable_without_effect_is_told_once_with_the_reason(untold, caplog):
     for _ in range(2):
         EngineConfig.from_environment({"VLLM_NCCL_SO_PATH": "/lib/libnccl.so", "TCOMM_DP_SIZE": "2"})
-        EngineConfig.from_environment({"TCOMM_DEEPEP_BUFFER_SIZE_MB": "64"})
+        EngineConfig.from_environment({"TCOMM_DEEPEP_LOW_LATENCY_USE_MNNVL": "1"})
     assert caplog.messages == [
         "VLLM_NCCL_SO_PATH has no effect here: NCCL is torch's own, and reached through it",
-        "TCOMM_DEEPEP_BUFFER_SIZE_MB has no effect here: expert dispatch does not read it yet",
+        "TCOMM_DEEPEP_LOW_LATENCY_USE_MNNVL has no effect here: tokens go through memory that ranks share",
     ]
 
 

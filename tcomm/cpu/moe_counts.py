@@ -33,7 +33,9 @@ def swap_counts(arena: Arena, epoch: int, call: CallDescription, counts: torch.T
     world = arena.world_size
     begin = staging.layout.half(0) + (epoch & 1) * world * 8
     for peer, count in enumerate(counts.tolist()):
-        staging.buffer.peer(peer).numpy().data[begin + arena.rank * 8 :][:8].cast("Q")[0] = epoch << 32 | count
+        staging.buffer.peer(peer).numpy().data[begin + arena.rank * 8 :][:8].cast("Q")[0] = (
+            epoch << 32 | count
+        )
     word = epoch << 32 | call.signature
     channel.publish(0, word)
     channel.await_peers(0, word)

@@ -63,10 +63,9 @@ def mark(numbers: torch.Tensor, epoch: int) -> torch.Tensor:
     return numbers | _signed_epoch(epoch)
 
 
-def numbers_of(words: torch.Tensor, epoch: int) -> tuple[torch.Tensor, bool]:
-    """The numbers in words, and whether all of them are of that epoch."""
-    is_fresh = bool((words & ~_LOW == _signed_epoch(epoch)).all())
-    return words & _LOW, is_fresh
+def numbers_of(words: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The numbers in words, and whether each of them is of that epoch."""
+    return words & _LOW, words & ~_LOW == _signed_epoch(epoch)
 
 
 def _signed_epoch(epoch: int) -> int:

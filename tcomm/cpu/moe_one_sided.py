@@ -16,9 +16,7 @@ __all__ = ["combine", "dispatch"]
 def dispatch(
     payloads: Sequence[torch.Tensor],
     offsets: Sequence[int],
-    ranks: torch.Tensor,
-    slots: torch.Tensor,
-    counts: torch.Tensor,
+    routes: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     runtime_max: int,
     arena: Arena,
     call: CallDescription,
@@ -29,9 +27,8 @@ def dispatch(
     Args:
         payloads: [T, words] each, integers.
         offsets: where the [W, runtime_max, words] rows of each lie in the first half of every rank's staging.
-        ranks: [T, k] int64: see `Routes`.
-        slots: [T, k] int64: see `Routes`.
-        counts: [W] int64: copies for each rank.
+        routes: [T, k] int64 rank of each copy, or -1; [T, k] int64 its place among the rows of this rank
+            there; [W] int64 copies for each rank.
         runtime_max: rows of a source.
         arena: of the group.
         call: what the ranks compare.
@@ -43,7 +40,8 @@ def dispatch(
     Raises:
         CollectiveMismatchError, PeerLostError, PeerTimeoutError: from the wait.
     """
-    del slots  # Rows go in token order, so they follow from the ranks.
+    # Rows go in token order, so their places follow from the ranks.
+    ranks, _, counts = routes
     epoch = arena.channel.begin(call, timeout)
     for peer in range(arena.world_size):
         tokens = (ranks == peer).any(1).nonzero().flatten()
@@ -61,22 +59,20 @@ def combine(
     payload: torch.Tensor | None,
     out: torch.Tensor,
     offset: int,
-    ranks: torch.Tensor,
-    slots: torch.Tensor,
+    routes: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     received: torch.Tensor,
     runtime_max: int,
     arena: Arena,
     call: CallDescription,
     timeout: float | None,
 ) -> None:
-    """Add up what the ranks made of each token, in fp32, as they first appear among its experts. **Collective.**
+    """Add up what the ranks made of each token, in fp32 and the order of its experts. **Collective.**
 
     Args:
         payload: [W, runtime_max, H], what this rank made of what it got; None: it lies in staging.
         out: [T, H], is written.
         offset: where such rows lie in the first half of every rank's staging.
-        ranks: as for `dispatch`.
-        slots: as for `dispatch`.
+        routes: as for `dispatch`.
         received: what `dispatch` gave.
         runtime_max: as for `dispatch`.
         arena: as for `dispatch`.
@@ -98,7 +94,7 @@ def combine(
     blocks = [
         _block(arena, peer, offset, rank, runtime_max, hidden, out.dtype) for peer in range(arena.world_size)
     ]
-    out.copy_(_sum(blocks, ranks, slots, hidden))
+    out.copy_(_sum(blocks, routes[0], routes[1], hidden))
     channel.finish(epoch)
 
 

@@ -21,7 +21,9 @@ _DONE_PHASE = 1
 _YIELDS = 64
 
 
-def announce(counts: torch.Tensor, arena: Arena, call: CallDescription, timeout: float | None) -> torch.Tensor:
+def announce(
+    counts: torch.Tensor, arena: Arena, call: CallDescription, timeout: float | None
+) -> torch.Tensor:
     """Tell every rank how many rows it will get from this one. **Collective.**
 
     Args:
@@ -224,7 +226,8 @@ def _await_any(streams: list[_Stream], arena: Arena, word: int) -> None:
     try:
         while True:
             is_over = wait.step()
-            if any([stream.advance() for stream in streams]):
+            moved = [stream.advance() for stream in streams]
+            if any(moved):
                 return
             if is_over:
                 raise AssertionError(f"ranks {sorted(peers)} are done, and rows to or from them are not")

@@ -20,6 +20,7 @@ __all__ = [
     "DEVICE_CALL_SLOTS",
     "DEVICE_CALL_WORDS",
     "EPOCH_MASK",
+    "FAULTS",
     "HEADS",
     "HOST_WORDS",
     "LAYOUT_VERSION",
@@ -94,6 +95,8 @@ class Word(enum.IntEnum):
     ERROR_SEEN = 35
     ERROR_PHASE = 36
     ERROR_BLOCK = 37
+    # Written by those who go on without the owner: the epoch at which they did, plus one.
+    MASKED = 56
 
 
 @enum.unique
@@ -111,6 +114,8 @@ class HostWord(enum.IntEnum):
 HOST_WORDS = 16
 """Words of such a record: two cache lines, the second written by the host."""
 
+FAULTS = 40
+"""[opener]: the last round in which a rank asked the others whom to go on without; written by that rank."""
 REASON_WORD, REASON_BYTES = 64, 256
 DESCRIPTIONS, DESCRIPTION_BYTES = 128, 1024
 ARRIVALS = 512

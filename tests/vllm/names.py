@@ -232,6 +232,72 @@ MESSAGE_QUEUE = {
     "MessageQueue.wait_until_ready": "(self)",
 }
 
+MANAGER_DISPATCH = (
+    "(self, hidden_states, topk_weights=None, topk_ids=None, is_sequence_parallel=False, extra_tensors=None)"
+)
+"""Of two versions at once, as `DISPATCH`."""
+
+
+def _manager(name: str, **methods: str) -> dict[str, str]:
+    """A class that has what `All2AllManagerBase` has, and more."""
+    common = {
+        "get_handle": "(self, kwargs)",
+        "dispatch": MANAGER_DISPATCH,
+        "dispatch_router_logits": DISPATCH_ROUTER_LOGITS,
+        "combine": "(self, hidden_states, is_sequence_parallel=False)",
+        "set_num_sms": "(self, num_sms)",
+        "max_sms_used": "(self)",
+        "destroy": "(self)",
+        **methods,
+    }
+    return {
+        name: "(cpu_group, tcp_store_group=None)",
+        **{f"{name}.{method}": signature for method, signature in common.items()},
+    }
+
+
+ALL2ALL = {
+    "Cache": "()",
+    "Cache.get_or_create": "(self, kwargs, func)",
+    **_manager(
+        "All2AllManagerBase",
+        query_active_mask="(self)",
+        query_fault="(self)",
+        clean_buffers="(self)",
+        stage_ep_size="(self)",
+        commit_ep_size="(self)",
+        mask_remote_ranks="(self)",
+    ),
+    **_manager("AgRsAll2AllManager"),
+    **_manager(
+        "NaiveAll2AllManager", naive_multicast="(self, x, cu_tokens_across_sp_cpu, is_sequence_parallel)"
+    ),
+    **_manager("DeepEPAll2AllManagerBase"),
+    **_manager("DeepEPHTAll2AllManager", _make_all2all_kwargs="(self)"),
+    **_manager(
+        "DeepEPLLAll2AllManager",
+        _make_all2all_kwargs=(
+            "(self, max_num_tokens_per_dp_rank, token_hidden_size, num_ep_ranks, num_global_experts,"
+            " num_local_experts)"
+        ),
+    ),
+    **_manager("NixlEPAll2AllManager"),
+    **_manager("PPLXAll2AllManager"),
+    **_manager(
+        "FlashInferNVLinkTwoSidedManager",
+        cleanup="(self)",
+        ensure_alltoall_workspace_initialized="(self)",
+        initialize="(self, world_size, rank, gpus_per_node)",
+        combine=NAME,
+    ),
+    **_manager(
+        "FlashInferNVLinkOneSidedManager",
+        cleanup="(self)",
+        initialize="(self, max_num_tokens, top_k, num_experts, hidden_size)",
+    ),
+    "FlashInferAllToAllManager": NAME,
+}
+
 PARALLEL_CONFIG = {
     "ParallelConfig.__post_init__": "(self)",
     "ParallelConfig._verify_args": "(self)",
@@ -262,6 +328,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
     "device_communicators.cuda_communicator": _device_communicator("CudaCommunicator"),
     "device_communicators.cpu_communicator": _device_communicator("CpuCommunicator"),
     "device_communicators.shm_broadcast": MESSAGE_QUEUE,
+    "device_communicators.all2all": ALL2ALL,
     "eplb": EPLB,
     "": {
         **PARALLEL_STATE,
@@ -342,5 +409,6 @@ LATER_ARGUMENTS = {
     },
     "StatelessProcessGroup.create": {"listen_socket"},
     "MessageQueue.wait_until_ready": {"timeout"},
+    "FlashInferNVLinkOneSidedManager.initialize": {"extra_nbytes_per_token"},
 }  # fmt: skip
 """What newer versions of it, or we, take in addition, behind all that is listed above."""

@@ -188,8 +188,6 @@ class All2AllManagerBase:
         is_sequence_parallel: bool = False,
     ) -> torch.Tensor | None:
         """Memory from which results are combined without a copy: None, so the caller uses its own."""
-        del shape, dtype, device, is_sequence_parallel
-        return None
 
     def combine_into_output(
         self, hidden_states: torch.Tensor, output: torch.Tensor, is_sequence_parallel: bool = False
@@ -214,7 +212,6 @@ class All2AllManagerBase:
 
     def max_sms_used(self) -> int | None:
         """The most processors of a GPU that an exchange keeps busy; None: it may use all of them."""
-        return None
 
     def query_active_mask(self) -> torch.Tensor:
         """int32 [R]: 1 for each rank that is left out. Nobody is, where faults are not supported."""

@@ -65,13 +65,13 @@ class Exchanged:
         return self.max_tokens * (self.world_size - 1)
 
     @property
-    def row_for_each_rank(self) -> float:
+    def rows_by_rank(self) -> float:
         """Rows that a rank moves with one copy per token and rank, where routing is even."""
         share = 1 - (1 - 1 / self.world_size) ** self.topk
         return self.gathered_rows * share
 
     @property
-    def row_for_each_expert(self) -> float:
+    def rows_by_expert(self) -> float:
         """Rows that a rank moves with one copy per token and expert, where routing is even."""
         return self.max_tokens * self.topk * (self.world_size - 1) / self.world_size
 
@@ -163,11 +163,11 @@ def _refusal(name: str, exchanged: Exchanged, nbytes: int, free_nbytes: int, no_
 
 
 def _predict_us(name: str, exchanged: Exchanged) -> float:
-    """A dispatch and its combine; what is learned of counts by the host is one more step."""
+    """A dispatch and its combine; a layout, and counts that the host learns, are one more step each."""
     rows, steps = {
         _GATHER: (exchanged.gathered_rows, 2),
-        _HT: (exchanged.row_for_each_rank, 3),
-        _LL: (exchanged.row_for_each_expert, 2),
+        _HT: (exchanged.rows_by_rank, 4),
+        _LL: (exchanged.rows_by_expert, 2),
     }[name]
     moved = 2 * rows * exchanged.row_nbytes / _BYTES_PER_US[exchanged.device]
     return moved + steps * _STEP_US[exchanged.device]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from tcomm.config import EngineConfig
@@ -13,6 +15,7 @@ from tcomm.groups.all2all.base import All2AllManagerBase
 from tcomm.groups.all2all.cache import Cache
 from tcomm.groups.moe.buffer import Buffer
 from tcomm.groups.moe.buffer_config import check_num_sms
+from tcomm.groups.moe.low_latency_masks import Masks
 from tcomm.groups.stateless.group import StatelessProcessGroup
 
 __all__ = ["DeepEPAll2AllManagerBase", "DeepEPHTAll2AllManager", "DeepEPLLAll2AllManager"]
@@ -46,6 +49,12 @@ class DeepEPAll2AllManagerBase(All2AllManagerBase):
         for buffer in self.handle_cache.alive():
             buffer.destroy()
         self.handle_cache.clear()
+
+    def _buffer(self, kwargs: dict[str, Any]) -> Buffer:
+        # The group is the same for all of them, and one of the stateless kind cannot be hashed.
+        make = functools.partial(Buffer, kwargs.pop("group"))
+        buffer: Buffer = self.handle_cache.get_or_create(kwargs, make)
+        return buffer
 
     def _nvl_nbytes(self) -> int:
         return EngineConfig.from_environment().deepep_buffer_size_mb << 20
@@ -81,8 +90,7 @@ class DeepEPHTAll2AllManager(DeepEPAll2AllManagerBase):
                 f"DeepEPHTAll2AllManager expects no arguments. All the required args are computed in the "
                 f"Manager itself. Got {sorted(kwargs)}"
             )
-        buffer: Buffer = self.handle_cache.get_or_create(self._make_all2all_kwargs(), Buffer)
-        return buffer
+        return self._buffer(self._make_all2all_kwargs())
 
     def set_num_sms(self, num_sms: int) -> None:
         """Let all buffers use fewer processors; never more than `num_sms` of this manager.
@@ -95,7 +103,10 @@ class DeepEPHTAll2AllManager(DeepEPAll2AllManagerBase):
 
 
 class DeepEPLLAll2AllManager(DeepEPAll2AllManagerBase):
-    """For few tokens: `get_handle(kwargs)` gives a `Buffer` for the low-latency calls."""
+    """For few tokens: `get_handle(kwargs)` gives a `Buffer` for the low-latency calls.
+
+    With `support_fault_tolerance` set to True before, buffers go on without ranks that are lost.
+    """
 
     def _make_all2all_kwargs(
         self,
@@ -114,7 +125,8 @@ class DeepEPLLAll2AllManager(DeepEPAll2AllManagerBase):
             num_global_experts: experts of the model.
             num_local_experts: experts of a rank.
         """
-        return {
+        shrinks = {"enable_shrink": True} if self.support_fault_tolerance else {}
+        return shrinks | {
             "group": self.cpu_group,
             "num_nvl_bytes": self._nvl_nbytes(),
             "num_rdma_bytes": Buffer.get_low_latency_rdma_size_hint(
@@ -139,9 +151,32 @@ class DeepEPLLAll2AllManager(DeepEPAll2AllManagerBase):
         Raises:
             TypeError: when one is missing, or another is given.
         """
-        buffer: Buffer = self.handle_cache.get_or_create(self._make_all2all_kwargs(**kwargs), Buffer)
-        return buffer
+        return self._buffer(self._make_all2all_kwargs(**kwargs))
 
     def max_sms_used(self) -> int | None:
         """0: beside the exchange, computing may use the whole GPU."""
         return 0
+
+    def query_active_mask(self) -> torch.Tensor:
+        """int32 [R]: 1 for each rank that a buffer goes on without."""
+        mask = super().query_active_mask()
+        for masks in self._masks():
+            mask |= masks.query().cpu()
+        return mask
+
+    def query_fault(self) -> torch.Tensor:
+        """A boolean scalar: whether a call has lost a rank since `clean_buffers`."""
+        return torch.tensor(any(masks.faults for masks in self._masks()), device="cpu")
+
+    def clean_buffers(self) -> None:
+        """Take all ranks in again. **Collective** among all of them.
+
+        Raises:
+            RendezvousError, CapabilityError: as `Masks.clean` does.
+        """
+        for masks in self._masks():
+            masks.clean()
+
+    def _masks(self) -> list[Masks]:
+        buffers = self.handle_cache.alive() if self.support_fault_tolerance else []
+        return [masks for buffer in buffers for masks in buffer.masks()]

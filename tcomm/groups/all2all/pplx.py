@@ -235,7 +235,7 @@ class AllToAll:
             raise UsageError("nothing was received that could be combined; call dispatch first")
         if y.dtype != engine.dtype or y.shape[2] != self.sizes.hidden_dim:
             raise UsageError(
-                f"expert_y is {y.dtype} {list(y.shape)}; give {engine.dtype} [.., .., {self.sizes.hidden_dim}]"
+                f"expert_y is {y.dtype} {list(y.shape)}; give rows of {self.sizes.hidden_dim} {engine.dtype}"
             )
         lent = engine.next_combine_buffer(sent.handle)
         lent[:, : y.shape[1], : y.shape[2]] = y[:, : lent.shape[1]]

@@ -14,6 +14,7 @@ from tcomm.groups.arguments import UNSET, Timeout, Unset
 from tcomm.groups.moe.buffer_config import check_nbytes
 from tcomm.groups.moe.high_throughput import HighThroughput
 from tcomm.groups.moe.low_latency import LowLatency, size_hint
+from tcomm.groups.moe.low_latency_masks import Masks
 from tcomm.groups.moe.members import members_of
 from tcomm.groups.stateless.group import StatelessProcessGroup
 from tcomm.groups.stateless.same_node import place_of
@@ -36,7 +37,7 @@ class BufferMemory:
         allow_nvlink_for_low_latency_mode: of no influence; ranks share memory.
         allow_mnnvl: of no influence.
         explicitly_destroy: the memory stays until `destroy()`; else it goes with the object.
-        enable_shrink: whether ranks may be left out of low-latency exchanges.
+        enable_shrink: whether low-latency exchanges go on without ranks that are lost; else they are over.
         comm: none; a communicator of MPI is no group here.
         timeout: of calls: seconds, a profile, or None: as long as the peers live.
         engine: `cpu`, or `triton` for kernels; empty: what suits the device.
@@ -126,8 +127,9 @@ class BufferMemory:
             self.check_low_latency(*key)
             members = members_of(self.group, "moe/low_latency")
             found = self._engines[key] = LowLatency(
-                members, *key, timeout=self._timeout, device=device, engine=self._engine
-            )
+                members, *key, timeout=self._timeout, device=device, engine=self._engine,
+                on_timeout="mask" if self.enable_shrink else "raise",
+            )  # fmt: skip
         assert isinstance(found, LowLatency)
         return found
 
@@ -152,6 +154,57 @@ class BufferMemory:
                 f"{max_tokens} tokens of {hidden} channels for {num_experts} experts; see "
                 "get_low_latency_rdma_size_hint()"
             )
+
+    def masks(self) -> list[Masks]:
+        """The masks of all low-latency exchanges there are.
+
+        Raises:
+            UsageError: when the buffer was made with `enable_shrink=False`.
+        """
+        self._refuse_destroyed()
+        if not self.enable_shrink:
+            raise UsageError("a Buffer made with enable_shrink=False leaves no rank out")
+        return [engine.masks for engine in self._engines.values() if isinstance(engine, LowLatency)]
+
+    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        """Leave a rank out of low-latency exchanges, or take it in again. The same on all that go on.
+
+        Args:
+            rank_to_mask: in the group.
+            mask: leave it out.
+
+        Raises:
+            UsageError: when the buffer was made with `enable_shrink=False`, or no exchange was made yet.
+            ConfigError, CapabilityError: as `Masks.update` does.
+        """
+        found = self.masks()
+        if not found:
+            raise UsageError("ranks are masked once there is an exchange; call low_latency_dispatch() first")
+        for masks in found:
+            masks.update(rank_to_mask, mask)
+
+    def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
+        """Write 1 for each rank that is left out, and 0 for the others. Not collective.
+
+        Args:
+            mask_status: int32 [R], written.
+
+        Raises:
+            UsageError: when the buffer was made with `enable_shrink=False`.
+        """
+        mask_status.zero_()
+        for masks in self.masks():
+            mask_status |= masks.query().to(mask_status.device)
+
+    def low_latency_clean_mask_buffer(self) -> None:
+        """Take all ranks in again. **Collective** among all of them.
+
+        Raises:
+            UsageError: when the buffer was made with `enable_shrink=False`.
+            RendezvousError, CapabilityError: as `Masks.clean` does.
+        """
+        for masks in self.masks():
+            masks.clean()
 
     def _refuse_destroyed(self) -> None:
         if self._is_destroyed:

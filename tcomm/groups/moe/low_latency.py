@@ -22,9 +22,10 @@ from tcomm.groups.moe.low_latency_checks import (
 )
 from tcomm.groups.moe.low_latency_device import KernelEngine
 from tcomm.groups.moe.low_latency_host import HostEngine
+from tcomm.groups.moe.low_latency_masks import Masks
 from tcomm.groups.moe.results import MOST_RESULTS, Results
 from tcomm.groups.moe.workspace import Hook, Workspace
-from tcomm.groups.setup import Membership, split_membership
+from tcomm.groups.setup import Membership, split_exchange, split_membership
 from tcomm.memory.base import Staging
 from tcomm.memory.moe_slots import RowFormat, SlotLayout
 from tcomm.signature import CallDescription
@@ -71,6 +72,8 @@ class LowLatency:
         timeout: of waits: seconds, a profile, or None: as long as the peers live.
         device: of the tokens.
         engine: `cpu`, `triton`, or empty: what suits the device.
+        on_timeout: what becomes of a rank that is dead, or misses a deadline: with `raise` it is named and
+            the exchange is over; with `mask` the others go on without it, see `docs/moe/elastic.md`.
 
     Raises:
         ConfigError: when a size makes no sense.
@@ -89,6 +92,7 @@ class LowLatency:
         timeout: Timeout | Unset = UNSET,
         device: torch.device | str = "cpu",
         engine: str = "",
+        on_timeout: str = "raise",
     ) -> None:
         world_size = members.exchange.world_size
         check_sizes_of_exchange(num_max_tokens, hidden, num_experts, max_topk, dtype, world_size)
@@ -97,6 +101,7 @@ class LowLatency:
         self.layout = SlotLayout(
             world_size, num_experts // world_size, num_max_tokens, max_topk, hidden, dtype.itemsize
         )
+        mask_exchange = split_exchange(members, "masks")
         self._combine_members = split_membership(members, "combine")
         self.workspace = Workspace(
             members, self.layout.half_nbytes, timeout=timeout, device=device, engine=engine
@@ -107,8 +112,14 @@ class LowLatency:
         self._packed = [Packed(number, self.layout, self.workspace.device) for number in memory]
         self._in_memory: list[weakref.ref[LowLatencyHandle] | None] = [None] * MOST_RESULTS
         self._engine: Engine
+        try:
+            self.masks = Masks(self.workspace, mask_exchange, on_timeout)
+        except BaseException:
+            self.workspace.close()
+            raise
         if self.workspace.engine == "cpu":
-            self._engine = HostEngine(self.workspace, self.layout, self._lent)
+            survivors = self.masks.survivors
+            self._engine = HostEngine(self.workspace, self.layout, self._lent, survivors)
         else:
             self._engine = KernelEngine(self.workspace, self.layout, self._lent_staging)
 
@@ -274,6 +285,7 @@ class LowLatency:
 
     def close(self) -> None:
         """Leave the exchange and give its memory back. Not collective; may be called twice."""
+        self.masks.close()
         for space in (self._combine_space, self.workspace):
             if space is not None:
                 space.close()

@@ -23,6 +23,7 @@ from tcomm.errors import CommError
 from tcomm.groups.moe.low_latency_calls import CombineJob, DispatchJob
 from tcomm.groups.moe.workspace import Workspace
 from tcomm.memory.moe_slots import LENT_SHIFT, RowFormat, SlotLayout
+from tcomm.memory.survivors import Survivors
 
 __all__ = ["HostEngine"]
 
@@ -47,14 +48,20 @@ class HostEngine:
         workspace: whose halves have `layout`.
         layout: of the exchange.
         lent: the memory of all ranks for results that are not copied: (rank, 0 or 1) to [El, R * M, H].
+        survivors: who takes part.
     """
 
     def __init__(
-        self, workspace: Workspace, layout: SlotLayout, lent: Callable[[int, int], torch.Tensor]
+        self,
+        workspace: Workspace,
+        layout: SlotLayout,
+        lent: Callable[[int, int], torch.Tensor],
+        survivors: Survivors,
     ) -> None:
         self._space = workspace
         self._layout = layout
         self._lent = lent
+        self._survivors = survivors
 
     def send_dispatch(self, job: DispatchJob) -> None:
         """Write copies and counts into every owner's half, and publish."""
@@ -63,9 +70,9 @@ class HostEngine:
         job.handle.routing = _Routing(plan)
         rows, scales = quantise_for(job.form, job.x)
         given = as_words(rows)
+        self._survivors.refuse_if_masked()
         job.epoch = space.begin(job.call, job.seconds)
-        for step in range(layout.world_size):
-            owner = (space.rank + step + 1) % layout.world_size
+        for owner in self._others_first():
             tokens = plan.tokens[plan.starts[owner] : plan.starts[owner + 1]]
             num_copies = len(tokens)
             if num_copies:
@@ -76,13 +83,13 @@ class HostEngine:
             if owner != space.rank:
                 space.traffic.wire_nbytes += num_copies * job.form.wire_nbytes
             self._words(owner, job.epoch)[space.rank] = mark(plan.counts[owner], job.epoch)
-        space.publish(job.epoch, job.call)
+        self._publish(job)
 
     def receive_dispatch(self, job: DispatchJob) -> None:
         """Wait for all sources, and pack their copies by expert, source and token."""
         layout, space, packed = self._layout, self._space, job.handle.packed
         began = time.monotonic()
-        space.await_peers(job.epoch, job.call)
+        self._await(job)
         waited = int((time.monotonic() - began) * 1e6)
         counts = self._fresh_numbers(job.epoch, job.call)
         routing = job.handle.routing
@@ -110,12 +117,12 @@ class HostEngine:
     def send_combine(self, job: CombineJob) -> None:
         """Write each source's rows into its half, or where they begin in the memory that is lent."""
         layout, space, routing = self._layout, self._space, job.handle.routing
+        self._survivors.refuse_if_masked()
         job.epoch = space.begin(job.call, job.seconds)
         assert routing.begins is not None
         y = job.y.reshape(-1, layout.hidden)
         begins = routing.begins.t() | job.handle.packed.number << LENT_SHIFT
-        for step in range(layout.world_size):
-            source = (space.rank + step + 1) % layout.world_size
+        for source in self._others_first():
             where = routing.rows[source]
             if not job.lends and len(where):
                 first = space.rank * layout.slots
@@ -124,14 +131,14 @@ class HostEngine:
                 if source != space.rank:
                     space.traffic.wire_nbytes += given.nbytes
             self._words(source, job.epoch)[space.rank] = mark(begins[source], job.epoch)
-        space.publish(job.epoch, job.call)
+        self._publish(job)
 
     def receive_combine(self, job: CombineJob) -> None:
         """Wait for all owners, and sum up w * y in the order of the choices."""
         space, plan = self._space, job.handle.routing.plan
-        space.await_peers(job.epoch, job.call)
+        self._await(job)
         numbers = self._fresh_numbers(job.epoch, job.call)
-        chosen = job.topk_idx >= 0
+        chosen = self._without_masked(job.topk_idx) >= 0
         sources = self._sources(job, numbers)
         num_tokens = len(job.topk_idx)
         step = max(1, _BYTES_AT_A_TIME // (4 * self._layout.hidden))
@@ -145,11 +152,7 @@ class HostEngine:
             job.out[part] = acc
         if job.lends:
             row_nbytes = self._layout.hidden * self._layout.itemsize
-            away = sum(
-                plan.starts[owner + 1] - plan.starts[owner]
-                for owner in range(space.world_size)
-                if owner != space.rank
-            )
+            away = sum(plan.starts[owner + 1] - plan.starts[owner] for owner in self._survivors.active)
             space.traffic.wire_nbytes += away * row_nbytes
         space.finish(job.epoch)
 
@@ -164,7 +167,7 @@ class HostEngine:
         first_slots = plan.counts.cumsum(1) - plan.counts
         experts = torch.arange(layout.num_local_experts, device="cpu") * layout.capacity
         found = []
-        for owner in range(layout.world_size):
+        for owner in self._others_first():
             number = int(numbers[owner, 0]) >> LENT_SHIFT
             begins = numbers[owner] & ((1 << LENT_SHIFT) - 1)
             shift = begins + experts - first_slots[owner]
@@ -175,13 +178,44 @@ class HostEngine:
 
     def _fresh_numbers(self, epoch: int, call: object) -> torch.Tensor:
         """[R, El]: what each rank told this one in that epoch."""
-        numbers, is_fresh = numbers_of(self._words(self._space.rank, epoch), epoch)
-        if not is_fresh:
+        words = self._words(self._space.rank, epoch)
+        numbers, are_fresh = numbers_of(words, epoch)
+        masked = sorted(self._survivors.masked)
+        if masked:
+            numbers[masked], are_fresh[masked] = 0, True
+        if not are_fresh.all():
             raise CommError(
                 f"{call} #{epoch} of group {self._space.name!r}: a peer published without its numbers",
                 group=self._space.name, seq=epoch, rank=self._space.rank,
             )  # fmt: skip
         return numbers
+
+    def _others_first(self) -> list[int]:
+        """Ranks that take part, the next one first and this one last, so that not all begin with the same."""
+        ranks = [
+            (self._space.rank + step + 1) % self._layout.world_size for step in range(self._layout.world_size)
+        ]
+        return [rank for rank in ranks if rank not in self._survivors.masked]
+
+    def _without_masked(self, topk_idx: torch.Tensor) -> torch.Tensor:
+        """Choices, with none where the owner does not take part."""
+        owners = topk_idx // self._layout.num_local_experts
+        for rank in self._survivors.masked:
+            topk_idx = torch.where(owners == rank, -1, topk_idx)
+        return topk_idx
+
+    def _publish(self, job: DispatchJob | CombineJob) -> None:
+        if self._survivors.is_needed:
+            self._survivors.publish(job.epoch << 32 | job.call.signature)
+        else:
+            self._space.publish(job.epoch, job.call)
+
+    def _await(self, job: DispatchJob | CombineJob) -> None:
+        if self._survivors.is_needed:
+            self._space.traffic.num_phases += 1
+            self._survivors.await_peers(job.epoch << 32 | job.call.signature, job.seconds)
+        else:
+            self._space.await_peers(job.epoch, job.call)
 
     def _words(self, rank: int, epoch: int) -> torch.Tensor:
         shape = (self._layout.world_size, self._layout.num_local_experts)

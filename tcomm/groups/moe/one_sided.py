@@ -129,10 +129,15 @@ class OneSided:
         )
         self._engine: Any = on_host
         if self.workspace.engine == "triton":
-            from tcomm.kernels import moe_one_sided  # noqa: PLC0415 - imports Triton
+            from tcomm.kernels import moe_one_sided
 
             self._engine = moe_one_sided
         self._dispatched: _Dispatched | None = None
+
+    @property
+    def is_dispatched(self) -> bool:
+        """Whether a dispatch waits for its combine."""
+        return self._dispatched is not None
 
     def dispatch(
         self,
@@ -147,7 +152,7 @@ class OneSided:
 
         Args:
             token_selected_experts: [T, k] int32 or int64, global ids; -1: no selection.
-            payloads: [T, *] each, of any dtype, contiguous; the same kinds on every rank. T may differ.
+            payloads: [T, *] each, any dtype, contiguous; the same kinds on every rank. T may differ.
             runtime_max: rows of a source in the result, at least T and at most M; the same on every rank.
             invalid_token_expert_id: written over the rows of `token_selected_experts`, which must be among the
                 payloads, that nobody sent; None: they stay as they are, undefined.
@@ -188,7 +193,7 @@ class OneSided:
         offsets = self.layout.offsets([one.shape[1] * one.itemsize for one in rows], runtime_max)
         self.workspace.drain()
         received = self._engine.dispatch(
-            rows, offsets, routes.ranks, routes.slots, routes.counts, runtime_max, self.workspace.arena, call,
+            rows, offsets, routes.tables, runtime_max, self.workspace.arena, call,
             self.workspace.seconds(timeout),
         )  # fmt: skip
         self._account(routes, sum(one.shape[1] * one.itemsize for one in rows))
@@ -259,14 +264,16 @@ class OneSided:
         dispatched = self._take_dispatched("combine")
         routes = dispatched.routes
         if runtime_max != dispatched.runtime_max:
-            raise UsageError(f"combine of runtime_max={runtime_max} after dispatch of {dispatched.runtime_max}")
+            raise UsageError(
+                f"combine of runtime_max={runtime_max} after dispatch of {dispatched.runtime_max}"
+            )
         self._check_results(payload, runtime_max, in_workspace)
         hidden = payload.shape[2]
         out = payload.new_empty(len(routes.ranks), hidden)
         call = self._call("one_sided_combine", (runtime_max, hidden), f"{dtype_name(payload.dtype)} rows")
         self._engine.combine(
-            None if in_workspace else payload, out, self.layout.combine_at, routes.ranks, routes.slots,
-            dispatched.received, runtime_max, self.workspace.arena, call, self.workspace.seconds(timeout),
+            None if in_workspace else payload, out, self.layout.combine_at, routes.tables, dispatched.received,
+            runtime_max, self.workspace.arena, call, self.workspace.seconds(timeout),
         )  # fmt: skip
         self._account(routes, hidden * payload.itemsize)
         self._dispatched = None
@@ -300,7 +307,9 @@ class OneSided:
         """The payloads as rows of words."""
         limit = self.layout.max_num_tokens
         if type(runtime_max) is not int or not 0 < runtime_max <= limit:
-            raise UsageError(f"runtime_max={runtime_max!r}: the workspace has room for 1 to {limit} tokens a rank")
+            raise UsageError(
+                f"runtime_max={runtime_max!r}: the workspace has room for 1 to {limit} tokens a rank"
+            )
         check_tensor("dispatch", ids)
         if ids.dim() != 2 or ids.shape[1] != self.top_k:
             raise ConfigError(f"token_selected_experts is {list(ids.shape)}; needed [tokens, {self.top_k}]")

@@ -28,6 +28,11 @@ class Routes:
     counts: torch.Tensor
     """[R] int64: copies for each rank."""
 
+    @property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What an engine takes."""
+        return self.ranks, self.slots, self.counts
+
     def num_remote(self, rank: int) -> int:
         """Copies for other ranks than `rank`. Waits for the device."""
         return int(self.counts.sum() - self.counts[rank])
@@ -81,7 +86,7 @@ def check_divides(num_experts: int, world_size: int) -> None:
     """
     if num_experts <= 0 or num_experts % world_size:
         raise ConfigError(
-            f"num_experts={num_experts} do not divide among {world_size} ranks; give a multiple of {world_size}"
+            f"num_experts={num_experts} do not divide among {world_size} ranks; give a multiple of that"
         )
 
 

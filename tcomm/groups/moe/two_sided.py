@@ -13,7 +13,7 @@ from tcomm.groups.arguments import UNSET, Timeout, Unset, check_tensor, dtype_na
 from tcomm.groups.moe.routes import Routes, as_word_rows, check_divides, make_routes
 from tcomm.groups.moe.workspace import Workspace
 from tcomm.groups.setup import Membership
-from tcomm.memory.rings import RING_SLOTS, RingLayout
+from tcomm.memory.rings import RingLayout
 from tcomm.signature import CallDescription
 
 __all__ = ["RoutingInfo", "TwoSided"]
@@ -99,7 +99,7 @@ class TwoSided:
         )
         self._engine: Any = on_host
         if self.workspace.engine == "triton":
-            from tcomm.kernels import moe_two_sided  # noqa: PLC0415 - imports Triton
+            from tcomm.kernels import moe_two_sided
 
             self._engine = moe_two_sided
         self._prepared = 0
@@ -278,7 +278,8 @@ def _check_routing(ids: torch.Tensor, weights: torch.Tensor, most: int) -> None:
         raise ConfigError(f"topk_ids are {ids.dtype} {list(ids.shape)}; needed int32 [tokens, top_k]")
     if weights.dtype != torch.float32 or weights.shape != ids.shape or not weights.is_contiguous():
         raise ConfigError(
-            f"topk_weights are {weights.dtype} {list(weights.shape)}; needed contiguous float32 {list(ids.shape)}"
+            f"topk_weights are {weights.dtype} {list(weights.shape)}; "
+            f"needed contiguous float32 {list(ids.shape)}"
         )
     if type(most) is not int or most <= 0:
         raise ConfigError(f"max_num_tokens={most!r} is not a positive number")

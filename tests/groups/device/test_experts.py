@@ -1,4 +1,4 @@
-"""Dispatch and combine where tokens stay: both orders of arguments, extra tensors kept."""
+"""Dispatch and combine where tokens stay, in both orders of arguments; and by a manager."""
 
 import pytest
 import torch
@@ -57,3 +57,30 @@ def test_nothing_is_prepared_and_a_model_is_a_module():
     for wrong in (None, torch.nn.Linear):
         with pytest.raises(ConfigError, match=r"a model is a torch\.nn\.Module, not"):
             TRAFFIC.prepare_communication_buffer_for_model(wrong)
+
+
+class Manager:
+    """Gives back what it was given."""
+
+    def dispatch(self, *args):
+        return ("dispatch", *args)
+
+    def combine(self, *args):
+        return ("combine", *args)
+
+    def combine_into_output(self, *args):
+        return ("into", *args)
+
+    def allocate_combine_input(self, *args):
+        return ("allocate", *args)
+
+
+def test_a_manager_does_it_where_there_is_one():
+    managed = ExpertTraffic()
+    managed.all2all_manager = Manager()
+    assert managed.dispatch(1, 2, True, [3]) == ("dispatch", 1, 2, True, [3], None)
+    assert managed.dispatch_router_logits(1, 2, True, [3]) == ("dispatch", 1, 2, None, True, [3])
+    assert managed.combine(1, True) == ("combine", 1, True)
+    assert managed.combine_into_output(1, 2, True) == ("into", 1, 2, True)
+    assert managed.allocate_combine_input(1, 2, 3, True) == ("allocate", 1, 2, 3, True)
+    assert TRAFFIC.all2all_manager is None

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from tcomm.errors import CollectiveMismatchError, ConfigError, PeerLostError, PeerTimeoutError, UsageError
+from tcomm.errors import CollectiveMismatchError, ConfigError, PeerLostError, PeerTimeoutError
 from tcomm.groups.moe.one_sided import MOST_PAYLOADS, OneSided, OneSidedLayout
 from tcomm.groups.setup import from_store
 from tests.groups.moe.routings import (
@@ -58,7 +58,9 @@ def _round(exchange, member, kind, turn, top_k, runtime_max, in_workspace):
     combined = exchange.combine(results, runtime_max, payload_in_workspace=in_workspace)
     x = payloads[0].to(torch.float32)
     where = destinations(ids, world)
-    rows = [in_order_sum([(x[t] * (r + 1)).to(dtype) for r in where[t]], HIDDEN, dtype) for t in range(len(ids))]
+    rows = [
+        in_order_sum([(x[t] * (r + 1)).to(dtype) for r in where[t]], HIDDEN, dtype) for t in range(len(ids))
+    ]
     assert same_bytes(combined, torch.stack(rows) if rows else combined.new_empty(0, HIDDEN)), (kind, turn)
     num_remote = sum(len([r for r in ranks if r != me]) for ranks in where)
     nbytes = sum(one[0:1].numel() * one.itemsize for one in payloads) if len(ids) else 0
@@ -225,7 +227,7 @@ def silent(member, engine):
     exchange = make(member, engine)
     peers = (1,)
     if member.rank == 0:
-        with pytest.raises(PeerTimeoutError, match="one_sided_dispatch .* rank 1 is silent") as caught:
+        with pytest.raises(PeerTimeoutError, match=r"one_sided_dispatch .* rank 1 is silent") as caught:
             exchange.dispatch(torch.full((1, 4), 0), [], 2, timeout=0.3)
         peers = caught.value.peers
     member.meet("late")

@@ -21,7 +21,12 @@ from tests.groups.moe.routings import (
 
 MOST, HIDDEN = 9, 24
 SMALL_RINGS = 12 * 1024
-PAYLOADS = ((torch.uint8, (HIDDEN // 2,)), (torch.uint8, (3,)), (torch.float32, ()), (torch.bfloat16, (2, 40)))
+PAYLOADS = (
+    (torch.uint8, (HIDDEN // 2,)),
+    (torch.uint8, (3,)),
+    (torch.float32, ()),
+    (torch.bfloat16, (2, 40)),
+)
 
 
 def make(member, engine="cpu", num_nbytes=None, **kwargs):
@@ -55,7 +60,9 @@ def _round(exchange, member, kind, turn, top_k, most):
             source, t = to_me[row]
             given = weights_of(turn, source, all_ids[source])[t].tolist()
             ours = [e // held == me and e >= 0 for e in all_ids[source][t].tolist()]
-            wanted_ids = [e if mine else EXPERTS for e, mine in zip(all_ids[source][t].tolist(), ours, strict=True)]
+            wanted_ids = [
+                e if mine else EXPERTS for e, mine in zip(all_ids[source][t].tolist(), ours, strict=True)
+            ]
             wanted_weights = [w if mine else 0.0 for w, mine in zip(given, ours, strict=True)]
         assert got_ids[row].tolist() == wanted_ids, (kind, turn, row)
         assert got_weights[row].tolist() == wanted_weights
@@ -232,7 +239,9 @@ def test_what_does_not_fit_is_told_before_anything_moves(on_ranks):
         assert part in said
 
 
-@pytest.mark.parametrize(("nbytes", "told"), [(-1, "num_nbytes=-1"), (1000, "too little for rings from 2 ranks")])
+@pytest.mark.parametrize(
+    ("nbytes", "told"), [(-1, "num_nbytes=-1"), (1000, "too little for rings from 2 ranks")]
+)
 def test_rings_of_no_size_are_refused(nbytes, told):
     class Two:
         exchange = type("Exchange", (), {"world_size": 2})
@@ -268,7 +277,7 @@ def silent(member, engine):
     info = _to_the_next(exchange, member, 3)
     peers = (1,)
     if member.rank == 0:
-        with pytest.raises(PeerTimeoutError, match="two_sided_alltoallv .* rank 1 is silent") as caught:
+        with pytest.raises(PeerTimeoutError, match=r"two_sided_alltoallv .* rank 1 is silent") as caught:
             exchange.alltoallv(torch.ones(3, HIDDEN), info, timeout=0.3)
         peers = caught.value.peers
     member.meet("late")

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from tcomm.errors import UsageError
+from tcomm.groups.all2all.surroundings import find_coordinator
 from tcomm.groups.parallel import environment, parallel_state
 from tcomm.groups.parallel.coordinator import GroupCoordinator
 from tcomm.groups.parallel.layouts import make_layout
@@ -91,6 +92,44 @@ def test_made_together_and_taken_down_together(on_ranks):
         assert queued == ["tp"]
         assert again == ("UsageError", "tensor model parallel group is already initialized")
         assert total == 2.0
+
+
+def _exchanging(member):
+    """Which expert groups exchange tokens, and what their managers take for the groups around them."""
+    member.process_group()
+    outer = ParallelState(timeout=20)
+    found = []
+    with use(outer):
+        outer.init_world(member.rank, "gloo")
+        outer.init_model_parallel(make_layout(2, tp=2))
+        found.append(outer.group("ep").device_communicator.all2all_manager)
+        # Groups of a state that is not the current one are those that are being made, not the current ones.
+        inner = ParallelState(timeout=20)
+        inner.init_world(member.rank, "gloo")
+        inner.init_model_parallel(make_layout(2, dp=2))
+        manager = inner.group("ep").device_communicator.all2all_manager
+        found.append((type(manager).__name__, manager.dp_group is inner.group("dp")))
+        found.append(manager.tp_group is inner.group("tp"))
+        found.append(
+            (find_coordinator("dp") is outer.group("dp"), find_coordinator("ep") is outer.group("ep"))
+        )
+        with use(ParallelState()):
+            found.append(find_coordinator("dp"))
+        inner.destroy_model_parallel()
+        inner.init_model_parallel(make_layout(2, dp=2), use_all2all=False)
+        found.append(inner.group("ep").device_communicator.all2all_manager)
+        inner.destroy_model_parallel()
+        inner.init_model_parallel(make_layout(2, tp=2), use_all2all=True)
+        found.append(inner.group("ep").device_communicator.all2all_manager is not None)
+        inner.destroy()
+        outer.destroy()
+    dist.destroy_process_group()
+    return found
+
+
+def test_tokens_are_exchanged_where_there_are_replicas_or_it_is_asked_for(on_ranks):
+    wanted = [None, ("AgRsAll2AllManager", True), True, (True, True), None, None, True]
+    assert on_ranks(2, _exchanging) == [wanted] * 2
 
 
 def _half_way(member):

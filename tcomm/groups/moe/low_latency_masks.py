@@ -1,0 +1,116 @@
+"""Which ranks a low-latency exchange goes on without, as its user sees it."""
+
+from __future__ import annotations
+
+import torch
+
+from tcomm.errors import CapabilityError, ConfigError
+from tcomm.groups.handle import SETUP_SECONDS
+from tcomm.groups.moe.workspace import Workspace
+from tcomm.memory.arena import Arena
+from tcomm.memory.base import Exchange
+from tcomm.memory.control import Word
+from tcomm.memory.survivors import Survivors
+
+__all__ = ["Masks"]
+
+
+class Masks:
+    """The masks of an exchange.
+
+    Args:
+        workspace: of the exchange.
+        exchange: of its ranks, for nothing else.
+        on_timeout: `raise` or `mask`.
+
+    Raises:
+        ConfigError: when `on_timeout` is neither.
+        CapabilityError: when kernels are to mask.
+    """
+
+    def __init__(self, workspace: Workspace, exchange: Exchange, on_timeout: str) -> None:
+        if on_timeout not in {"raise", "mask"}:
+            raise ConfigError(f"on_timeout={on_timeout!r} is neither 'raise' nor 'mask'")
+        self._space = workspace
+        self._exchange = exchange
+        self._survivors: Survivors | None = None
+        arena = workspace.arena
+        if workspace.engine == "cpu" and isinstance(arena, Arena):
+            self._survivors = Survivors(arena.channel, workspace.config.shm_dir, on_timeout == "mask")
+        elif on_timeout == "mask":
+            raise self._incapable()
+
+    def _incapable(self) -> CapabilityError:
+        return CapabilityError(
+            f"engine={self._space.engine!r}: kernels mask nobody; give engine='cpu', or on_timeout='raise'"
+        )
+
+    @property
+    def survivors(self) -> Survivors:
+        """What the host's engine waits by.
+
+        Raises:
+            CapabilityError: when kernels wait.
+        """
+        if self._survivors is None:
+            raise self._incapable()
+        return self._survivors
+
+    def update(self, rank: int, is_masked: bool) -> None:
+        """Mask a rank, or let it take part again. Not collective, but the same on all that go on.
+
+        Raises:
+            ConfigError: when it is no other rank, or one that has made other calls since it was masked.
+            CapabilityError: when kernels wait.
+        """
+        survivors = self.survivors
+        self._space.run(lambda: survivors.set_masked(rank, is_masked))
+
+    def query(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[R] int32: 1 for each rank that is masked, into `out` where there is one.
+
+        Raises:
+            ConfigError: when `out` is something else.
+        """
+        shape = (self._space.world_size,)
+        if out is None:
+            out = torch.empty(shape, dtype=torch.int32, device=self._space.device)
+        if tuple(out.shape) != shape or out.dtype != torch.int32:
+            raise ConfigError(f"out is {out.dtype} {list(out.shape)}; give int32 {list(shape)}")
+        masked = self._survivors.masked if self._survivors is not None else ()
+        return out.copy_(torch.tensor([int(rank in masked) for rank in range(*shape)], device="cpu"))
+
+    @property
+    def faults(self) -> list[tuple[int, tuple[int, ...]]]:
+        """(call, ranks) for each call that went on without ranks which it had begun with; since `clean`."""
+        return list(self._survivors.faults) if self._survivors is not None else []
+
+    def query_fault(self) -> torch.Tensor:
+        """Bool scalar: whether a call has masked a rank since `clean`."""
+        return torch.tensor(bool(self.faults), device=self._space.device)
+
+    def clean(self) -> None:
+        """Let all ranks take part again. **Collective** among all of them, masked ones too.
+
+        Raises:
+            RendezvousError: when a rank did not come: one that is dead cannot come back.
+            CapabilityError: when kernels wait.
+        """
+        survivors = self.survivors
+        self._space.run(lambda: self._clean(survivors))
+
+    def _clean(self, survivors: Survivors) -> None:
+        arena = self._space.arena
+        assert isinstance(arena, Arena)
+        self._space.drain()
+        mine = arena.channel.words[Word.EPOCH]
+        told = self._exchange.all_gather(str(mine).encode(), SETUP_SECONDS)
+        # Late stores of whoever was behind carry epochs before these.
+        arena.set_epoch(max(int(epoch) for epoch in told) + 2)
+        survivors.forget()
+        self._exchange.all_gather(b"", SETUP_SECONDS)
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        if self._survivors is not None:
+            self._survivors.close()

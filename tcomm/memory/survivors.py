@@ -1,0 +1,254 @@
+"""Going on without ranks that are late or dead, agreed on call by call. Protocol: `docs/moe/elastic.md`.
+
+A wait in which all arrive costs a look at one more row of words. Where somebody does not, whoever finds out
+opens a round in every page, looks whether anybody has heard of the late rank, and proposes; the first
+proposal of a round is the verdict of all, also of those who had everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterable
+from typing import NoReturn
+
+from tcomm.errors import CommError, ConfigError, PeerTimeoutError
+from tcomm.memory.channel import Channel
+from tcomm.memory.control import FAULTS, Word, arrival_index
+from tcomm.memory.wait import pause_since
+
+__all__ = ["Survivors"]
+
+logger = logging.getLogger("tcomm")
+
+_ROUND_SHIFT = 8
+_ROUND_MASK = 0xFF
+_SECONDS_FOR_A_PROPOSAL = 0.5
+
+
+class Survivors:
+    """The ranks of a channel that take part. Used by one thread at a time.
+
+    Args:
+        channel: of the group.
+        directory: memory file system that the ranks share; verdicts lie there for two calls.
+        masks_late: whether a rank that is late or dead is masked, instead of the group being given up.
+    """
+
+    def __init__(self, channel: Channel, directory: str, masks_late: bool) -> None:
+        self._channel = channel
+        self._rank = channel.rank
+        nonce = channel.pages[0].words[Word.NONCE]
+        self._prefix = f"{directory}/tcomm-{os.getuid()}-verdict-{nonce:x}"
+        self._verdicts: list[tuple[int, str]] = []
+        self.masks_late = masks_late
+        self.masked: set[int] = set()
+        """Ranks that are not waited for, and get nothing."""
+        self.faults: list[tuple[int, tuple[int, ...]]] = []
+        """(call, ranks) of each verdict that masked somebody."""
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether calls have to go through this, and not through the channel alone."""
+        return self.masks_late or bool(self.masked)
+
+    @property
+    def active(self) -> list[int]:
+        """Peers that take part."""
+        return [peer for peer in self._channel.peers if peer not in self.masked]
+
+    def set_masked(self, rank: int, is_masked: bool) -> None:
+        """Mask a rank, or let it take part again; the same on every rank that goes on, between two calls.
+
+        Raises:
+            ConfigError: when it is this rank, none, or has made other calls meanwhile.
+        """
+        channel = self._channel
+        if not 0 <= rank < channel.world_size or rank == self._rank:
+            raise ConfigError(f"rank={rank!r}: give another rank, 0 to {channel.world_size - 1}")
+        if is_masked:
+            self.masked.add(rank)
+            return
+        theirs, mine = (channel.pages[r].words[Word.EPOCH] for r in (rank, self._rank))
+        if rank in self.masked and (channel.is_gone(rank) or theirs != mine):
+            raise ConfigError(
+                f"rank {rank} has completed call #{theirs} and this rank #{mine}: it cannot just go on; "
+                f"call clean_mask() on every rank ({channel.blame(rank)})"
+            )
+        self.masked.discard(rank)
+
+    def forget(self) -> None:
+        """Let all take part again. Every rank does so, between two calls, and nobody begins one before."""
+        words = self._channel.words
+        for opener in range(self._channel.world_size):
+            words[FAULTS + opener] = 0
+        words[Word.MASKED] = 0
+        self.masked.clear()
+        self.faults.clear()
+
+    def refuse_if_masked(self) -> None:
+        """Raise when the others go on without this rank."""
+        if told := self._channel.words[Word.MASKED]:
+            self._raise_masked(told - 1)
+
+    def publish(self, word: int) -> None:
+        """Tell those who take part that this rank has written what it gives."""
+        index = arrival_index(0, word >> 32 & 1, 0, self._rank)
+        for peer in self.active:
+            self._channel.pages[peer].words[index] = word
+
+    def await_peers(self, word: int, timeout: float | None) -> None:
+        """Wait until those who take part have published that epoch, or are masked.
+
+        Raises:
+            CollectiveMismatchError: a peer's signature differs.
+            PeerLostError, PeerTimeoutError: a peer does not come, and late ones are not masked.
+            PeerTimeoutError: this rank is masked itself.
+        """
+        epoch, number, began = word >> 32, 0, time.monotonic()
+        deadline = None if timeout is None else began + timeout
+        heard_of: set[int] = set()
+        while True:
+            absent = self._absent(epoch, heard_of)
+            # After the arrivals: whoever opens a round looks at them afterwards.
+            if self._is_open(epoch, number):
+                self._apply(epoch, self._verdict(epoch, number, heard_of, deadline), heard_of)
+                number += 1
+                continue
+            if not absent:
+                break
+            self._refuse_the_end()
+            if late := self._late(epoch, heard_of, deadline):
+                self._open(epoch, number, late)
+                continue
+            pause_since(began)
+        self._refuse_other_calls(word)
+        self._drop_verdicts(epoch)
+
+    def close(self) -> None:
+        """Remove what nobody will read any more."""
+        pages = self._channel.pages
+        others = [pages[peer].words[Word.EPOCH] for peer in self.active if not self._channel.is_gone(peer)]
+        self._drop_verdicts(min(others, default=1 << 32) + 1)
+
+    # One wait ------------------------------------------------------------------------------------
+
+    def _has_arrived(self, rank: int, peer: int, epoch: int) -> bool:
+        """Whether `peer` has told `rank` of that epoch."""
+        index = arrival_index(0, epoch & 1, 0, peer)
+        return self._channel.pages[rank].words[index] >> 32 == epoch
+
+    def _absent(self, epoch: int, heard_of: set[int]) -> list[int]:
+        return [p for p in self.active if p not in heard_of and not self._has_arrived(self._rank, p, epoch)]
+
+    def _late(self, epoch: int, heard_of: set[int], deadline: float | None) -> list[int]:
+        """Those who are not coming: all who are absent past the deadline, before it the dead ones."""
+        absent = self._absent(epoch, heard_of)
+        if absent and deadline is not None and time.monotonic() >= deadline:
+            return absent
+        gone = [peer for peer in absent if self._channel.is_gone(peer)]
+        # A peer may have arrived and then left.
+        still_absent = self._absent(epoch, heard_of) if gone else []
+        return [peer for peer in gone if peer in still_absent]
+
+    def _refuse_the_end(self) -> None:
+        self.refuse_if_masked()
+        if self._channel.words[Word.POISON_CODE]:
+            self._channel.raise_poison()
+
+    def _refuse_other_calls(self, word: int) -> None:
+        words, epoch = self._channel.words, word >> 32
+        told = [words[arrival_index(0, epoch & 1, 0, peer)] for peer in self.active]
+        if any(theirs != word for theirs in told if theirs >> 32 == epoch):
+            self._channel.finish(epoch)
+            raise self._channel.mismatch(epoch)
+
+    # Rounds --------------------------------------------------------------------------------------
+
+    def _is_open(self, epoch: int, number: int) -> bool:
+        words = self._channel.words
+        asked = (words[FAULTS + opener] for opener in range(self._channel.world_size))
+        return any(a >> _ROUND_SHIFT == epoch and (a & _ROUND_MASK) > number for a in asked)
+
+    def _open(self, epoch: int, number: int, late: list[int]) -> None:
+        channel = self._channel
+        if not self.masks_late:
+            if gone := [peer for peer in late if channel.is_gone(peer)]:
+                channel.lose(gone, epoch)
+            channel.time_out(late, epoch)
+        for page in channel.pages:
+            page.words[FAULTS + self._rank] = epoch << _ROUND_SHIFT | number + 1
+        # A yield is a fence: the arrivals that are looked at next are read after these stores.
+        os.sched_yield()
+
+    def _verdict(
+        self, epoch: int, number: int, heard_of: set[int], deadline: float | None
+    ) -> tuple[set[int], set[int]]:
+        """(masked, heard of) of a round: what the first proposal says, which may be this rank's."""
+        path = f"{self._prefix}-{epoch}-{number}"
+        began = time.monotonic()
+        is_mine = self._channel.words[FAULTS + self._rank] == epoch << _ROUND_SHIFT | number + 1
+        while True:
+            self._refuse_the_end()
+            with contextlib.suppress(FileNotFoundError):
+                masked, heard = (int(part, 16) for part in os.readlink(path).split("."))
+                self._verdicts.append((epoch, path))
+                return self._ranks(masked), self._ranks(heard)
+            if is_mine or time.monotonic() - began > _SECONDS_FOR_A_PROPOSAL:
+                late = set(self._late(epoch, heard_of, deadline))
+                known = {peer for peer in late if self._is_known(peer, epoch)}
+                # Made at once and with its contents, or not at all: the first one counts.
+                with contextlib.suppress(FileExistsError):
+                    os.symlink(f"{_bits(late - known):x}.{_bits(known):x}", path)
+            else:
+                pause_since(began)
+
+    def _is_known(self, peer: int, epoch: int) -> bool:
+        """Whether anybody has heard of `peer`: then all that it gave is there, for everybody."""
+        others = range(self._channel.world_size)
+        return any(self._has_arrived(rank, peer, epoch) for rank in others if rank != peer)
+
+    def _ranks(self, bits: int) -> set[int]:
+        return {rank for rank in range(self._channel.world_size) if bits >> rank & 1}
+
+    def _apply(self, epoch: int, verdict: tuple[set[int], set[int]], heard_of: set[int]) -> None:
+        masked, heard = verdict
+        heard_of |= heard
+        if self._rank in masked:
+            self._raise_masked(epoch)
+        fresh = sorted(masked - self.masked)
+        if not fresh:
+            return
+        self.masked.update(fresh)
+        self.faults.append((epoch, tuple(fresh)))
+        channel = self._channel
+        told = "; ".join(channel.blame(peer) for peer in fresh)
+        logger.warning(
+            "%s #%d of group %r goes on without ranks %s: %s", channel.op, epoch, channel.group, fresh, told
+        )
+        for peer in fresh:
+            channel.pages[peer].words[Word.MASKED] = epoch + 1
+
+    def _raise_masked(self, epoch: int) -> NoReturn:
+        channel = self._channel
+        error: CommError = channel.error(
+            PeerTimeoutError,
+            f"the others of group {channel.group!r} have gone on without this rank, {self._rank}, since call "
+            f"#{epoch}, for which it was late; call clean_mask() on every rank, or build a new group",
+            epoch,
+            [self._rank],
+        )
+        raise error
+
+    def _drop_verdicts(self, epoch: int) -> None:
+        """Remove the verdicts of calls before `epoch`, which all who take part have completed."""
+        for _, path in (verdict for verdict in self._verdicts if verdict[0] < epoch):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        self._verdicts = [verdict for verdict in self._verdicts if verdict[0] >= epoch]
+
+
+def _bits(ranks: Iterable[int]) -> int:
+    return sum(1 << rank for rank in ranks)
