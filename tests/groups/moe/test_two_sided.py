@@ -277,7 +277,7 @@ def silent(member, engine):
     info = _to_the_next(exchange, member, 3)
     peers = (1,)
     if member.rank == 0:
-        with pytest.raises(PeerTimeoutError, match=r"two_sided_alltoallv .* rank 1 is silent") as caught:
+        with pytest.raises(PeerTimeoutError, match="rank 1 is silent") as caught:
             exchange.alltoallv(torch.ones(3, HIDDEN), info, timeout=0.3)
         peers = caught.value.peers
     member.meet("late")
