@@ -1,13 +1,13 @@
 """The two-sided exchange of tokens: rows stream through rings with credits, both ways at once.
 
-Needs: tables of which rows go where, whose counts fit together on all ranks. A program works for one peer and
-one lane: it sends while it has credits and receives what has come, so that no two wait for each other. Programs
-go through the peers in the order of their ranks, which lets programs that run one after another (the
-interpreter) meet: every rank comes to the pairs of ranks in the same order.
+Needs: tables of which rows go where, whose counts fit together on all ranks. A program works for one peer
+and one lane: it sends while it has credits and receives what has come, so that no two wait for each other.
+Programs go through the peers in the order of their ranks, which lets programs that run one after another
+(the interpreter) meet: every rank comes to the pairs of ranks in the same order.
 
-Once all ranks have published the call, nobody waits for more than one peer at a time. A rank that has sent and
-received everything says so in the arrival words of phase 1, for those who want to know whether a silent peer is
-lost.
+Once all ranks have published the call, nobody waits for more than one peer at a time. A rank that has sent
+and received everything says so in the arrival words of phase 1, for those who want to know whether a silent
+peer is lost.
 
 Source: FlashInfer's two-sided exchange, with counts of slots that only grow in place of FIFOs to be reset.
 
@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tcomm.errors import CapabilityError
+from tcomm.errors import CapabilityError, ConfigError
 from tcomm.kernels.device import (
     INTERPRETED,
     arrivals_of,
@@ -82,7 +82,7 @@ def announce(
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def _exchange_rows_kernel(
+def _stream_rows_kernel(
     x_ptr, out_ptr,  # [rows, ROW_WORDS] integers
     x_stride, out_stride,
     given_ptr, num_given_ptr,  # [W, capacity] and [W] int64: rows of x for each rank
@@ -95,8 +95,8 @@ def _exchange_rows_kernel(
 ):  # fmt: skip
     """Wait for all ranks to have called; move the pieces of this lane to and from one peer.
 
-    Example: W=2, slots of 2 rows, rank 0: x=[[5], [6], [7]], given [_, [0, 1, 2]], taken [_, [1]]; rank 1: x=[[9]],
-    given [[0], _] -> slots of rank 1 [5, 6], [7], head 2; slot of rank 0 [9]; out of rank 0 [_, 9].
+    Example: W=2, slots of 2 rows; rank 0: x=[[5], [6], [7]], given [_, [0, 1, 2]], taken [_, [1]]; rank 1:
+    x=[[9]], given [[0], _] -> slots of rank 1 [5, 6], [7], head 2; of rank 0 [9]; out of rank 0 [_, 9].
     """
     rank = launched_rank(rank)
     page = page_of(pad_ptrs, rank)
@@ -124,7 +124,9 @@ def _exchange_rows_kernel(
     in_done = tl.full((), 0, tl.int64)
     stopped = await_ranks(page, 0, word, budget, WORLD, LANES, ATOMIC_POLL).to(tl.int32)
     if (peer == rank) & (stopped == 0):
-        _keep_rows(x_ptr, out_ptr, given_ptr, taken_ptr, num_given, lane, NUM_LANES, ROW_WORDS, COLS, ROWS, UNIT)
+        _keep_rows(
+            x_ptr, out_ptr, given_ptr, taken_ptr, num_given, lane, NUM_LANES, ROW_WORDS, COLS, ROWS, UNIT
+        )
         stopped += 1
     while ((out_done < to_send) | (in_done < to_take)) & (stopped == 0):
         emptied = tl.atomic_add(own + tail, 0, sem="acquire", scope="sys")
@@ -198,9 +200,17 @@ def _copy_piece(
             cols = start + tl.arange(0, COLS)
             mask = (rows < count)[:, None] & ((cols < WIDTH) & (column + cols < ROW_WORDS))[None, :]
             if TO_SLOT:
-                tl.store(in_slot[:, None] + cols[None, :], tl.load(in_x[:, None] + cols[None, :], mask=mask), mask=mask)
+                tl.store(
+                    in_slot[:, None] + cols[None, :],
+                    tl.load(in_x[:, None] + cols[None, :], mask=mask),
+                    mask=mask,
+                )
             else:
-                tl.store(in_x[:, None] + cols[None, :], tl.load(in_slot[:, None] + cols[None, :], mask=mask), mask=mask)
+                tl.store(
+                    in_x[:, None] + cols[None, :],
+                    tl.load(in_slot[:, None] + cols[None, :], mask=mask),
+                    mask=mask,
+                )
         row += ROWS
 
 
@@ -228,9 +238,7 @@ def _publish_count(count_ptr, count):
 
 
 @triton.jit
-def _await_change(
-    page, own, tail, head, emptied, filled, peer, word, budget, ATOMIC_POLL: tl.constexpr
-):
+def _await_change(page, own, tail, head, emptied, filled, peer, word, budget, ATOMIC_POLL: tl.constexpr):
     """Wait until a peer has moved a count; 0 when it has, else 1 and an error record.
 
     Bounded as `await_peers` is. Each warp leaves the loop for a reason of its own; the counts, read again by
@@ -335,6 +343,7 @@ def exchange_rows(
         timeout: seconds that each wait may take.
 
     Raises:
+        ConfigError: when the tables are of different capacity.
         CapabilityError: when there is nothing to run it on, or the device has too few processors.
         CollectiveMismatchError, PeerLostError, PeerTimeoutError: from the waits.
     """
@@ -346,13 +355,15 @@ def exchange_rows(
         )
     row_words = x.shape[-1]
     (given, num_given), (taken, num_taken) = outgoing, incoming
+    if given.shape != taken.shape:
+        raise ConfigError(f"tables of {list(given.shape)} and {list(taken.shape)}; needed one capacity")
     if not row_words:
         num_given, num_taken = torch.zeros_like(num_given), torch.zeros_like(num_taken)
     constants = ring_constants(layout, max(row_words, 1), x.itemsize, given.shape[-1])
     is_virtual = arena.is_virtual
     epoch = open_call(num_given, arena, call, timeout, counted=False)
     launch_part(
-        _exchange_rows_kernel, num_blocks, arena, call, timeout, epoch,
+        _stream_rows_kernel, num_blocks, arena, call, timeout, epoch,
         x, out, x.stride(0) if is_virtual else 0, out.stride(0) if is_virtual else 0,
         given.contiguous(), num_given.contiguous(), taken.contiguous(), num_taken.contiguous(),
         given.shape[-1], **constants,

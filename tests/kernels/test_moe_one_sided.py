@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tcomm.cpu import moe_one_sided as twin
+from tcomm.errors import PeerTimeoutError
 from tcomm.groups.moe.routes import Routes, as_word_rows, make_routes
 from tcomm.kernels import moe_counts, moe_one_sided
 from tcomm.kernels.launch import launches
@@ -13,7 +14,13 @@ from tests.groups.moe import test_one_sided as exchange
 from tests.groups.moe.routings import content, destinations, ids_of, in_order_sum, same_bytes
 
 CALL = CallDescription("turn", "rows")
-KERNELS = {"_push_rows_kernel", "_open_call_kernel", "_take_counts_kernel", "_stage_rows_kernel", "_sum_rows_kernel"}
+KERNELS = {
+    "_push_payload_kernel",
+    "_open_call_kernel",
+    "_take_counts_kernel",
+    "_stage_results_kernel",
+    "_pull_sums_kernel",
+}
 
 
 def _rounds(member, engine, kinds):
@@ -21,9 +28,9 @@ def _rounds(member, engine, kinds):
     return moved, launches.keys() & KERNELS
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 4])
 def test_the_exchange_by_kernels(on_ranks, world):
-    kinds = exchange.KINDS if world == 2 else ("random", "some_ranks_empty")
+    kinds = exchange.KINDS[:3] if world == 2 else ("random",)
     told = on_ranks(world, _rounds, "triton", kinds)
     assert (sum(moved for moved, _ in told) > 0) == (world > 1)
     assert set().union(*(launched for _, launched in told)) == KERNELS
@@ -70,11 +77,12 @@ def test_virtual_ranks(world, mode):
                 assert same_bytes(got[source, : len(to_me)], x[source, to_me])
             made[rank] = got * (rank + 1)
         out = torch.empty(world, num_tokens, hidden)
-        moe_one_sided.combine(
-            made, out, combine_at, routes.tables, received, runtime_max, arena, CALL, 20.0
-        )
+        moe_one_sided.combine(made, out, combine_at, routes.tables, received, runtime_max, arena, CALL, 20.0)
         for rank in range(world):
-            rows = [in_order_sum([x[rank, t] * (r + 1) for r in where[rank][t]], hidden, x.dtype) for t in range(num_tokens)]
+            rows = [
+                in_order_sum([x[rank, t] * (r + 1) for r in where[rank][t]], hidden, x.dtype)
+                for t in range(num_tokens)
+            ]
             assert same_bytes(out[rank], torch.stack(rows))
 
 
@@ -93,12 +101,10 @@ def _examples(member):
     for engine, out in zip((moe_one_sided, twin), sums, strict=True):
         engine.combine(rows, out, 1024, routes.tables, received, 2, arena, CALL, 20.0)
     # A word of another call is an error, and no count.
-    stale = ""
     epoch = moe_counts.open_call(torch.tensor([1, 1]), arena, CALL, 20.0, counted=False)
-    try:
+    with pytest.raises(PeerTimeoutError) as caught:
         moe_counts.take_counts(torch.empty(2, dtype=torch.int64), arena, CALL, 20.0, epoch)
-    except Exception as error:  # noqa: BLE001 - looked at below
-        stale = f"{type(error).__name__}: {error}"
+    stale = str(caught.value)
     return received.tolist(), block.tolist(), [one.flatten().tolist() for one in sums], stale
 
 

@@ -179,13 +179,15 @@ def test_what_is_out_of_place_or_does_not_fit_is_told_before_anything_is_sent(on
     for said, part in zip(
         told,
         (
-            "combine was called before dispatch", "combine_buffer was called before", "room for 1 to 9 tokens",
+            "combine was called before dispatch", "combine_buffer was called before",
+            "room for 1 to 9 tokens",
             "2 tokens are more than runtime_max=1", "payload 0 is [1, 24]", "contiguous [2, ...]",
             "needed [tokens, 4]", "needed int32 or int64", f"at most {MOST_PAYLOADS}",
             "payloads of 288 bytes a token; the workspace has room for 103", "is not among the payloads",
             "token 1 has expert 24 at entry 2; experts are 0 to 23", "dispatch was called twice",
             "combine of runtime_max=3 after dispatch of 2", "is not what combine_buffer() gave",
-            "payload of combine is [2, 1, 24]", "not torch.int64", "rows of 192 bytes to combine", "room for 96",
+            "payload of combine is [2, 1, 24]", "not torch.int64", "rows of 192 bytes to combine",
+            "room for 96",
         ),
         strict=True,
     ):  # fmt: skip

@@ -135,7 +135,8 @@ def streams(member, engine, most=400):
     slots = exchange.layout.slot_nbytes
     size = exchange.workspace.half_nbytes
     for turn, (target, tail, dtype) in enumerate(
-        [(None, (33,), torch.float32), (0, (16,), torch.uint8), (world - 1, (257,), torch.int64), (None, (0,), torch.uint8)]
+        [(None, (33,), torch.float32), (0, (16,), torch.uint8), (world - 1, (257,), torch.int64),
+         (None, (0,), torch.uint8)]
     ):  # fmt: skip
         most_here = most if turn < 2 else most // 8
         num_tokens = most_here if target is None or me != target else 0
@@ -231,7 +232,8 @@ def test_what_does_not_fit_is_told_before_anything_moves(on_ranks):
             "topk_ids are torch.int64", "topk_weights are torch.float32 [1, 4]", "max_num_tokens=0",
             "2 tokens are more than max_num_tokens=1", "num_experts=25 do not divide among 2 ranks",
             "token 1 has expert 24 at entry 2", "alltoallv: the routing is of another exchange",
-            "alltoallv of [1, 24]; needed contiguous [2, ...]", "combine of [2, 24]; needed contiguous [4, ...]",
+            "alltoallv of [1, 24]; needed contiguous [2, ...]",
+            "combine of [2, 24]; needed contiguous [4, ...]",
             "top_k=3 of combine; the tokens have 4 experts", "not torch.int64 [4, 24]",
         ),
         strict=True,
