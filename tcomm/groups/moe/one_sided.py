@@ -273,7 +273,7 @@ class OneSided:
         call = self._call("one_sided_combine", (runtime_max, hidden), f"{dtype_name(payload.dtype)} rows")
         self._engine.combine(
             None if in_workspace else payload, out, self.layout.combine_at, routes.tables,
-            dispatched.received,            runtime_max, self.workspace.arena, call, self.workspace.seconds(timeout),
+            dispatched.received, runtime_max, self.workspace.arena, call, self.workspace.seconds(timeout),
         )  # fmt: skip
         self._account(routes, hidden * payload.itemsize)
         self._dispatched = None
