@@ -8,6 +8,7 @@ import torch
 from tcomm.cpu import moe_two_sided as on_host
 from tcomm.errors import PeerTimeoutError
 from tcomm.kernels import moe_two_sided as by_kernels
+from tcomm.memory.control import Word
 from tcomm.memory.rings import HEAD, RECEIVED, SENT, TAIL, RingLayout
 from tcomm.signature import CallDescription
 
@@ -86,11 +87,55 @@ def stuck(member, engine):
         epoch = arena.channel.begin(CALL, 20.0)
         arena.channel.publish(0, epoch << 32 | CALL.signature)
     member.meet("done")
-    return arena.channel.words[17]
+    return arena.channel.words[Word.WAITING_FOR]
 
 
 def test_a_peer_that_takes_nothing_is_named(on_ranks):
     assert on_ranks(2, stuck, "cpu")[0] == 0
+
+
+def gone_after_it_was_done(member):
+    """Rank 1 looks whether rank 0 lives before it looks at what came, when rank 0 has sent all and left."""
+    arena, rank = member.arena(64 << 10), member.rank
+    given, taken = ([0, 12], [0, 0]) if rank == 0 else ([0, 0], [12, 0])
+    x, out = torch.full((12, 5), 7), torch.zeros(12, 5, dtype=torch.int64)
+    looks = []
+    limit, step = on_host._Receiver.limit, on_host.Wait.step
+
+    def step_after_it_left(wait):
+        while not arena.channel.pages[0].words[Word.LEFT]:
+            time.sleep(0.001)
+        looks.append(step(wait))
+        return looks[-1]
+
+    if rank == 1:
+        on_host._Receiver.limit = lambda end: limit(end) if looks else end.first
+        on_host.Wait.step = step_after_it_left
+    on_host.exchange_rows(x, out, tables(given), tables(taken), LAYOUT, arena, CALL, 20.0)
+    if rank == 0:
+        arena.close("done")
+    return int(out.sum()), looks
+
+
+def test_a_peer_that_is_done_and_left_is_not_lost(on_ranks):
+    assert on_ranks(2, gone_after_it_was_done) == [(0, []), (12 * 5 * 7, [True])]
+
+
+def unfit(member, engine):
+    """Rank 1 takes rows that rank 0 does not give."""
+    arena, rank = member.arena(64 << 10), member.rank
+    x, told = torch.zeros(40, 5, dtype=torch.int64), ""
+    taken = tables([40 * rank, 0])
+    try:
+        ENGINES[engine].exchange_rows(x, x.clone(), tables([0, 0]), taken, LAYOUT, arena, CALL, 20.0)
+    except (AssertionError, PeerTimeoutError) as error:
+        told = str(error)
+    member.meet("done")
+    return told
+
+
+def test_tables_that_do_not_fit_end(on_ranks):
+    assert on_ranks(2, unfit, "cpu") == ["", "ranks [0] are done, and rows to or from them are not"]
 
 
 def left(member, engine):

@@ -53,6 +53,12 @@ def test_a_peer_that_takes_nothing_is_named_and_one_that_is_done_may_leave(on_ra
     assert on_ranks(2, cpu.left, "triton") == [0, 12 * 5 * 7]
 
 
+def test_tables_that_do_not_fit_end(on_ranks):
+    first, second = on_ranks(2, cpu.unfit, "triton")
+    assert not first
+    assert "turn #1 of group 'arena' timed out after 20 s on rank 1: rank 0" in second
+
+
 @pytest.mark.parametrize(("mode", "lanes"), [("grid", 1), ("streams", 2)])
 def test_virtual_ranks_and_several_lanes(mode, lanes):
     """The example of the docstring, on three ranks, by lanes that work side by side."""

@@ -13,6 +13,7 @@ from tests.groups.moe.routings import (
     KINDS,
     content,
     destinations,
+    factor_of,
     ids_of,
     in_order_sum,
     same_bytes,
@@ -50,7 +51,7 @@ def _round(exchange, member, kind, turn, top_k, runtime_max, in_workspace):
         for view, rows in zip(views, wanted, strict=True):
             assert same_bytes(view[source, : len(to_me)], rows[to_me]), (kind, turn, source)
         assert views[-1][source, len(to_me) :].eq(EXPERTS).all()
-    made = views[0].to(torch.float32) * (me + 1)
+    made = views[0].to(torch.float32) * factor_of(me)
     dtype = (torch.float32, torch.bfloat16, torch.float16)[turn % 3]
     results = made.to(dtype)
     if in_workspace:
@@ -59,7 +60,8 @@ def _round(exchange, member, kind, turn, top_k, runtime_max, in_workspace):
     x = payloads[0].to(torch.float32)
     where = destinations(ids, world)
     rows = [
-        in_order_sum([(x[t] * (r + 1)).to(dtype) for r in where[t]], HIDDEN, dtype) for t in range(len(ids))
+        in_order_sum([(x[t] * factor_of(r)).to(dtype) for r in where[t]], HIDDEN, dtype)
+        for t in range(len(ids))
     ]
     assert same_bytes(combined, torch.stack(rows) if rows else combined.new_empty(0, HIDDEN)), (kind, turn)
     num_remote = sum(len([r for r in ranks if r != me]) for ranks in where)

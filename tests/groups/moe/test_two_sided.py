@@ -13,6 +13,7 @@ from tests.groups.moe.routings import (
     KINDS,
     content,
     destinations,
+    factor_of,
     ids_of,
     in_order_sum,
     same_bytes,
@@ -87,11 +88,11 @@ def _combined(exchange, member, info, ids, turn, top_k):
     dtype = (torch.float32, torch.bfloat16, torch.float16)[turn % 3]
     x = content(turn, member.rank, len(ids), (HIDDEN,), torch.bfloat16)
     rows = exchange.alltoallv(x, info)
-    made = (rows.to(torch.float32) * (member.rank + 1)).to(dtype)
+    made = (rows.to(torch.float32) * factor_of(member.rank)).to(dtype)
     made[int(info.received.sum()) :] = float("nan")
     combined = exchange.combine(made, info, top_k)
     where = destinations(ids, member.world_size)
-    terms = [[(x[t].to(torch.float32) * (r + 1)).to(dtype) for r in where[t]] for t in range(len(ids))]
+    terms = [[(x[t].to(torch.float32) * factor_of(r)).to(dtype) for r in where[t]] for t in range(len(ids))]
     sums = [in_order_sum(one, HIDDEN, dtype) for one in terms]
     assert same_bytes(combined, torch.stack(sums) if sums else combined.new_empty(0, HIDDEN)), turn
     return combined, dtype.itemsize
