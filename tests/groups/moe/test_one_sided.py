@@ -5,7 +5,13 @@ import time
 import pytest
 import torch
 
-from tcomm.errors import CollectiveMismatchError, ConfigError, PeerLostError, PeerTimeoutError
+from tcomm.errors import (
+    CollectiveMismatchError,
+    ConfigError,
+    GroupClosedError,
+    PeerLostError,
+    PeerTimeoutError,
+)
 from tcomm.groups.moe.one_sided import MOST_PAYLOADS, OneSided, OneSidedLayout
 from tcomm.groups.setup import from_store
 from tests.groups.moe.routings import (
@@ -168,8 +174,12 @@ def _misuse(member, engine):
     refused(ConfigError, lambda: exchange.combine_buffer(HIDDEN + 1, torch.float32))
     with pytest.raises(CollectiveMismatchError):
         exchange.combine(rows.to((torch.float32, torch.float16)[member.rank % 2]), 2)
+    assert exchange.is_dispatched
     combined = exchange.combine(rows, 2)
+    assert exchange.is_dispatched is False
     exchange.close()
+    with pytest.raises(GroupClosedError):
+        exchange.dispatch(ids, [x], 2)
     return told, combined.tolist() == [[1.0] * HIDDEN] * 2
 
 

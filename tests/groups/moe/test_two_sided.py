@@ -5,7 +5,14 @@ import time
 import pytest
 import torch
 
-from tcomm.errors import CollectiveMismatchError, ConfigError, PeerLostError, PeerTimeoutError, UsageError
+from tcomm.errors import (
+    CollectiveMismatchError,
+    ConfigError,
+    GroupClosedError,
+    PeerLostError,
+    PeerTimeoutError,
+    UsageError,
+)
 from tcomm.groups.moe.two_sided import TwoSided
 from tcomm.groups.setup import from_store
 from tests.groups.moe.routings import (
@@ -219,6 +226,8 @@ def _misuse(member, engine):
     combined = exchange.combine(rows, info, 4)
     exchange.close()
     other.close()
+    with pytest.raises(GroupClosedError):
+        exchange.alltoallv(x, info)
     return told, combined.tolist() == [[1.0] * HIDDEN] * 2
 
 
