@@ -10,7 +10,7 @@ import triton.language as tl
 
 from tcomm.kernels.device import begin_call, finish_call, launched_rank, page_of, pointer_to, record_late
 from tcomm.kernels.launch import launch_part
-from tcomm.kernels.moe_rows import table_of
+from tcomm.kernels.moe_row_tables import table_of
 from tcomm.kernels.phases import await_ranks, open_word, publish_last
 from tcomm.memory import control
 from tcomm.memory.base import KernelArena

@@ -1,7 +1,7 @@
 """The one-sided exchange of tokens: rows are pushed to the ranks that use them, and their results pulled.
 
-Needs: rows of words, and a table that says where each copy goes. Regions of staging are fixed: a dispatch and a
-combine take turns, so that neither half is needed (`docs/moe/one_sided.md`).
+Needs: rows of words, and a table that says where each copy goes. Regions of staging are fixed: a dispatch and
+a combine take turns, so that neither half is needed (`docs/moe/one_sided.md`).
 
 Source: FlashInfer's one-sided exchange, with places by prefix counts in place of atomics, and one launch that
 publishes for all that came before it.
@@ -18,7 +18,7 @@ import triton.language as tl
 from tcomm.kernels.device import finish_call, launched_rank, page_of, rounded, row_of
 from tcomm.kernels.launch import grid_of, launch_part
 from tcomm.kernels.moe_counts import open_call, take_counts
-from tcomm.kernels.moe_rows import codes_of, copy_rows, row_constants, row_pointers, table_of
+from tcomm.kernels.moe_row_tables import codes_of, copy_rows, row_constants, row_pointers, table_of
 from tcomm.kernels.phases import await_ranks, open_word
 from tcomm.memory.base import KernelArena
 from tcomm.signature import CallDescription
@@ -30,7 +30,7 @@ _Tables = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def _push_rows_kernel(
+def _push_payload_kernel(
     x_ptr,  # [T, ROW_WORDS] integers
     codes_ptr,  # [T, TOP_K] int32
     x_stride, num_tokens, runtime_max, region: tl.int64,
@@ -100,8 +100,9 @@ def dispatch(
             continue
         constants = row_constants(row_words, payload.itemsize, num_tokens)
         begun = launch_part(
-            _push_rows_kernel, _blocks(num_tokens, constants["ROWS"], arena), arena, call, timeout, epoch,
-            payload, codes, _stride(payload, arena), num_tokens, runtime_max, offset, TOP_K=top_k, **constants,
+            _push_payload_kernel, _blocks(num_tokens, constants["ROWS"], arena), arena, call, timeout, epoch,
+            payload, codes, _stride(payload, arena), num_tokens, runtime_max, offset, TOP_K=top_k,
+            **constants,
         )  # fmt: skip
         epoch = begun if epoch is None else epoch
     epoch = open_call(routes[2], arena, call, timeout, epoch)
@@ -111,7 +112,7 @@ def dispatch(
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def _stage_rows_kernel(
+def _stage_results_kernel(
     x_ptr,  # [W, runtime_max, ROW_WORDS] integers
     received_ptr,  # [W] int64
     x_stride, runtime_max, region: tl.int64,
@@ -141,7 +142,7 @@ def _stage_rows_kernel(
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def _sum_rows_kernel(
+def _pull_sums_kernel(
     out_ptr,  # [T, ROW_WORDS] floats
     codes_ptr,  # [T, TOP_K] int32
     out_stride, num_tokens, runtime_max, region: tl.int64,
@@ -220,13 +221,13 @@ def combine(
         constants = row_constants(hidden, words.itemsize, arena.world_size * runtime_max)
         blocks = _blocks(arena.world_size * runtime_max, constants["ROWS"], arena)
         epoch = launch_part(
-            _stage_rows_kernel, blocks, arena, call, timeout, None,
+            _stage_results_kernel, blocks, arena, call, timeout, None,
             words, received, _stride(words, arena), runtime_max, offset, **constants,
         )  # fmt: skip
     epoch = open_call(received, arena, call, timeout, epoch, counted=False)
     constants = row_constants(max(hidden, 1), out.itemsize, num_tokens)
     launch_part(
-        _sum_rows_kernel, _blocks(num_tokens, constants["ROWS"], arena), arena, call, timeout, epoch,
+        _pull_sums_kernel, _blocks(num_tokens, constants["ROWS"], arena), arena, call, timeout, epoch,
         out, codes, _stride(out, arena), num_tokens if hidden else 0, runtime_max, offset, TOP_K=top_k,
         **constants,
     )  # fmt: skip

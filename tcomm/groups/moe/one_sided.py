@@ -154,8 +154,8 @@ class OneSided:
             token_selected_experts: [T, k] int32 or int64, global ids; -1: no selection.
             payloads: [T, *] each, any dtype, contiguous; the same kinds on every rank. T may differ.
             runtime_max: rows of a source in the result, at least T and at most M; the same on every rank.
-            invalid_token_expert_id: written over the rows of `token_selected_experts`, which must be among the
-                payloads, that nobody sent; None: they stay as they are, undefined.
+            invalid_token_expert_id: written over the rows that nobody sent of `token_selected_experts`, which
+                must be among the payloads; None: they stay as they are, undefined.
             timeout: as for the constructor.
 
         Returns:
@@ -272,8 +272,8 @@ class OneSided:
         out = payload.new_empty(len(routes.ranks), hidden)
         call = self._call("one_sided_combine", (runtime_max, hidden), f"{dtype_name(payload.dtype)} rows")
         self._engine.combine(
-            None if in_workspace else payload, out, self.layout.combine_at, routes.tables, dispatched.received,
-            runtime_max, self.workspace.arena, call, self.workspace.seconds(timeout),
+            None if in_workspace else payload, out, self.layout.combine_at, routes.tables,
+            dispatched.received, runtime_max, self.workspace.arena, call, self.workspace.seconds(timeout),
         )  # fmt: skip
         self._account(routes, hidden * payload.itemsize)
         self._dispatched = None
@@ -366,6 +366,6 @@ def _position_of(ids: torch.Tensor, payloads: Sequence[torch.Tensor]) -> int:
         if one is ids:
             return index
     raise ConfigError(
-        "invalid_token_expert_id is written into the ids that travel, and token_selected_experts is not among "
-        "the payloads; add it"
+        "invalid_token_expert_id is written into the ids that travel, and token_selected_experts is not "
+        "among the payloads; add it"
     )

@@ -42,7 +42,8 @@ def make_routes(topk_ids: torch.Tensor, num_experts: int, world_size: int) -> Ro
     """The copies for tokens with these experts.
 
     Args:
-        topk_ids: [T, k] int32 or int64, global ids of experts; -1: no selection.
+        topk_ids: [T, k] int32 or int64, global ids of experts; -1: no selection, and so is, on a GPU, what is
+            out of range.
         num_experts: of all ranks; rank r holds those from `r * num_experts / world_size` on.
         world_size: number of ranks.
 
@@ -55,7 +56,9 @@ def make_routes(topk_ids: torch.Tensor, num_experts: int, world_size: int) -> Ro
         )
     _refuse_out_of_range(topk_ids, num_experts)
     ids = topk_ids.to(torch.int64)
-    ranks = torch.where(ids >= 0, ids // (num_experts // world_size), -1)
+    # A GPU is not waited for to refuse what is out of range: there it is no selection.
+    known = (ids >= 0) & (ids < num_experts)
+    ranks = torch.where(known, ids // (num_experts // world_size), -1)
     top_k = ids.shape[1]
     earlier = torch.ones(top_k, top_k, dtype=torch.bool, device=ids.device).tril(-1)
     repeated = ((ranks[:, :, None] == ranks[:, None, :]) & earlier).any(2)

@@ -44,6 +44,8 @@ def _two_sided(member):
     seen = values[:count, 0].tolist(), scales[:count, 0].tolist(), rows[:count, 0].tolist()
     told += [got[0].tolist(), weights[0].tolist(), *seen, torch.equal(combined, x)]
     manager.cleanup()
+    told.append(manager.initialized)
+    manager.initialize(world, rank, 8)
     manager.destroy()
     return told, manager.initialized
 
@@ -53,8 +55,8 @@ def test_two_sided(on_ranks):
     (first, after), (second, _) = on_ranks(2, _two_sided)
     assert not after
     arrived = [[1, 1, 2, 2], [1, 1, 2, 2], [1.0, 1.0, 2.0, 2.0]]
-    assert first == [*lifecycle, [0, 1], [0.5, 0.25], *arrived, True]
-    assert second == [*lifecycle, [4, 4], [0.0, 0.0], [], [], [], True]
+    assert first == [*lifecycle, [0, 1], [0.5, 0.25], *arrived, True, False]
+    assert second == [*lifecycle, [4, 4], [0.0, 0.0], [], [], [], True, False]
     assert FlashInferAllToAllManager is FlashInferNVLinkTwoSidedManager
 
 
@@ -115,6 +117,8 @@ def _one_sided(member):
     told.append((layout.max_num_tokens, layout.dispatch_nbytes_per_token, layout.combine_nbytes_per_token))
     told += [second is not first, _once(second, 10 * member.rank + 1, 8)]
     manager.cleanup()
+    told.append(manager.initialized)
+    manager.initialize(2, 2, 4, HIDDEN)
     manager.destroy()
     return told, manager.initialized
 
@@ -126,5 +130,5 @@ def test_one_sided(on_ranks):
         more = [[[b] * 16 for b in (1, 11)], [[b] * 2 for b in (2, 12)]]
         assert told == [
             False, True, True, (4, 16 + 2 + 16, 64), (values, 20.0 * rank),
-            (8, 8 + 1 + 16 + 100, 64), True, (more, 20.0 * rank + 2),
+            (8, 8 + 1 + 16 + 100, 64), True, (more, 20.0 * rank + 2), False,
         ]  # fmt: skip

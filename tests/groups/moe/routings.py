@@ -45,8 +45,12 @@ def content(turn, rank, num_tokens, tail, dtype):
     value = token * 37 + torch.arange(numel)[None] * 11
     if dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
         return (value % 120).to(dtype).view(num_tokens, *tail)
-    # Small thirds: sums in another order have other bits.
     return ((value % 1009).to(torch.float32) / 3 - 168).to(dtype).view(num_tokens, *tail)
+
+
+def factor_of(rank):
+    """What a rank's experts multiply by: sums in another order have other bits."""
+    return (1.0, 1 / 3, 7.7, 1 / 7, 3.3, 1 / 900, 1.7, 0.3)[rank]
 
 
 def same_bytes(a, b):

@@ -5,7 +5,13 @@ import time
 import pytest
 import torch
 
-from tcomm.errors import CollectiveMismatchError, ConfigError, PeerLostError, PeerTimeoutError
+from tcomm.errors import (
+    CollectiveMismatchError,
+    ConfigError,
+    GroupClosedError,
+    PeerLostError,
+    PeerTimeoutError,
+)
 from tcomm.groups.moe.one_sided import MOST_PAYLOADS, OneSided, OneSidedLayout
 from tcomm.groups.setup import from_store
 from tests.groups.moe.routings import (
@@ -13,6 +19,7 @@ from tests.groups.moe.routings import (
     KINDS,
     content,
     destinations,
+    factor_of,
     ids_of,
     in_order_sum,
     same_bytes,
@@ -50,7 +57,7 @@ def _round(exchange, member, kind, turn, top_k, runtime_max, in_workspace):
         for view, rows in zip(views, wanted, strict=True):
             assert same_bytes(view[source, : len(to_me)], rows[to_me]), (kind, turn, source)
         assert views[-1][source, len(to_me) :].eq(EXPERTS).all()
-    made = views[0].to(torch.float32) * (me + 1)
+    made = views[0].to(torch.float32) * factor_of(me)
     dtype = (torch.float32, torch.bfloat16, torch.float16)[turn % 3]
     results = made.to(dtype)
     if in_workspace:
@@ -59,7 +66,8 @@ def _round(exchange, member, kind, turn, top_k, runtime_max, in_workspace):
     x = payloads[0].to(torch.float32)
     where = destinations(ids, world)
     rows = [
-        in_order_sum([(x[t] * (r + 1)).to(dtype) for r in where[t]], HIDDEN, dtype) for t in range(len(ids))
+        in_order_sum([(x[t] * factor_of(r)).to(dtype) for r in where[t]], HIDDEN, dtype)
+        for t in range(len(ids))
     ]
     assert same_bytes(combined, torch.stack(rows) if rows else combined.new_empty(0, HIDDEN)), (kind, turn)
     num_remote = sum(len([r for r in ranks if r != me]) for ranks in where)
@@ -166,9 +174,11 @@ def _misuse(member, engine):
     refused(ConfigError, lambda: exchange.combine_buffer(HIDDEN + 1, torch.float32))
     with pytest.raises(CollectiveMismatchError):
         exchange.combine(rows.to((torch.float32, torch.float16)[member.rank % 2]), 2)
-    combined = exchange.combine(rows, 2)
+    states = exchange.is_dispatched, exchange.combine(rows, 2), exchange.is_dispatched
     exchange.close()
-    return told, combined.tolist() == [[1.0] * HIDDEN] * 2
+    with pytest.raises(GroupClosedError):
+        exchange.dispatch(ids, [x], 2)
+    return told, [states[0], states[1].tolist(), states[2]] == [True, [[1.0] * HIDDEN] * 2, False]
 
 
 def test_what_is_out_of_place_or_does_not_fit_is_told_before_anything_is_sent(on_ranks):
@@ -179,13 +189,15 @@ def test_what_is_out_of_place_or_does_not_fit_is_told_before_anything_is_sent(on
     for said, part in zip(
         told,
         (
-            "combine was called before dispatch", "combine_buffer was called before", "room for 1 to 9 tokens",
+            "combine was called before dispatch", "combine_buffer was called before",
+            "room for 1 to 9 tokens",
             "2 tokens are more than runtime_max=1", "payload 0 is [1, 24]", "contiguous [2, ...]",
             "needed [tokens, 4]", "needed int32 or int64", f"at most {MOST_PAYLOADS}",
             "payloads of 288 bytes a token; the workspace has room for 103", "is not among the payloads",
             "token 1 has expert 24 at entry 2; experts are 0 to 23", "dispatch was called twice",
             "combine of runtime_max=3 after dispatch of 2", "is not what combine_buffer() gave",
-            "payload of combine is [2, 1, 24]", "not torch.int64", "rows of 192 bytes to combine", "room for 96",
+            "payload of combine is [2, 1, 24]", "not torch.int64", "rows of 192 bytes to combine",
+            "room for 96",
         ),
         strict=True,
     ):  # fmt: skip

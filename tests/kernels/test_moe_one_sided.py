@@ -1,0 +1,115 @@
+"""The kernels do what the CPU twins do, bit by bit: the bodies are those of the tests of the exchange."""
+
+import pytest
+import torch
+
+from tcomm.cpu import moe_one_sided as twin
+from tcomm.errors import PeerTimeoutError
+from tcomm.groups.moe.routes import Routes, as_word_rows, make_routes
+from tcomm.kernels import moe_counts, moe_one_sided
+from tcomm.kernels.launch import launches
+from tcomm.memory.virtual import VirtualArena
+from tcomm.signature import CallDescription
+from tests.groups.moe import test_one_sided as exchange
+from tests.groups.moe.routings import content, destinations, ids_of, in_order_sum, same_bytes
+
+CALL = CallDescription("turn", "rows")
+KERNELS = {
+    "_push_payload_kernel",
+    "_open_call_kernel",
+    "_take_counts_kernel",
+    "_stage_results_kernel",
+    "_pull_sums_kernel",
+}
+
+
+def _rounds(member, engine, kinds):
+    moved = exchange.rounds(member, engine, member.world_size == 4, kinds)
+    return moved, launches.keys() & KERNELS
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_exchange_by_kernels(on_ranks, world):
+    kinds = exchange.KINDS[:3] if world == 2 else ("random",)
+    told = on_ranks(world, _rounds, "triton", kinds)
+    assert (sum(moved for moved, _ in told) > 0) == (world > 1)
+    assert set().union(*(launched for _, launched in told)) == KERNELS
+
+
+def test_a_dead_peer_and_a_silent_one_are_named_by_kernels(on_ranks):
+    outcomes = on_ranks(2, exchange.dies, "triton", check=False)
+    assert outcomes[0].value == (1,), outcomes[0].error
+    assert on_ranks(2, exchange.silent, "triton") == [(1,)] * 2
+
+
+def test_what_is_out_of_place_is_told_with_kernels_too(on_ranks):
+    first, second = on_ranks(2, exchange._misuse, "triton")
+    assert first == second
+    assert first[1]
+
+
+def _routed(world, turn, num_tokens, top_k, num_experts):
+    """Routes of all virtual ranks in one, and the destinations of each token."""
+    ids = [ids_of("random", turn, rank, num_tokens, top_k, num_experts) for rank in range(world)]
+    routes = [make_routes(one, num_experts, world) for one in ids]
+    tables = zip(*(one.tables for one in routes), strict=True)
+    return Routes(*map(torch.stack, tables)), [destinations(one, world, num_experts) for one in ids]
+
+
+@pytest.mark.parametrize(("world", "mode"), [(8, "grid"), (3, "streams")])
+def test_virtual_ranks(world, mode):
+    experts, most, hidden = 4 * world, 6, 16
+    arena = VirtualArena(world, torch.device("cpu"), 256 << 10, mode)
+    combine_at = 64 << 10
+    for turn in range(3):
+        num_tokens, runtime_max = most - turn, most - turn % 2
+        routes, where = _routed(world, turn, num_tokens, 3, experts)
+        x = torch.stack([content(turn, r, num_tokens, (hidden,), torch.float32) for r in range(world)])
+        words = torch.stack([as_word_rows(one) for one in x])
+        received = moe_one_sided.dispatch([words], [1024], routes.tables, runtime_max, arena, CALL, 20.0)
+        base = arena.staging.layout.half(0)
+        made = torch.zeros(world, world, runtime_max, hidden)
+        for rank in range(world):
+            got = arena.staging.buffer.peer(rank, (world, runtime_max, hidden), torch.float32, base + 1024)
+            for source in range(world):
+                to_me = [t for t, ranks in enumerate(where[source]) if rank in ranks]
+                assert received[rank, source] == len(to_me)
+                assert same_bytes(got[source, : len(to_me)], x[source, to_me])
+            made[rank] = got * (rank + 1)
+        out = torch.empty(world, num_tokens, hidden)
+        moe_one_sided.combine(made, out, combine_at, routes.tables, received, runtime_max, arena, CALL, 20.0)
+        for rank in range(world):
+            rows = [
+                in_order_sum([x[rank, t] * (r + 1) for r in where[rank][t]], hidden, x.dtype)
+                for t in range(num_tokens)
+            ]
+            assert same_bytes(out[rank], torch.stack(rows))
+
+
+def _examples(member):
+    """Of the docstrings."""
+    arena = member.arena(64 << 10)
+    rank = member.rank
+    base = arena.staging.layout.half(0)
+    x = torch.tensor([[7], [8]]) if rank else torch.empty(0, 1, dtype=torch.int64)
+    ids = torch.tensor([[0, -1], [0, 1]]) if rank else torch.empty(0, 2, dtype=torch.int64)
+    routes = make_routes(ids, 2, 2)
+    received = moe_one_sided.dispatch([x], [128], routes.tables, 2, arena, CALL, 20.0)
+    block = arena.staging.buffer.peer(rank, (2, 2), torch.int64, base + 128)[1, : int(received[1])]
+    rows = torch.tensor([[[0.0], [0.0]], [[3.0], [4.0]]] if rank == 0 else [[[0.0], [0.0]], [[5.0], [0.0]]])
+    sums = [torch.empty(len(ids), 1) for _ in range(2)]
+    for engine, out in zip((moe_one_sided, twin), sums, strict=True):
+        engine.combine(rows, out, 1024, routes.tables, received, 2, arena, CALL, 20.0)
+    # A word of another call is an error, and no count.
+    epoch = moe_counts.open_call(torch.tensor([1, 1]), arena, CALL, 20.0, counted=False)
+    with pytest.raises(PeerTimeoutError) as caught:
+        moe_counts.take_counts(torch.empty(2, dtype=torch.int64), arena, CALL, 20.0, epoch)
+    stale = str(caught.value)
+    return received.tolist(), block.tolist(), [one.flatten().tolist() for one in sums], stale
+
+
+def test_the_examples_of_the_docstrings(on_ranks):
+    first, second = on_ranks(2, _examples)
+    assert first[:3] == ([0, 2], [7, 8], [[], []])
+    assert second[:3] == ([0, 1], [8], [[3.0, 9.0]] * 2)
+    assert "turn #4 of group 'arena' timed out" in first[3]
