@@ -222,21 +222,6 @@ def test_a_rank_that_is_gone_is_named(on_ranks):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "told"),
-    [
-        ((0, 128, 8, 2, torch.bfloat16), "num_max_tokens=0"),
-        ((4, 12, 8, 2, torch.bfloat16), "hidden=12 is no multiple of 8"),
-        ((4, 128, 9, 2, torch.bfloat16), "num_experts=9 is no multiple of the 2 ranks"),
-        ((4, 128, 8, 2.0, torch.bfloat16), "max_topk=2.0"),
-        ((4, 128, 8, 2, torch.float64), "dtype=torch.float64"),
-    ],
-)
-def test_capacities_that_make_no_sense(sizes, told):
-    with pytest.raises(ConfigError, match=told):
-        low_latency.check_sizes_of_exchange(*sizes, 2)
-
-
-@pytest.mark.parametrize(
     ("sizes", "nbytes"), [((128, 7168, 8, 256), 1908410496), ((256, 2048, 2, 64), 272630400)]
 )
 def test_size_hint_is_that_of_deepep(sizes, nbytes):
