@@ -34,16 +34,16 @@ class Survivors:
     Args:
         channel: of the group.
         directory: memory file system that the ranks share; verdicts lie there for two calls.
-        masks_late: whether a rank that is late or dead is masked, instead of the group being given up.
     """
 
-    def __init__(self, channel: Channel, directory: str, masks_late: bool) -> None:
+    def __init__(self, channel: Channel, directory: str) -> None:
         self._channel = channel
         self._rank = channel.rank
         nonce = channel.pages[0].words[Word.NONCE]
         self._prefix = f"{directory}/tcomm-{os.getuid()}-verdict-{nonce:x}"
         self._verdicts: list[tuple[int, str]] = []
-        self.masks_late = masks_late
+        self.masks_late = False
+        """Whether a rank that is late or dead is masked, instead of the group being given up."""
         self.masked: set[int] = set()
         """Ranks that are not waited for, and get nothing."""
         self.faults: list[tuple[int, tuple[int, ...]]] = []

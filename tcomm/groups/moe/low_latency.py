@@ -72,8 +72,6 @@ class LowLatency:
         timeout: of waits: seconds, a profile, or None: as long as the peers live.
         device: of the tokens.
         engine: `cpu`, `triton`, or empty: what suits the device.
-        on_timeout: what becomes of a rank that is dead, or misses a deadline: with `raise` it is named and
-            the exchange is over; with `mask` the others go on without it, see `docs/moe/elastic.md`.
 
     Raises:
         ConfigError: when a size makes no sense.
@@ -92,7 +90,6 @@ class LowLatency:
         timeout: Timeout | Unset = UNSET,
         device: torch.device | str = "cpu",
         engine: str = "",
-        on_timeout: str = "raise",
     ) -> None:
         world_size = members.exchange.world_size
         check_sizes_of_exchange(num_max_tokens, hidden, num_experts, max_topk, dtype, world_size)
@@ -112,11 +109,8 @@ class LowLatency:
         self._packed = [Packed(number, self.layout, self.workspace.device) for number in memory]
         self._in_memory: list[weakref.ref[LowLatencyHandle] | None] = [None] * MOST_RESULTS
         self._engine: Engine
-        try:
-            self.masks = Masks(self.workspace, mask_exchange, on_timeout)
-        except BaseException:
-            self.workspace.close()
-            raise
+        self.masks = Masks(self.workspace, mask_exchange)
+        """Which ranks the exchange goes on without; see `docs/moe/elastic.md`."""
         if self.workspace.engine == "cpu":
             survivors = self.masks.survivors
             self._engine = HostEngine(self.workspace, self.layout, self._lent, survivors)

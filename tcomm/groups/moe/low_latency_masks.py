@@ -21,29 +21,38 @@ class Masks:
     Args:
         workspace: of the exchange.
         exchange: of its ranks, for nothing else.
-        on_timeout: `raise` or `mask`.
-
-    Raises:
-        ConfigError: when `on_timeout` is neither.
-        CapabilityError: when kernels are to mask.
     """
 
-    def __init__(self, workspace: Workspace, exchange: Exchange, on_timeout: str) -> None:
-        if on_timeout not in {"raise", "mask"}:
-            raise ConfigError(f"on_timeout={on_timeout!r} is neither 'raise' nor 'mask'")
+    def __init__(self, workspace: Workspace, exchange: Exchange) -> None:
         self._space = workspace
         self._exchange = exchange
         self._survivors: Survivors | None = None
         arena = workspace.arena
         if workspace.engine == "cpu" and isinstance(arena, Arena):
-            self._survivors = Survivors(arena.channel, workspace.config.shm_dir, on_timeout == "mask")
-        elif on_timeout == "mask":
-            raise self._incapable()
+            self._survivors = Survivors(arena.channel, workspace.config.shm_dir)
+
+    @property
+    def on_timeout(self) -> str:
+        """What becomes of a rank that is dead, or misses a deadline; the same on every rank, between calls.
+
+        With `raise`, the default, it is named and the exchange is over; with `mask` the others go on
+        without it.
+
+        Raises:
+            ConfigError: when it is set to something else.
+            CapabilityError: when kernels are to mask.
+        """
+        return "mask" if self._survivors is not None and self._survivors.masks_late else "raise"
+
+    @on_timeout.setter
+    def on_timeout(self, chosen: str) -> None:
+        if chosen not in {"raise", "mask"}:
+            raise ConfigError(f"on_timeout={chosen!r} is neither 'raise' nor 'mask'")
+        if chosen == "mask" or self._survivors is not None:
+            self.survivors.masks_late = chosen == "mask"
 
     def _incapable(self) -> CapabilityError:
-        return CapabilityError(
-            f"engine={self._space.engine!r}: kernels mask nobody; give engine='cpu', or on_timeout='raise'"
-        )
+        return CapabilityError(f"engine={self._space.engine!r}: kernels mask nobody; give engine='cpu'")
 
     @property
     def survivors(self) -> Survivors:

@@ -152,3 +152,9 @@ def mistakes_of(exchange, case):
     if not torch.equal(out, wanted_sum(case, layout, rank, given, dtype)):
         found.append("sum")
     return [f"rank {rank} {case}: {told}" for told in found]
+
+
+def has_the_same_bits_twice(exchange, case):
+    """Whether a case comes out alike in every bit when it is run again."""
+    first, second = run_case(exchange, case), run_case(exchange, case)
+    return first[:-1] == second[:-1] and torch.equal(first[-1], second[-1])

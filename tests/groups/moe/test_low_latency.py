@@ -1,3 +1,4 @@
+import functools
 import gc
 import time
 
@@ -9,9 +10,9 @@ from tcomm.groups.moe import low_latency
 from tests.groups.moe.low_latency_cases import (
     KINDS,
     Case,
+    has_the_same_bits_twice,
     make,
     mistakes_of,
-    run_case,
     tokens_of,
     wire_nbytes_of,
 )
@@ -33,10 +34,9 @@ def _identities(member, dtype, hidden):
     for case in cases():
         time.sleep(0.002 * ((case.seed + member.rank) % 3))
         found += mistakes_of(exchange, case)
-    twice = [run_case(exchange, cases()[2]) for _ in range(2)]
+    same = has_the_same_bits_twice(exchange, cases()[2])
     phases = exchange.workspace.traffic.num_phases
     exchange.close()
-    same = all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(*twice, strict=True))
     return found, same, phases
 
 
@@ -90,11 +90,86 @@ def test_bytes_on_the_wire_are_those_of_the_copies_for_others(on_ranks):
         assert (back == wanted_back) == (number == 2)
 
 
+EXPERT_0 = torch.zeros(4, 2, dtype=torch.int64)
+
+
 def _rules(member):
     exchange = make(member, num_max_tokens=4, max_topk=3)
-    x, idx = torch.ones(4, 128).bfloat16(), torch.zeros(4, 2, dtype=torch.int64)
-    weights = torch.ones(4, 2)
+    x, weights, y = torch.ones(4, 128).bfloat16(), torch.ones(4, 2), torch.ones(4, 8, 128).bfloat16()
     told = []
+    rows, counts, first, _ = exchange.dispatch(x, EXPERT_0)
+    told.append((len(first), list(first)[2:], first[0] is next(iter(first)), first[4]))
+    _, _, second, hook = exchange.dispatch(x * 2, EXPERT_0, use_fp8=False, return_recv_hook=True)
+    with pytest.raises(UsageError, match="results #1 and #2 are alive"):
+        exchange.dispatch(x, EXPERT_0)
+    # The first result is left in peace by the calls after it.
+    told.append((rows[0][0, 0, 0].float().item(), counts.tolist()))
+    out = torch.empty(4, 128, dtype=torch.bfloat16)
+    leaving_out = torch.where(torch.tensor([[True, False]]), EXPERT_0, -1)
+    given, _ = exchange.combine(y, leaving_out, weights, first, out=out)
+    told.append((given is out, hook.is_done, out.unique().tolist()))
+    hook()
+    with pytest.raises(UsageError, match="no result here"):
+        exchange.combine(y, EXPERT_0, weights, first)
+    with pytest.raises(UsageError, match="no result here"):
+        exchange.next_combine_buffer(first)
+    third_rows, _, third, _ = exchange.dispatch(x * 3, EXPERT_0, use_fp8=False)
+    value = third_rows[0, 0, 0].item() if member.rank == 0 else 3.0
+    told.append((third_rows.data_ptr() == rows[0].data_ptr(), value))
+    # Nobody calls their hooks: the next call completes them, in order.
+    sums = [
+        exchange.combine(factor * y, EXPERT_0, weights, result, return_recv_hook=True)[0]
+        for result, factor in ((third, 3.0), (second, 2.0))
+    ]
+    del first, second, third
+    gc.collect()
+    for _ in range(3):
+        _, _, handle, _ = exchange.dispatch(x[:0], EXPERT_0[:0])
+        del handle
+    told.append([one.unique().tolist() for one in sums])
+    exchange.close()
+    exchange.close()
+    return told
+
+
+def test_at_most_two_results_live_in_memory_that_is_used_again(on_ranks):
+    for rank, told in enumerate(on_ranks(2, _rules)):
+        fields, first, out, memory, sums = told
+        assert fields == (5, [4, 128, 8], True, 8)
+        # All tokens of both ranks choose expert 0 twice, which makes one copy each.
+        assert first[1] == ([8, 0, 0, 0] if rank == 0 else [0] * 4)
+        assert rank == 1 or first[0] == 448.0
+        assert out == (True, True, [1.0])
+        assert memory == (True, 3.0)
+        assert sums == [[6.0], [4.0]]
+
+
+def _statistics(member):
+    exchange = make(member, num_max_tokens=4)
+    stats = torch.ones(4, dtype=torch.int32)
+    waits, mine = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    exchange.dispatch(torch.ones(4, 128).bfloat16(), EXPERT_0)
+    if member.rank == 1:
+        time.sleep(0.3)
+    x = torch.ones(4, 128).bfloat16()
+    exchange.dispatch(x, EXPERT_0, cumulative_recv_stats=stats, wait_recv_cost_stats=waits)
+    exchange.dispatch(x[:1], EXPERT_0[:1], cumulative_recv_stats=stats, wait_recv_cost_stats=mine)
+    exchange.close()
+    others = int(waits.sum() - waits[member.rank, 1 - member.rank]) + int(mine[member.rank])
+    return stats.tolist(), waits[member.rank, 1 - member.rank].item(), others
+
+
+def test_statistics_are_added_up(on_ranks):
+    first, second = on_ranks(2, _statistics)
+    assert first[0] == [1 + 8 + 2, 1, 1, 1]
+    assert second[0] == [1] * 4
+    assert 200_000 <= first[1] < 10_000_000
+    assert (first[2], second[2]) == (0, 0)
+
+
+def _refusals(member):
+    exchange = make(member, num_max_tokens=4, max_topk=3)
+    x, idx, weights = torch.ones(4, 128).bfloat16(), EXPERT_0, torch.ones(4, 2)
 
     def refused(match, *args, call=exchange.dispatch, **kwargs):
         with pytest.raises(ConfigError, match=match):
@@ -105,95 +180,29 @@ def _rules(member):
     refused(r"topk_idx is int32 \[4, 2\]", x, idx.int())
     refused(r"give int64 \[4, k\]", x, idx[:3])
     refused("4 choices a token; the exchange was made for 1 to 3", x, torch.zeros(4, 4).long())
-    wrong = idx.clone()
-    wrong[2, 1] = 8
-    refused("token 2 chooses expert 8 of 8", x, wrong)
+    refused("token 2 chooses expert 8 of 8", x, torch.tensor([[0], [-1], [8], [9]]))
     refused("needs round_scale=True", x, idx, use_ue8m0=True)
-    refused(
-        r"cumulative_recv_stats is int64 \[4\]; give int32",
-        x,
-        idx,
-        cumulative_recv_stats=torch.zeros(4).long(),
-    )
+    refused("cumulative_recv_stats is int64", x, idx, cumulative_recv_stats=torch.zeros(4).long())
     refused(r"give int64 \[2\] or \[2, 2\]", x, idx, wait_recv_cost_stats=torch.zeros(3).long())
-    stats, waits = torch.zeros(4, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int64)
-    if member.rank == 1:
-        time.sleep(0.2)
-    rows, counts, first, _ = exchange.dispatch(
-        x, idx, cumulative_recv_stats=stats, wait_recv_cost_stats=waits
-    )
-    told.append(
-        (
-            stats.tolist(),
-            waits[member.rank, 1 - member.rank].item() // 100_000,
-            int(waits.count_nonzero()) <= 1,
-        )
-    )
-    fields = list(first)
-    told.append((len(first), fields[2:], first[0] is fields[0], first[4]))
+    _, _, handle, _ = exchange.dispatch(x, idx)
     y = torch.ones(4, 8, 128).bfloat16()
-    refused("give bfloat16", y.float(), idx, weights, first, call=exchange.combine)
-    refused("topk_weights is float64", y, idx, weights.double(), first, call=exchange.combine)
-    refused(
-        r"topk_idx is \[4, 1\]; its dispatch had \[4, 2\]",
-        y,
-        idx[:, :1],
-        weights,
-        first,
-        call=exchange.combine,
-    )
-    refused("token 0 chooses other experts", y, idx + 1, weights, first, call=exchange.combine)
-    refused(r"out is bfloat16 \[3, 128\]", y, idx, weights, first, out=y[0, :3], call=exchange.combine)
-    refused("zero_copy=True takes", y, idx, weights, first, zero_copy=True, call=exchange.combine)
-    _, _, second, hook = exchange.dispatch(x * 2, idx, use_fp8=False, return_recv_hook=True)
-    with pytest.raises(UsageError, match="results #1 and #2 are alive"):
-        exchange.dispatch(x, idx)
-    # The first result is left in peace by the calls after it.
-    told.append((rows[0][0, 0, 0].float().item(), counts.tolist()))
-    out = torch.empty(4, 128, dtype=torch.bfloat16)
-    leaving_out = torch.where(torch.tensor([[True, False]]), idx, -1)
-    given, _ = exchange.combine(y, leaving_out, weights, first, out=out)
-    told.append((given is out, hook.is_done, out.unique().tolist()))
-    hook()
-    with pytest.raises(UsageError, match="no result here"):
-        exchange.combine(y, idx, weights, first)
-    third_rows, _, third, _ = exchange.dispatch(x * 3, idx, use_fp8=False)
-    told.append(
-        (
-            third_rows.data_ptr() == rows[0].data_ptr(),
-            third_rows[0, :1].unique().tolist() if member.rank == 0 else [3.0],
-        )
-    )
-    # Results are left alone by hooks that nobody calls: the next call completes them, in order.
-    for result, value in ((third, 3.0), (second, 2.0)):
-        out, _ = exchange.combine(value * y, idx, weights, result, return_recv_hook=True)
-        told.append(out)
-    del first, second, third, fields, result
-    gc.collect()
-    for _ in range(3):
-        _, _, handle, _ = exchange.dispatch(x[:0], idx[:0])
-        del handle
-    told[-2:] = [one.unique().tolist() for one in told[-2:]]
+    refuse_back = functools.partial(refused, call=exchange.combine)
+    refuse_back("give bfloat16", y.float(), idx, weights, handle)
+    refuse_back("topk_weights is float64", y, idx, weights.double(), handle)
+    refuse_back(r"topk_idx is \[4, 1\]; its dispatch had \[4, 2\]", y, idx[:, :1], weights, handle)
+    refuse_back("token 0 chooses other experts", y, idx + 1, weights, handle)
+    refuse_back(r"out is bfloat16 \[3, 128\]", y, idx, weights, handle, out=y[0, :3])
+    refuse_back("zero_copy=True takes", y, idx, weights, handle, zero_copy=True)
+    out, _ = exchange.combine(y, idx, weights, handle)
     exchange.close()
-    exchange.close()
-    return told
+    odd = make(member, "odd", hidden=136)
+    refused("a multiple of 128, not 136", torch.ones(1, 136).bfloat16(), idx[:1], call=odd.dispatch)
+    odd.close()
+    return out.unique().tolist()
 
 
-def test_rules_of_calls(on_ranks):
-    for rank, told in enumerate(on_ranks(2, _rules, timeout=60)):
-        waits, fields, first, out, memory, third, second = told
-        # All tokens of both ranks choose expert 0 twice, which makes one copy each.
-        assert waits == ([8, 0, 0, 0] if rank == 0 else [0] * 4, 1 if rank == 0 else 0, True) or waits[1] in (
-            1,
-            2,
-        )
-        assert waits[0] == ([8, 0, 0, 0] if rank == 0 else [0] * 4)
-        assert fields == (5, [4, 128, 8], True, 8)
-        assert first[1] == ([8, 0, 0, 0] if rank == 0 else [0] * 4)
-        assert rank == 1 or first[0] == 448.0
-        assert out == (True, True, [1.0])
-        assert memory == (True, [3.0])
-        assert (third, second) == ([6.0], [4.0])
+def test_what_does_not_fit_is_refused_and_the_exchange_goes_on(on_ranks):
+    assert on_ranks(2, _refusals) == [[2.0]] * 2
 
 
 def _dead(member):
@@ -210,21 +219,6 @@ def _dead(member):
 
 def test_a_rank_that_is_gone_is_named(on_ranks):
     assert on_ranks(3, _dead) == [(2,), (2,), "left"]
-
-
-@pytest.mark.parametrize(
-    ("sizes", "told"),
-    [
-        ((0, 128, 8, 2, torch.bfloat16), "num_max_tokens=0"),
-        ((4, 12, 8, 2, torch.bfloat16), "hidden=12 is no multiple of 8"),
-        ((4, 128, 9, 2, torch.bfloat16), "num_experts=9 is no multiple of the 2 ranks"),
-        ((4, 128, 8, 2.0, torch.bfloat16), "max_topk=2.0"),
-        ((4, 128, 8, 2, torch.float64), "dtype=torch.float64"),
-    ],
-)
-def test_capacities_that_make_no_sense(sizes, told):
-    with pytest.raises(ConfigError, match=told):
-        low_latency.check_sizes_of_exchange(*sizes, 2)
 
 
 @pytest.mark.parametrize(
