@@ -127,9 +127,9 @@ class BufferMemory:
             self.check_low_latency(*key)
             members = members_of(self.group, "moe/low_latency")
             found = self._engines[key] = LowLatency(
-                members, *key, timeout=self._timeout, device=device, engine=self._engine,
-                on_timeout="mask" if self.enable_shrink else "raise",
-            )  # fmt: skip
+                members, *key, timeout=self._timeout, device=device, engine=self._engine
+            )
+            found.masks.on_timeout = "mask" if self.enable_shrink else "raise"
         assert isinstance(found, LowLatency)
         return found
 

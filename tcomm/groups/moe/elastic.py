@@ -315,11 +315,12 @@ class ElasticBuffer:
 
     def _make(self, members: Membership, facts: Facts, x: torch.Tensor) -> LowLatency:
         num_experts = members.exchange.world_size * self.num_experts_per_rank
-        return LowLatency(
+        engine = LowLatency(
             members, facts.max_tokens, facts.hidden, num_experts,
             dtype=x.dtype, timeout=self._timeout, device=x.device, engine=self._engine,
-            on_timeout=self._on_timeout,
         )  # fmt: skip
+        engine.masks.on_timeout = self._on_timeout
+        return engine
 
     def _allocate(self, facts: Facts, x: torch.Tensor) -> None:
         """Memory of results, once for the most ranks."""
