@@ -81,11 +81,11 @@ def test_each_exchange_is_made_at_its_first_call(group):
     assert buffer.high_throughput(CPU) is first
     options = {"timeout": 3.0, "device": CPU, "engine": "triton"}
     assert (first.args, first.options) == (("moe/high_throughput", 256), options)
-    options["on_timeout"] = "raise"
     low = buffer.low_latency(4, 16, 8, CPU)
     assert buffer.low_latency(4, 16, 8, CPU) is low
     assert buffer.low_latency(8, 16, 8, CPU) is not low
     assert (low.args, low.options) == (("moe/low_latency", 4, 16, 8), options)
+    assert low.masks.on_timeout == "raise"
     assert buffer.check_low_latency(4, 16, 8) is None
     buffer.destroy()
     buffer.destroy()
@@ -102,7 +102,7 @@ def test_ranks_are_left_out_only_where_that_is_asked_for(group):
     with pytest.raises(AssertionError, match=r"call low_latency_dispatch\(\) first"):
         buffer.low_latency_update_mask_buffer(2, True)
     first, second = buffer.low_latency(4, 16, 8, CPU), buffer.low_latency(8, 16, 8, CPU)
-    assert first.options["on_timeout"] == "mask"
+    assert first.masks.on_timeout == "mask"
     buffer.high_throughput(CPU)
     assert buffer.masks() == [first.masks, second.masks]
     buffer.low_latency_update_mask_buffer(2, True)
