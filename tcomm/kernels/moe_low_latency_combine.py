@@ -31,7 +31,7 @@ from tcomm.kernels.device import (
     rounded,
     row_of,
 )
-from tcomm.kernels.moe_low_latency import (
+from tcomm.kernels.moe_slot_rows import (
     copy_row,
     fresh_numbers,
     half_of,
