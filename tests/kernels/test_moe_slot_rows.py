@@ -31,7 +31,9 @@ def test_a_program_copies_a_short_row_at_once():
 def test_a_kernel_gets_those_constants_that_it_takes(monkeypatch):
     ranks = VirtualExchange(3)
     told = []
-    monkeypatch.setattr(moe_slot_rows, "launch_part", lambda *args, **constants: told.append((args, constants)))
+    monkeypatch.setattr(
+        moe_slot_rows, "launch_part", lambda *args, **constants: told.append((args, constants))
+    )
 
     def kernel():
         pass
