@@ -61,7 +61,7 @@ class RemoteReaders:
         self._max_chunks = max_chunks
         self._drop_dead = drop_dead
         self._peers: list[_Peer] = []
-        self._closed = False
+        self._is_open = self._closed = False
 
     @property
     def address(self) -> tuple[str, int]:
@@ -96,6 +96,7 @@ class RemoteReaders:
                 connection = self._listener.accept(time.monotonic() + seconds)
                 self._peers.append(_introduced(connection))
                 came += 1
+        self._is_open = True
         self._listener.close()
 
     def publish_ready(self) -> None:
@@ -103,8 +104,14 @@ class RemoteReaders:
         self._send([_HEAD.pack(_READY_TOTAL, 0)])
 
     def has_room(self) -> bool:
-        """Whether every reader can be sent a chunk. Raises PeerLostError when one is gone."""
+        """Whether every reader can be sent a chunk.
+
+        Raises:
+            PeerLostError: when one is gone. CommError: when they were not waited for.
+        """
         self.refuse_closed()
+        if not self._is_open:
+            raise CommError("call wait_until_ready before the first message")
         for peer in list(self._peers):
             self._hear(peer)
         return not any(self._is_full(peer) for peer in self._peers)

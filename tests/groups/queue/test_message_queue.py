@@ -85,6 +85,7 @@ def test_a_handle_travels_and_says_what_a_reader_needs():
     [
         ((1, 2), "2 local of 1 readers"),
         ((2, 2, [5]), r"with local ranks \[5\]"),
+        ((2, 2, [5, 5]), r"with local ranks \[5, 5\]; give each local reader a rank of its own"),
         ((1, 1, None, 0), "max_chunk_bytes=0"),
         ((1, 1, None, 64, 0), "max_chunks=0"),
         ((1, 1, None, 1 << 40, 2), "larger than any memory"),
