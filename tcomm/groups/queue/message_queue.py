@@ -15,7 +15,7 @@ from tcomm.groups.queue.handle import Handle
 from tcomm.groups.queue.local import RingReader, RingWriter
 from tcomm.groups.queue.patience import Patience, default_seconds
 from tcomm.groups.queue.receiving import Receiver
-from tcomm.groups.queue.remote import REMOTE_CHUNK_BYTES, RemoteReader, RemoteReaders
+from tcomm.groups.queue.remote import REMOTE_CHUNK_BYTES, RemoteReader, RemoteReaders, parse_url
 from tcomm.groups.queue.ring import ShmRingBuffer, Word
 from tcomm.groups.queue.sending import Sender
 from tcomm.objects.codec import decode, encode, encode_flat
@@ -113,15 +113,14 @@ class MessageQueue:
 
         Raises:
             RendezvousError: when there is no such ring. DuplicateRankError: when it was opened for `rank`.
-            ConfigError: when the queue has no remote readers and `rank` is not local.
+            ConfigError: when `rank` is not local and the queue has no remote readers, or no address for them.
         """
         source: RingReader | RemoteReader
         if handle.buffer_handle is not None and rank in handle.local_reader_ranks:
             ring = ShmRingBuffer(*handle.buffer_handle)
             source = RingReader(ring, handle.local_reader_ranks.index(rank), rank)
         elif handle.remote_subscribe_addr is not None:
-            host, _, port = handle.remote_subscribe_addr.removeprefix("tcp://").rpartition(":")
-            source = RemoteReader(host.strip("[]"), int(port), rank)
+            source = RemoteReader(*parse_url(handle.remote_subscribe_addr), rank)
         else:
             raise ConfigError(f"rank {rank} is none of the readers {handle.local_reader_ranks} of the queue")
         queue = MessageQueue.__new__(MessageQueue)

@@ -12,13 +12,20 @@ import struct
 import time
 from typing import Any
 
-from tcomm.errors import CommError, DecodeError, GroupClosedError, PeerLostError, PeerTimeoutError
+from tcomm.errors import (
+    CommError,
+    ConfigError,
+    DecodeError,
+    GroupClosedError,
+    PeerLostError,
+    PeerTimeoutError,
+)
 from tcomm.groups.queue.patience import Patience
 from tcomm.objects.codec import decode, encode
 from tcomm.objects.frames import FrameConnection
 from tcomm.objects.listener import FrameListener, connect_frames
 
-__all__ = ["REMOTE_CHUNK_BYTES", "RemoteReader", "RemoteReaders"]
+__all__ = ["REMOTE_CHUNK_BYTES", "RemoteReader", "RemoteReaders", "parse_url"]
 
 logger = logging.getLogger("tcomm")
 
@@ -31,6 +38,18 @@ _READY_TOTAL = -1
 _MAX_HELLO_BYTES = 1024
 _FRAME_SECONDS = 10.0
 """For the rest of a frame that has begun to pass."""
+
+
+def parse_url(url: str) -> tuple[str, int]:
+    """Host and port of `RemoteReaders.url`.
+
+    Raises:
+        ConfigError: when it is none.
+    """
+    host, _, port = url.removeprefix("tcp://").rpartition(":")
+    if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+        raise ConfigError(f"{url!r} is no address of a queue, such as tcp://127.0.0.1:29500")
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 class _Peer:

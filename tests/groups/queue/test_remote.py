@@ -8,6 +8,7 @@ import torch
 
 from tcomm.errors import (
     CommError,
+    ConfigError,
     DecodeError,
     GroupClosedError,
     PeerLostError,
@@ -15,9 +16,10 @@ from tcomm.errors import (
     QueueFullError,
     RendezvousError,
 )
+from tcomm.groups.queue.handle import Handle
 from tcomm.groups.queue.message_queue import MessageQueue
 from tcomm.groups.queue.patience import Patience
-from tcomm.groups.queue.remote import RemoteReader, RemoteReaders
+from tcomm.groups.queue.remote import RemoteReader, RemoteReaders, parse_url
 from tcomm.objects.codec import decode, encode
 from tests.faults.worlds import failure_of
 
@@ -161,6 +163,22 @@ def test_a_remote_reader_names_its_lost_writer(on_ranks):
     assert failure.kind == "PeerLostError"
     assert "the writer (127.0.0.1:" in failure.text
     assert failure.seconds < 2.0
+
+
+def test_an_address_is_parsed_or_refused():
+    assert parse_url("tcp://127.0.0.1:29500") == ("127.0.0.1", 29500)
+    assert parse_url("tcp://[::1]:1") == ("::1", 1)
+    for url in (
+        "tcp://nonsense",
+        "tcp://:5",
+        "tcp://host:",
+        "tcp://host:0",
+        "tcp://host:65536",
+        "tcp://h:-1",
+        "",
+    ):
+        with pytest.raises(ConfigError, match="is no address of a queue, such as tcp://"):
+            MessageQueue.create_from_handle(Handle([], None, None, url), 0)
 
 
 def test_nothing_is_sent_to_readers_that_were_not_waited_for():
