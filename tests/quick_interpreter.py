@@ -44,11 +44,11 @@ def _quick_np_dtype(np_dtype):
     return quick_np_dtype
 
 
-def _make_tensor(self, handle, type):
+def _make_tensor(self, handle, kind):
     self.handle = handle
-    self.type = type
-    self.dtype = type.scalar
-    self.numel, self.shape = _numel_and_shape(*type.shape) if type.is_block() else _numel_and_shape()
+    self.type = kind
+    self.dtype = kind.scalar
+    self.numel, self.shape = _numel_and_shape(*kind.shape) if kind.is_block() else _numel_and_shape()
 
 
 @functools.cache

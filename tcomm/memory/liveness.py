@@ -58,9 +58,13 @@ def my_identity() -> Identity:
     return Identity(os.getpid(), _start_time(os.getpid()), f"{boot_id}/{namespace}")
 
 
-def hold_lock(fd: int) -> None:
-    """Hold the first byte of a file until this open file description is closed."""
-    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0))
+def hold_lock(fd: int, byte: int = 0) -> None:
+    """Hold a byte of a file until this open file description is closed.
+
+    Raises:
+        BlockingIOError: when another description holds it.
+    """
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
 
 
 def is_locked(fd: int) -> bool:

@@ -46,7 +46,9 @@ class Assembler:
         self._message, self._filled, self.is_open = memoryview(b""), 0, False
 
     def add(self, total: int, offset: int, chunk: memoryview) -> memoryview | None:
-        """Put a chunk in its place; the whole message when it was the last one.
+        """Put a chunk in its place; the whole message when it was the last one, until `drop`.
+
+        A chunk that comes twice in a row is put there once: its reader was interrupted.
 
         A chunk in the middle of a message of which the beginning was damaged belongs to nothing, and is
         passed over.
@@ -59,6 +61,8 @@ class Assembler:
         elif not self.is_open:
             return None
         end = offset + len(chunk)
+        if end == self._filled and total == len(self._message):
+            return self._message if end == total else None
         if offset != self._filled or total != len(self._message) or not self._filled < end <= total:
             filled, expected = self._filled, len(self._message)
             self.drop()
@@ -67,11 +71,7 @@ class Assembler:
             )
         self._message[offset:end] = chunk
         self._filled = end
-        if end < total:
-            return None
-        message = self._message
-        self.drop()
-        return message
+        return self._message if end == total else None
 
     def _begin(self, total: int, nbytes: int) -> None:
         self.drop()

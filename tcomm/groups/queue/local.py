@@ -259,7 +259,7 @@ class RingReader:
         self._spins = range(min(spins, _SPINS_BETWEEN_YIELDS))
         self._yields = range(spins // len(self._spins) - 1)
         self._closed = False
-        if self._words[self._line + ReaderWord.STATE] != State.ABSENT:
+        if not ring.claim(index):
             pid = self._words[self._line + ReaderWord.PID]
             ring.close()
             raise DuplicateRankError(f"rank {rank} of the queue is taken by pid {pid}; open it once per rank")

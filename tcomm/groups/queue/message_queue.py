@@ -9,13 +9,13 @@ import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
 
-from tcomm.config import Config, EngineConfig, resolve_timeout
+from tcomm.config import EngineConfig
 from tcomm.errors import CommError, ConfigError, DecodeError, GroupClosedError
 from tcomm.groups.queue.handle import Handle
 from tcomm.groups.queue.local import RingReader, RingWriter
-from tcomm.groups.queue.patience import Patience
+from tcomm.groups.queue.patience import Patience, default_seconds
 from tcomm.groups.queue.receiving import Receiver
-from tcomm.groups.queue.remote import REMOTE_CHUNK_BYTES, RemoteReader, RemoteReaders
+from tcomm.groups.queue.remote import REMOTE_CHUNK_BYTES, RemoteReader, RemoteReaders, parse_url
 from tcomm.groups.queue.ring import ShmRingBuffer, Word
 from tcomm.groups.queue.sending import Sender
 from tcomm.objects.codec import decode, encode, encode_flat
@@ -74,10 +74,10 @@ class MessageQueue:
         writer_rank: int = -1,
     ) -> None:
         ranks = list(range(n_local_reader)) if local_reader_ranks is None else list(local_reader_ranks)
-        if not 0 <= n_local_reader <= n_reader or len(ranks) != n_local_reader:
+        if not 0 <= n_local_reader <= n_reader or len(set(ranks)) != n_local_reader:
             raise ConfigError(
-                f"{n_local_reader} local of {n_reader} readers, with local ranks {ranks}; give one rank for "
-                "each local reader, and no more of them than readers"
+                f"{n_local_reader} local of {n_reader} readers, with local ranks {ranks}; give each local "
+                "reader a rank of its own, and no more of them than readers"
             )
         chunk_bytes = (
             max_chunk_bytes if n_local_reader == n_reader else min(max_chunk_bytes, REMOTE_CHUNK_BYTES)
@@ -95,7 +95,7 @@ class MessageQueue:
                 remote = RemoteReaders(host, n_reader - n_local_reader, max_chunks, drop_dead_readers)
                 handle.remote_subscribe_addr, handle.remote_addr_ipv6 = remote.url
             on_failure.pop_all()
-        self._begin(handle, writer_rank, Sender(local, remote, chunk_bytes, _default_seconds()), None)
+        self._begin(handle, writer_rank, Sender(local, remote, chunk_bytes, default_seconds()), None)
 
     def _begin(self, handle: Handle, rank: int, sender: Sender | None, receiver: Receiver | None) -> None:
         self._handle = handle
@@ -113,19 +113,18 @@ class MessageQueue:
 
         Raises:
             RendezvousError: when there is no such ring. DuplicateRankError: when it was opened for `rank`.
-            ConfigError: when the queue has no remote readers and `rank` is not local.
+            ConfigError: when `rank` is not local and the queue has no remote readers, or no address for them.
         """
         source: RingReader | RemoteReader
         if handle.buffer_handle is not None and rank in handle.local_reader_ranks:
             ring = ShmRingBuffer(*handle.buffer_handle)
             source = RingReader(ring, handle.local_reader_ranks.index(rank), rank)
         elif handle.remote_subscribe_addr is not None:
-            host, _, port = handle.remote_subscribe_addr.removeprefix("tcp://").rpartition(":")
-            source = RemoteReader(host.strip("[]"), int(port), rank)
+            source = RemoteReader(*parse_url(handle.remote_subscribe_addr), rank)
         else:
             raise ConfigError(f"rank {rank} is none of the readers {handle.local_reader_ranks} of the queue")
         queue = MessageQueue.__new__(MessageQueue)
-        queue._begin(handle, rank, None, Receiver(source, _default_seconds()))
+        queue._begin(handle, rank, None, Receiver(source, default_seconds()))
         return queue
 
     @staticmethod
@@ -212,7 +211,7 @@ class MessageQueue:
         Raises:
             PeerTimeoutError, PeerLostError, RendezvousError: when somebody does not come.
         """
-        patience = Patience(timeout, _default_seconds())
+        patience = Patience(timeout, default_seconds())
         with self._telling("wait_until_ready"):
             if self._receiver is not None:
                 self._receiver.source.wait_until_ready(patience)
@@ -288,22 +287,22 @@ class MessageQueue:
     ) -> Iterator[object]:
         """As `dequeue`, without a copy: arrays and tensors are views of the slot while the block runs.
 
-        The slot goes back at its end, also when it raises; then the views show what is written next.
+        The slot goes back at its end, also when it raises; then the views show what is written next. Until
+        then this reader reads nothing else.
         """
         receiver = self._receiving("dequeue")
         with self._telling("borrow"):
             message, in_slot = receiver.next_message(timeout, cancel, indefinite)
+            receiver.lend(in_slot)
             try:
                 value = decode(message, borrow=True)
             except DecodeError:
-                if in_slot:
-                    receiver.source.release()
+                receiver.take_back()
                 raise
         try:
             yield value
         finally:
-            if in_slot:
-                receiver.source.release()
+            receiver.take_back()
 
     @contextlib.contextmanager
     def acquire_write(self, timeout: float | str | None = None) -> Iterator[memoryview]:
@@ -317,9 +316,12 @@ class MessageQueue:
         sender = self._sending("acquire write")
         with self._telling("acquire_write"):
             slot = sender.slot(timeout)
-        yield slot
-        with self._telling("acquire_write"):
-            sender.publish_slot(slot)
+        try:
+            yield slot
+            with self._telling("acquire_write"):
+                sender.publish_slot(slot)
+        finally:
+            sender.take_back()
 
     @contextlib.contextmanager
     def acquire_read(
@@ -339,7 +341,7 @@ class MessageQueue:
         try:
             yield chunk
         finally:
-            receiver.source.release()
+            receiver.take_back()
 
     def broadcast_object(self, obj: object = None) -> object:
         """The writer's object on everybody. **Collective.** An `enqueue` there, a `dequeue` here."""
@@ -394,7 +396,3 @@ def _close_all(sides: list[_Side], process: int) -> None:
     if process == _process:
         for side in sides:
             side.close()
-
-
-def _default_seconds() -> float | None:
-    return resolve_timeout(Config.from_environment().timeout)

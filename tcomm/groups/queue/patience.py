@@ -7,10 +7,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from tcomm.config import resolve_timeout
+from tcomm.config import Config, resolve_timeout
 from tcomm.errors import CommError
 
-__all__ = ["LOOK_SECONDS", "Patience", "spin_until", "spins_among"]
+__all__ = ["LOOK_SECONDS", "Patience", "default_seconds", "spin_until", "spins_among"]
 
 LOOK_SECONDS = 0.1
 """Between two looks at the dead, the deadline and signals."""
@@ -58,6 +58,11 @@ class Patience:
         """Seconds to sleep before the next look; 0 or less when the deadline has passed."""
         longest = LOOK_SECONDS if self._cancel is None else _CANCEL_SECONDS
         return longest if self.deadline is None else min(longest, self.deadline - time.monotonic())
+
+
+def default_seconds() -> float | None:
+    """Seconds of the profile of TCOMM_TIMEOUT; None: without end."""
+    return resolve_timeout(Config.from_environment().timeout)
 
 
 def spins_among(processes: int) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 
-from tcomm.errors import DecodeError
+from tcomm.config import resolve_timeout
+from tcomm.errors import DecodeError, UsageError
 from tcomm.groups.queue.chunks import Assembler
 from tcomm.groups.queue.local import RingReader
 from tcomm.groups.queue.patience import Patience
@@ -29,6 +30,7 @@ class Receiver:
         self._ring = source if isinstance(source, RingReader) else None
         self._seconds = seconds
         self._assembler = Assembler()
+        self._is_lent = False
 
     def next_message(
         self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool
@@ -40,7 +42,9 @@ class Receiver:
         Raises:
             PeerTimeoutError, PeerLostError, GroupClosedError, CommError: when none comes.
             DecodeError: when a chunk is not what follows; its slot is released.
+            ConfigError: when the timeout makes no sense, or a slot is lent.
         """
+        self._check(timeout)
         assembler = self._assembler
         if self._ring is not None and not assembler.is_open:
             whole = self._ring.take()
@@ -62,19 +66,45 @@ class Receiver:
                 return chunk, True
             try:
                 message = assembler.add(total, offset, chunk)
-            finally:
+            except DecodeError:
                 source.release()
+                raise
+            # Only now: where a signal ends the call before, the next one gets this chunk again.
+            source.release()
             if message is not None:
+                assembler.drop()
                 return message, False
 
     def next_chunk(
         self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool
     ) -> memoryview:
-        """The bytes of the next chunk, in a slot that the caller has to release. Raises as `next_message`."""
+        """The bytes of the next chunk, in a slot that is lent until `take_back`. Raises as `next_message`."""
+        self._check(timeout)
         if not self.source.has_chunk():
             self.source.wait(Patience(timeout, self._seconds, cancel, indefinite))
         try:
-            return self.source.look()[2]
+            chunk = self.source.look()[2]
         except DecodeError:
             self.source.release()
             raise
+        self.lend(True)
+        return chunk
+
+    def lend(self, in_slot: bool) -> None:
+        """The caller uses the slot of the message until `take_back`, if the message lies in one."""
+        self._is_lent = in_slot
+
+    def take_back(self) -> None:
+        """Release the slot that was lent, if one was."""
+        if self._is_lent:
+            self._is_lent = False
+            self.source.release()
+
+    def _check(self, timeout: float | str | None) -> None:
+        """Refuse what makes no sense also where nothing has to be waited for."""
+        if timeout is not None:
+            resolve_timeout(timeout)
+        if self._is_lent:
+            raise UsageError(
+                "a message of this queue is borrowed; end the block of borrow or acquire_read before the next"
+            )

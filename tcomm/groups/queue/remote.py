@@ -12,13 +12,20 @@ import struct
 import time
 from typing import Any
 
-from tcomm.errors import CommError, DecodeError, GroupClosedError, PeerLostError, PeerTimeoutError
+from tcomm.errors import (
+    CommError,
+    ConfigError,
+    DecodeError,
+    GroupClosedError,
+    PeerLostError,
+    PeerTimeoutError,
+)
 from tcomm.groups.queue.patience import Patience
 from tcomm.objects.codec import decode, encode
 from tcomm.objects.frames import FrameConnection
 from tcomm.objects.listener import FrameListener, connect_frames
 
-__all__ = ["REMOTE_CHUNK_BYTES", "RemoteReader", "RemoteReaders"]
+__all__ = ["REMOTE_CHUNK_BYTES", "RemoteReader", "RemoteReaders", "parse_url"]
 
 logger = logging.getLogger("tcomm")
 
@@ -31,6 +38,18 @@ _READY_TOTAL = -1
 _MAX_HELLO_BYTES = 1024
 _FRAME_SECONDS = 10.0
 """For the rest of a frame that has begun to pass."""
+
+
+def parse_url(url: str) -> tuple[str, int]:
+    """Host and port of `RemoteReaders.url`.
+
+    Raises:
+        ConfigError: when it is none.
+    """
+    host, _, port = url.removeprefix("tcp://").rpartition(":")
+    if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+        raise ConfigError(f"{url!r} is no address of a queue, such as tcp://127.0.0.1:29500")
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 class _Peer:
@@ -61,7 +80,7 @@ class RemoteReaders:
         self._max_chunks = max_chunks
         self._drop_dead = drop_dead
         self._peers: list[_Peer] = []
-        self._closed = False
+        self._is_open = self._closed = False
 
     @property
     def address(self) -> tuple[str, int]:
@@ -96,6 +115,7 @@ class RemoteReaders:
                 connection = self._listener.accept(time.monotonic() + seconds)
                 self._peers.append(_introduced(connection))
                 came += 1
+        self._is_open = True
         self._listener.close()
 
     def publish_ready(self) -> None:
@@ -103,8 +123,14 @@ class RemoteReaders:
         self._send([_HEAD.pack(_READY_TOTAL, 0)])
 
     def has_room(self) -> bool:
-        """Whether every reader can be sent a chunk. Raises PeerLostError when one is gone."""
+        """Whether every reader can be sent a chunk.
+
+        Raises:
+            PeerLostError: when one is gone. CommError: when they were not waited for.
+        """
         self.refuse_closed()
+        if not self._is_open:
+            raise CommError("call wait_until_ready before the first message")
         for peer in list(self._peers):
             self._hear(peer)
         return not any(self._is_full(peer) for peer in self._peers)

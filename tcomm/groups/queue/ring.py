@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from tcomm.config import Config
 from tcomm.errors import CapabilityError, ConfigError, RendezvousError
-from tcomm.memory.liveness import Identity, my_identity
+from tcomm.memory.liveness import Identity, hold_lock, my_identity
 from tcomm.memory.shm import Segment, remove_orphans, why_unordered
 
 __all__ = ["LINE", "ReaderWord", "RingHandle", "ShmRingBuffer", "SlotWord", "State", "Word", "namespace_word"]
@@ -156,6 +156,14 @@ class ShmRingBuffer:
     def reader_line(self, index: int) -> int:
         """The first word of a reader."""
         return int(Word.READERS_BEGIN) + 2 * LINE * index
+
+    def claim(self, index: int) -> bool:
+        """Take the place of a reader, until `close`; False where another opening has or had it."""
+        with contextlib.suppress(BlockingIOError):
+            # The writer holds the first byte. Of two that come at once, one gets theirs.
+            hold_lock(self.fd, 1 + index)
+            return bool(self.words[self.reader_line(index) + ReaderWord.STATE] == State.ABSENT)
+        return False
 
     def unlink(self) -> None:
         """Remove the name. May be called twice, and by a reader whose writer is gone."""

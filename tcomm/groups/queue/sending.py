@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tcomm.errors import QueueFullError
+from tcomm.config import resolve_timeout
+from tcomm.errors import QueueFullError, UsageError
 from tcomm.groups.queue.chunks import cut
 from tcomm.groups.queue.local import RingWriter
 from tcomm.groups.queue.patience import Patience
@@ -32,6 +33,7 @@ class Sender:
         self._remote = remote
         self._chunk_bytes = chunk_bytes
         self._seconds = seconds
+        self._is_lent = False
         self.sides: list[RingWriter | RemoteReaders] = [s for s in (local, remote) if s is not None]
 
     def wait_until_ready(self, patience: Patience) -> None:
@@ -43,6 +45,7 @@ class Sender:
 
     def send_flat(self, message: bytes, timeout: float | str | None) -> None:
         """As `send`, of a message in one piece; the way of most messages."""
+        self._check(timeout)
         local, nbytes = self._local, len(message)
         if local is None or self._remote is not None or nbytes > self._chunk_bytes or not local.put(message):
             self.send(Encoded([message], nbytes), timeout)
@@ -52,7 +55,9 @@ class Sender:
 
         Raises:
             QueueFullError: when a reader has no room in time. PeerLostError: when one is gone.
+            ConfigError: when the timeout makes no sense, or a slot is lent.
         """
+        self._check(timeout)
         local, nbytes = self._local, message.nbytes
         if local is None or self._remote is not None or nbytes > self._chunk_bytes:
             self._send_in_chunks(message, Patience(timeout, self._seconds))
@@ -63,8 +68,10 @@ class Sender:
         local.publish(nbytes, nbytes, 0)
 
     def slot(self, timeout: float | str | None) -> memoryview:
-        """Memory for a whole chunk, once there is room; for `publish_slot`. Raises as `send`."""
+        """Memory for a whole chunk, once there is room, lent until `take_back`. Raises as `send`."""
+        self._check(timeout)
         self._make_room(Patience(timeout, self._seconds))
+        self._is_lent = True
         return self._local.slot() if self._local is not None else memoryview(bytearray(self._chunk_bytes))
 
     def publish_slot(self, slot: memoryview) -> None:
@@ -73,6 +80,17 @@ class Sender:
             self._remote.publish([slot], len(slot), 0)
         if self._local is not None:
             self._local.publish(len(slot), len(slot), 0)
+
+    def take_back(self) -> None:
+        """The caller is done with what `slot` returned, given out or not."""
+        self._is_lent = False
+
+    def _check(self, timeout: float | str | None) -> None:
+        """Refuse what makes no sense also where nothing has to be waited for."""
+        if timeout is not None:
+            resolve_timeout(timeout)
+        if self._is_lent:
+            raise UsageError("a slot of this queue is being written; end the block of acquire_write first")
 
     def _make_room(self, patience: Patience) -> None:
         for side in self.sides:

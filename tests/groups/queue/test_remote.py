@@ -1,5 +1,6 @@
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -7,14 +8,18 @@ import torch
 
 from tcomm.errors import (
     CommError,
+    ConfigError,
     DecodeError,
+    GroupClosedError,
     PeerLostError,
     PeerTimeoutError,
     QueueFullError,
     RendezvousError,
 )
+from tcomm.groups.queue.handle import Handle
 from tcomm.groups.queue.message_queue import MessageQueue
-from tcomm.groups.queue.remote import RemoteReader
+from tcomm.groups.queue.patience import Patience
+from tcomm.groups.queue.remote import RemoteReader, RemoteReaders, parse_url
 from tcomm.objects.codec import decode, encode
 from tests.faults.worlds import failure_of
 
@@ -158,6 +163,58 @@ def test_a_remote_reader_names_its_lost_writer(on_ranks):
     assert failure.kind == "PeerLostError"
     assert "the writer (127.0.0.1:" in failure.text
     assert failure.seconds < 2.0
+
+
+def test_an_address_is_parsed_or_refused():
+    assert parse_url("tcp://127.0.0.1:29500") == ("127.0.0.1", 29500)
+    assert parse_url("tcp://[::1]:1") == ("::1", 1)
+    for url in (
+        "tcp://nonsense",
+        "tcp://:5",
+        "tcp://host:",
+        "tcp://host:0",
+        "tcp://host:65536",
+        "tcp://h:-1",
+        "",
+    ):
+        with pytest.raises(ConfigError, match="is no address of a queue, such as tcp://"):
+            MessageQueue.create_from_handle(Handle([], None, None, url), 0)
+
+
+def test_nothing_is_sent_to_readers_that_were_not_waited_for():
+    writer = MessageQueue(1, 0, None, 64, 2)
+    for value in (1, bytes(1000)):
+        with pytest.raises(CommError, match="call wait_until_ready before the first message"):
+            writer.enqueue(value, 1)
+    with pytest.raises(CommError, match="call wait_until_ready"), writer.acquire_write(1):
+        pass
+    writer.shutdown()
+
+
+def test_closed_sides_wait_for_nobody_and_a_reader_that_left_is_told():
+    closed = RemoteReaders("127.0.0.1", 1, 2, False)
+    closed.close()
+    for call in (closed.refuse_closed, closed.has_room, lambda: closed.wait_until_open(Patience(5, None))):
+        with pytest.raises(GroupClosedError, match="shut down"):
+            call()
+    writer = MessageQueue(1, 0, None, 4096, 4)
+    reader = MessageQueue.create_from_handle(writer.export_handle(), 0)
+    ready = threading.Thread(target=reader.wait_until_ready, args=(20,))
+    ready.start()
+    writer.wait_until_ready(20)
+    ready.join()
+    reader._receiver.source.close()
+    reader.shutdown()
+    with pytest.raises(GroupClosedError):
+        reader._receiver.source.has_chunk()
+    with pytest.raises(PeerLostError, match=f"the remote reader of rank 0 .pid {os.getpid()} on "):
+        _enqueue_times(writer, 100)
+    writer.shutdown()
+
+
+def _enqueue_times(queue, count):
+    for _ in range(count):
+        queue.enqueue(1, 5)
 
 
 def test_nobody_at_the_address_and_nobody_who_comes():

@@ -222,7 +222,8 @@ def _gone(member, how, last):
         os.kill(os.getpid(), signal.SIGSTOP)
     started = time.monotonic()
     kinds = []
-    for call in (lambda: group.recv_obj(last, timeout=2.0), lambda: group.barrier(timeout=1.0)):
+    seconds = 2.0 if how == "kill" else 0.5
+    for call in (lambda: group.recv_obj(last, timeout=seconds), lambda: group.barrier(timeout=seconds / 2)):
         with pytest.raises((PeerLostError, PeerTimeoutError)) as caught:
             call()
         kinds.append((type(caught.value).__name__, str(caught.value), caught.value.peers))
@@ -252,7 +253,7 @@ def test_a_stopped_rank_0_does_not_stop_the_others(on_ranks):
     (silent, failed), seconds = survivor
     assert (silent[0], silent[2], failed[0]) == ("PeerTimeoutError", (0,), "PeerTimeoutError")
     assert "rank 0 does not answer: the store at 127.0.0.1:" in silent[1]
-    assert seconds < 5.0
+    assert seconds < 3.0
 
 
 def test_a_killed_rank_0_takes_the_store_with_it(on_ranks):

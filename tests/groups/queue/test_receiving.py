@@ -1,0 +1,74 @@
+import contextlib
+
+import numpy as np
+import pytest
+
+from tcomm.errors import ConfigError, UsageError
+from tests.groups.queue.peers import pair
+
+BORROWED = "is borrowed; end the block of borrow or acquire_read"
+
+
+@pytest.mark.parametrize("take", ["dequeue", "borrow", "acquire_read"])
+@pytest.mark.parametrize("keep", ["borrow", "acquire_read"])
+def test_nothing_else_is_read_while_a_message_is_borrowed(keep, take):
+    with pair(chunk_bytes=64, chunks=16) as (writer, reader):
+        for number in range(3):
+            writer.enqueue(number)
+        with contextlib.ExitStack() as block:
+            block.enter_context(getattr(reader, keep)(5))
+            with pytest.raises(UsageError, match=BORROWED):
+                getattr(block, "enter_context" if take != "dequeue" else "callback")(getattr(reader, take)(5))
+        assert [reader.dequeue(5), reader.dequeue(5)] == [1, 2]
+        # A message of several chunks is in no slot.
+        writer.enqueue(np.arange(20))
+        writer.enqueue("next")
+        with reader.borrow(5) as value:
+            assert reader.dequeue(5) == "next"
+            assert value.tolist() == list(range(20))
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), "soon"])
+def test_a_timeout_that_makes_no_sense_is_refused_also_where_nothing_is_waited_for(timeout):
+    with pair() as (writer, reader):
+        writer.enqueue("first")
+        for call in (
+            lambda: reader.dequeue(timeout),
+            lambda: reader.borrow(timeout).__enter__(),
+            lambda: reader.acquire_read(timeout).__enter__(),
+            lambda: writer.enqueue("short", timeout),
+            lambda: writer.enqueue(np.arange(2), timeout),
+            lambda: writer.enqueue(np.arange(9999), timeout),
+            lambda: writer.acquire_write(timeout).__enter__(),
+        ):
+            with pytest.raises(ConfigError, match=f"timeout {timeout!r} is "):
+                call()
+        writer.enqueue("second", 5)
+        assert [reader.dequeue(5), reader.dequeue(5)] == ["first", "second"]
+
+
+class InterruptedByTestError(Exception):
+    pass
+
+
+def test_a_call_that_is_interrupted_before_any_release_loses_nothing(monkeypatch):
+    with pair(chunk_bytes=256, chunks=32) as (writer, reader):
+        source, interrupted = reader._receiver.source, []
+        release = source.release
+
+        def release_at_the_second_time():
+            if len(interrupted) <= 2 * source._cursor:
+                interrupted.extend([True, True])
+                raise InterruptedByTestError
+            release()
+
+        monkeypatch.setattr(source, "release", release_at_the_second_time)
+        for value in [1, np.arange(300), np.arange(3), np.arange(310)]:
+            writer.enqueue(value)
+        got = []
+        while len(got) < 4:
+            with contextlib.suppress(InterruptedByTestError):
+                got.append(reader.dequeue(5))
+    assert len(interrupted) == 2 * source._cursor > 20
+    assert got[0] == 1
+    assert [value.tolist() for value in got[1:]] == [list(range(count)) for count in (300, 3, 310)]
