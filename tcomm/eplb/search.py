@@ -1,0 +1,135 @@
+"""Local search: from a map to a better one, by steps that relieve the busiest GPU of a layer.
+
+All layers take a step at once, each its best. A layer whose busiest GPU no swap can relieve takes a further
+replica of one of that GPU's experts instead of one of a cooler expert.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+
+from tcomm.eplb.layers import Layers, Step
+from tcomm.eplb.maps import holders, replica_counts
+from tcomm.eplb.replacements import best_replacement
+from tcomm.eplb.shapes import FloatArray, IntArray, Shape
+from tcomm.eplb.swaps import best_swap
+
+__all__ = ["Budget", "improved"]
+
+_EVEN_ENOUGH = 1e-4
+"""A busiest GPU this much above the mean is left alone."""
+_PROGRESS = 1e-9
+"""Of the peak: less is rounding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How far a map may go from the one in force."""
+
+    max_moves: int
+    """Slots of a layer whose expert comes from another GPU, at most."""
+    price: FloatArray
+    """[L]: what one of them costs, in load of the busiest GPU."""
+
+
+def improved(
+    phy2log: IntArray, load: FloatArray, shape: Shape, budget: Budget | None = None, rounds: int = 100
+) -> IntArray:
+    """The best map that the search meets on its way; experts stay on their nodes.
+
+    Args:
+        phy2log: [L, P], where it starts; whole.
+        load: [L, E], checked.
+        shape: the numbers.
+        budget: what a move costs, and how many there may be; None: any number, at no cost.
+        rounds: steps of a layer, at most.
+
+    Returns:
+        [L, P]; no layer's busiest GPU has more load than at first.
+    """
+    shape = shape.planned()
+    layers = _started(phy2log, load, shape, budget)
+    max_moves = phy2log.shape[1] if budget is None else budget.max_moves
+    price = np.zeros(len(phy2log)) if budget is None else budget.price
+    best, best_value = phy2log.copy(), np.full(len(phy2log), np.inf)
+    for round_ in range(rounds + 1):
+        layers.measure()
+        prices = price[layers.index]
+        value = layers.peak + layers.spent * prices
+        better = value < best_value[layers.index]
+        best[layers.index[better]] = layers.phy2log[better]
+        best_value[layers.index[better]] = value[better]
+        mean = layers.gpu_load.mean(axis=1)
+        # No way leads below the mean, and what has been spent stays spent.
+        hopeful = mean + layers.spent * prices < best_value[layers.index]
+        layers = layers.part(hopeful & (layers.peak > mean * (1 + _EVEN_ENOUGH)))
+        if round_ == rounds or not len(layers.index):
+            break
+        layers = _stepped(layers, shape, max_moves)
+        if not len(layers.index):
+            break
+    return best
+
+
+def _started(phy2log: IntArray, load: FloatArray, shape: Shape, budget: Budget | None) -> Layers:
+    num_layers = len(phy2log)
+    return Layers(
+        index=np.arange(num_layers),
+        phy2log=phy2log.copy(),
+        counts=replica_counts(phy2log, shape.num_experts),
+        load=load,
+        slot_load=np.empty(phy2log.shape),
+        gpu_load=np.empty((num_layers, shape.num_gpus)),
+        hottest=np.zeros(num_layers, np.int64),
+        peak=np.empty(num_layers),
+        spent=np.zeros(num_layers, np.int64),
+        held=None if budget is None else holders(phy2log, shape.num_experts, shape.num_gpus),
+    )
+
+
+def _stepped(layers: Layers, shape: Shape, max_moves: int) -> Layers:
+    """Those layers that have a step to take, after it; their loads are not brought up to date yet."""
+    away = _away(layers, shape)
+    swap = best_swap(layers, away, max_moves)
+    swaps = swap.gain > layers.peak * _PROGRESS
+    _swap(layers.phy2log, swap, swaps)
+    if swaps.all():
+        return layers
+    stuck = layers.part(~swaps)
+    step = best_replacement(stuck, None if away is None else away[~swaps], max_moves)
+    replaces = step.gain > stuck.peak * _PROGRESS
+    _replace(stuck, step, replaces)
+    went = swaps.copy()
+    went[~swaps] = replaces
+    layers.phy2log[~swaps], layers.counts[~swaps] = stuck.phy2log, stuck.counts
+    return layers if went.all() else layers.part(went)
+
+
+def _away(layers: Layers, shape: Shape) -> npt.NDArray[np.bool_] | None:
+    """[A, P]: slots on other nodes than the busiest GPU."""
+    if shape.num_nodes == 1:
+        return None
+    gpus_of_node = shape.num_gpus // shape.num_nodes
+    node = layers.per_slot(np.arange(shape.num_gpus) // gpus_of_node)
+    mask: npt.NDArray[np.bool_] = node != (layers.hottest // gpus_of_node)[:, None]
+    return mask
+
+
+def _swap(phy2log: IntArray, step: Step, which: npt.NDArray[np.bool_]) -> None:
+    rows = np.flatnonzero(which)
+    hot, other = step.hot_slot[rows], step.other_slot[rows]
+    experts = phy2log[rows, hot]
+    phy2log[rows, hot] = phy2log[rows, other]
+    phy2log[rows, other] = experts
+
+
+def _replace(layers: Layers, step: Step, which: npt.NDArray[np.bool_]) -> None:
+    rows = np.flatnonzero(which)
+    hot, other = step.hot_slot[rows], step.other_slot[rows]
+    more, fewer = layers.phy2log[rows, hot], layers.phy2log[rows, other]
+    layers.phy2log[rows, other] = more
+    layers.counts[rows, more] += 1
+    layers.counts[rows, fewer] -= 1
