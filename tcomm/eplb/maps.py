@@ -68,26 +68,39 @@ def logical_maps(phy2log: IntArray, num_experts: int, width: int | None = None) 
     return log2phy, counts
 
 
-def gpu_loads(phy2log: IntArray, load: LoadArray, num_gpus: int) -> FloatArray:
-    """The load of each GPU when an expert's tokens are shared evenly among its replicas.
+def gpu_loads(
+    phy2log: IntArray, load: LoadArray, num_gpus: int, share: FloatArray | None = None
+) -> FloatArray:
+    """The load of each GPU.
 
     Args:
         phy2log: [L, P].
         load: [L, E].
         num_gpus: G.
+        share: [L, P], the part of its expert's tokens that each slot takes; None: an even one.
 
     Returns:
         [L, G].
     """
     values = np.asarray(load, np.float64)
-    share = values / np.maximum(replica_counts(phy2log, values.shape[1]), 1)
-    of_slots = np.take_along_axis(share, phy2log, axis=1)
+    if share is None:
+        share = np.take_along_axis(1 / np.maximum(replica_counts(phy2log, values.shape[1]), 1), phy2log, axis=1)
+    of_slots = np.take_along_axis(values, phy2log, axis=1) * share
     return of_slots.reshape(len(phy2log), num_gpus, -1).sum(axis=2)
 
 
-def balancedness(phy2log: IntArray, load: LoadArray, num_gpus: int) -> FloatArray:
-    """Mean load of a GPU over that of the busiest one: [L], from 0 to 1; 1 for a layer without load."""
-    loads = gpu_loads(phy2log, load, num_gpus)
+def balancedness(
+    phy2log: IntArray, load: LoadArray, num_gpus: int, share: FloatArray | None = None
+) -> FloatArray:
+    """Mean load of a GPU over that of the busiest one: [L], from 0 to 1; 1 for a layer without load.
+
+    Args:
+        phy2log: [L, P].
+        load: [L, E].
+        num_gpus: G.
+        share: [L, P], the part of its expert's tokens that each slot takes; None: an even one.
+    """
+    loads = gpu_loads(phy2log, load, num_gpus, share)
     peak = loads.max(axis=1)
     return np.divide(loads.mean(axis=1), peak, out=np.ones_like(peak), where=peak > 0)
 

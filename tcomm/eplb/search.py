@@ -36,7 +36,7 @@ class Budget:
 
 
 def improved(
-    phy2log: IntArray, load: FloatArray, shape: Shape, budget: Budget | None = None, rounds: int = 100
+    phy2log: IntArray, load: FloatArray, shape: Shape, budget: Budget | None = None, rounds: int = 60
 ) -> IntArray:
     """The best map that the search meets on its way; experts stay on their nodes.
 
