@@ -1,7 +1,8 @@
 """Local search: from a map to a better one, by steps that relieve the busiest GPU of a layer.
 
 All layers take a step at once, each its best. A layer whose busiest GPU no swap can relieve takes a further
-replica of one of that GPU's experts instead of one of a cooler expert.
+replica of one of that GPU's experts instead of one of a cooler expert; if that does not help either, and moves
+are free, two of its slots change places with two of a cooler GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tcomm.eplb.layers import Layers, Step
 from tcomm.eplb.maps import holders, replica_counts
 from tcomm.eplb.replacements import best_replacement
 from tcomm.eplb.shapes import FloatArray, IntArray, Shape
-from tcomm.eplb.swaps import best_swap
+from tcomm.eplb.swaps import best_double_swap, best_swap
 
 __all__ = ["Budget", "improved"]
 
@@ -94,18 +95,34 @@ def _stepped(layers: Layers, shape: Shape, max_moves: int) -> Layers:
     """Those layers that have a step to take, after it; their loads are not brought up to date yet."""
     away = _away(layers, shape)
     swap = best_swap(layers, away, max_moves)
-    swaps = swap.gain > layers.peak * _PROGRESS
-    _swap(layers.phy2log, swap, swaps)
-    if swaps.all():
+    went = _worthwhile(swap, layers)
+    _swap(layers.phy2log, swap, went)
+    if went.all():
         return layers
-    stuck = layers.part(~swaps)
-    step = best_replacement(stuck, None if away is None else away[~swaps], max_moves)
-    replaces = step.gain > stuck.peak * _PROGRESS
-    _replace(stuck, step, replaces)
-    went = swaps.copy()
-    went[~swaps] = replaces
-    layers.phy2log[~swaps], layers.counts[~swaps] = stuck.phy2log, stuck.counts
+    rest = np.flatnonzero(~went)
+    stuck = layers.part(rest)
+    went[rest] = _harder_step(stuck, None if away is None else away[rest], max_moves)
+    layers.phy2log[rest], layers.counts[rest] = stuck.phy2log, stuck.counts
     return layers if went.all() else layers.part(went)
+
+
+def _harder_step(layers: Layers, away: npt.NDArray[np.bool_] | None, max_moves: int) -> npt.NDArray[np.bool_]:
+    """Whether each of some layers that no swap helps took a step of another kind."""
+    step = best_replacement(layers, away, max_moves)
+    went = _worthwhile(step, layers)
+    _replace(layers, step, went)
+    if layers.held is None and not went.all():
+        first, second = best_double_swap(layers, away)
+        both = _worthwhile(first, layers) & ~went
+        _swap(layers.phy2log, first, both)
+        _swap(layers.phy2log, second, both)
+        went |= both
+    return went
+
+
+def _worthwhile(step: Step, layers: Layers) -> npt.NDArray[np.bool_]:
+    mask: npt.NDArray[np.bool_] = step.gain > layers.peak * _PROGRESS
+    return mask
 
 
 def _away(layers: Layers, shape: Shape) -> npt.NDArray[np.bool_] | None:
