@@ -1,4 +1,4 @@
-"""The plan of `rebalance_experts` for all layers at once, equal to the plain one of `tcomm.eplb.reference`."""
+"""The plan of `rebalance_experts` for all layers at once, equal to that of `tcomm.eplb.reference`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from tcomm.eplb.packing import pack
 from tcomm.eplb.replicas import replicate
 from tcomm.eplb.shapes import FloatArray, IntArray, LoadArray, Shape, checked_load
 
-__all__ = ["balanced_maps", "balanced_slots"]
+__all__ = ["balanced_maps", "balanced_slots", "numbered_slots"]
 
 
 def _experts_by_node(load: FloatArray, shape: Shape) -> IntArray:
-    """[L, nodes, experts of a node]: groups in the order in which they were packed, experts rising in each."""
+    """[L, nodes, experts of a node]: groups in the order of packing, experts rising in each."""
     num_layers, size = len(load), shape.num_experts // shape.num_groups
     group_load = load.reshape(num_layers, shape.num_groups, size).sum(axis=2)
     node, position = pack(group_load, shape.num_nodes)
@@ -66,7 +66,21 @@ def balanced_maps(load: LoadArray, shape: Shape) -> tuple[IntArray, IntArray, In
     """
     weights = checked_load(load, np.float32).astype(np.float64)
     phy2log, numbers, logcnt = balanced_slots(weights, shape)
-    log2phy = np.full((*logcnt.shape, shape.num_replicas - shape.num_experts + 1), -1, np.int64)
-    layers = np.arange(len(phy2log))[:, None]
-    log2phy[layers, phy2log, numbers] = np.arange(shape.num_replicas)
-    return phy2log, log2phy, logcnt
+    return phy2log, numbered_slots(phy2log, numbers, shape), logcnt
+
+
+def numbered_slots(phy2log: IntArray, numbers: IntArray, shape: Shape) -> IntArray:
+    """The slots of each expert in the order of its replicas' numbers.
+
+    Args:
+        phy2log: [L, P].
+        numbers: [L, P], of each slot's replica among its expert's.
+        shape: the numbers.
+
+    Returns:
+        [L, E, P - E + 1] filled up with -1.
+    """
+    width = shape.num_replicas - shape.num_experts + 1
+    log2phy = np.full((len(phy2log), shape.num_experts, width), -1, np.int64)
+    log2phy[np.arange(len(phy2log))[:, None], phy2log, numbers] = np.arange(shape.num_replicas)
+    return log2phy

@@ -41,7 +41,8 @@ def balancedness_bound(load: LoadArray, shape: Shape) -> FloatArray:
         groups = values.reshape(len(values), shape.num_groups, -1).sum(axis=2)
         node = _busiest_node(groups, shape.num_nodes)
         peak = np.maximum(peak, node / (shape.num_gpus // shape.num_nodes))
-    return np.divide(mean, peak, out=np.ones_like(mean), where=peak > 0)
+    out: FloatArray = np.ones_like(mean)
+    return np.divide(mean, peak, out=out, where=peak > 0)
 
 
 def _heaviest_replica(load: FloatArray, shape: Shape) -> FloatArray:
@@ -76,7 +77,8 @@ def _busiest_node(groups: FloatArray, num_nodes: int) -> FloatArray:
 
 def _num_partitions(num_items: int, num_bins: int) -> int:
     size = num_items // num_bins
-    return math.factorial(num_items) // (math.factorial(size) ** num_bins * math.factorial(num_bins))
+    same: int = math.factorial(size) ** num_bins * math.factorial(num_bins)
+    return math.factorial(num_items) // same
 
 
 @functools.cache

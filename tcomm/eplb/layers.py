@@ -56,7 +56,7 @@ class Layers:
     @property
     def slots_per_gpu(self) -> int:
         """Slots of a GPU."""
-        return self.phy2log.shape[1] // self.gpu_load.shape[1]
+        return int(self.phy2log.shape[1] // self.gpu_load.shape[1])
 
     def per_slot(self, of_gpus: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """[..., G] as [..., P]: what is true of a slot's GPU."""
@@ -70,13 +70,15 @@ class Layers:
         """[A, P]: whether a slot's expert was not on its GPU at first."""
         assert self.held is not None
         gpus = self.per_slot(np.arange(self.gpu_load.shape[1]))
-        return ~self.held[np.arange(len(self.index))[:, None], gpus, self.phy2log]
+        there: npt.NDArray[np.bool_] = self.held[np.arange(len(self.index))[:, None], gpus, self.phy2log]
+        return ~there
 
     def missing(self, experts: IntArray) -> npt.NDArray[np.bool_]:
         """[A, S, P]: whether each slot's GPU was without each of the experts [A, S] at first."""
         assert self.held is not None
         there = self.held[np.arange(len(self.index))[:, None], :, experts]
-        return self.per_slot(~there)
+        missing: npt.NDArray[np.bool_] = self.per_slot(~there)
+        return missing
 
 
 @dataclasses.dataclass(frozen=True)

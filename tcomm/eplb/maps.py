@@ -10,7 +10,6 @@ __all__ = [
     "balancedness",
     "gpu_loads",
     "holders",
-    "idle_kept",
     "initial_map",
     "keeps_groups_on_nodes",
     "logical_maps",
@@ -84,9 +83,12 @@ def gpu_loads(
     """
     values = np.asarray(load, np.float64)
     if share is None:
-        share = np.take_along_axis(1 / np.maximum(replica_counts(phy2log, values.shape[1]), 1), phy2log, axis=1)
+        share = np.take_along_axis(
+            1 / np.maximum(replica_counts(phy2log, values.shape[1]), 1), phy2log, axis=1
+        )
     of_slots = np.take_along_axis(values, phy2log, axis=1) * share
-    return of_slots.reshape(len(phy2log), num_gpus, -1).sum(axis=2)
+    loads: FloatArray = of_slots.reshape(len(phy2log), num_gpus, -1).sum(axis=2)
+    return loads
 
 
 def balancedness(
@@ -102,10 +104,13 @@ def balancedness(
     """
     loads = gpu_loads(phy2log, load, num_gpus, share)
     peak = loads.max(axis=1)
-    return np.divide(loads.mean(axis=1), peak, out=np.ones_like(peak), where=peak > 0)
+    out: FloatArray = np.ones_like(peak)
+    return np.divide(loads.mean(axis=1), peak, out=out, where=peak > 0)
 
 
-def holders(phy2log: IntArray, num_experts: int, num_gpus: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+def holders(
+    phy2log: IntArray, num_experts: int, num_gpus: int
+) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
     """Whether each GPU has a replica of each expert: bool [L, G, E], of a map without -1."""
     num_layers, num_slots = phy2log.shape
     held = np.zeros((num_layers, num_gpus, num_experts), bool)
@@ -141,19 +146,12 @@ def preserved_slots(old: IntArray, new: IntArray, num_gpus: int) -> IntArray:
     source = np.full(after.shape, -1)
     for slot in range(size):
         same = (after == before[:, slot, None]) & ~used
-        found = rows[same.any(axis=1)]
-        entry = same[found].argmax(axis=1)
-        source[found, slot] = entry
-        used[found, entry] = True
+        kept = rows[same.any(axis=1)]
+        entry = same[kept].argmax(axis=1)
+        source[kept, slot] = entry
+        used[kept, entry] = True
     # As many entries are left as slots, and both are taken in order.
     source[source < 0] = np.nonzero(~used)[1]
     starts = np.arange(num_gpus) * size
-    return (source.reshape(-1, num_gpus, size) + starts[None, :, None]).reshape(new.shape)
-
-
-def idle_kept(load: LoadArray, phy2log: IntArray, old: IntArray | None, shape: Shape) -> IntArray:
-    """The map, with layers without load as they were: as in `old`, or in the initial map where it is None."""
-    idle = ~np.asarray(load).any(axis=1)
-    kept = phy2log.copy()
-    kept[idle] = initial_map(shape) if old is None else old[idle]
-    return kept
+    found: IntArray = (source.reshape(-1, num_gpus, size) + starts[None, :, None]).reshape(new.shape)
+    return found

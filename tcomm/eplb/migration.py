@@ -1,4 +1,4 @@
-"""From one map to the next: which slots are copied from where, as rounds. Data alone; nothing is sent here."""
+"""From one map to the next: which slots are copied from where, in rounds. Nothing is sent here."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def _make_free(
     end: tuple[str, int],
     pair: tuple[int, int],
 ) -> None:
-    """Exchange two colours along the path that begins at `end`, which lacks the second: it then lacks the first."""
+    """Exchange two colours along the path from `end`, which lacks the second: it then lacks the first."""
     path = []
     wanted, other = pair
     while wanted in at[end]:

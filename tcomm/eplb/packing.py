@@ -34,14 +34,16 @@ def pack(weights: FloatArray, num_bins: int) -> tuple[IntArray, IntArray]:
     row_starts = np.arange(num_rows) * num_bins
     chosen, positions = np.empty((2, num_items, num_rows), np.int64)
     # A step for each item, all rows in it: the few calls of a step are what this costs.
-    for weight, where, position in zip(falling, chosen, positions, strict=True):
+    for item in range(num_items):
+        where, position = chosen[item], positions[item]
         load.argmin(axis=1, out=where)
         where += row_starts
         flat_count.take(where, out=position, mode="clip")
         flat_count[where] = position + 1
-        weight += flat_load[where]
-        weight[position == capacity - 1] = np.inf
-        flat_load[where] = weight
+        heavier = flat_load[where]
+        heavier += falling[item]
+        heavier[position == capacity - 1] = np.inf
+        flat_load[where] = heavier
     bins_of, positions_of = np.empty((2, num_rows, num_items), np.int64)
     np.put_along_axis(bins_of, order, (chosen - row_starts).T, axis=1)
     np.put_along_axis(positions_of, order, positions.T, axis=1)

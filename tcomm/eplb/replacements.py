@@ -16,7 +16,7 @@ def peak_elsewhere(phy2log: IntArray, slot_peak: FloatArray) -> FloatArray:
     order = np.lexsort((slot_peak, phy2log), axis=-1)
     experts = np.take_along_axis(phy2log, order, axis=1)
     values = np.take_along_axis(slot_peak, order, axis=1)
-    # Of each expert the values rise: the last is the highest, and the one before it what the last itself sees.
+    # Of each expert the values rise: the last is the highest, and the one before it what the last sees.
     same = np.zeros(values.shape, bool)
     same[:, 1:] = experts[:, 1:] == experts[:, :-1]
     starts = np.flatnonzero(~same)

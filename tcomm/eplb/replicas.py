@@ -19,8 +19,8 @@ def replicate(weights: FloatArray, num_slots: int) -> tuple[IntArray, IntArray, 
         num_slots: replicas of a row, as many as experts or more.
 
     Returns:
-        Expert of each replica and its number among that expert's replicas, both [rows, num_slots]; and the
-        number of replicas of each expert, [rows, experts]. The first replicas come first, in the order of experts.
+        Expert of each replica and its number among that expert's replicas, both [rows, num_slots], the first
+        replicas first, in the order of experts; and replicas of each expert, [rows, experts].
     """
     num_rows, num_experts = weights.shape
     experts = np.empty((num_rows, num_slots), np.int64)

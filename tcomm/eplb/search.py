@@ -1,8 +1,8 @@
 """Local search: from a map to a better one, by steps that relieve the busiest GPU of a layer.
 
 All layers take a step at once, each its best. A layer whose busiest GPU no swap can relieve takes a further
-replica of one of that GPU's experts instead of one of a cooler expert; if that does not help either, and moves
-are free, two of its slots change places with two of a cooler GPU.
+replica of one of that GPU's experts instead of one of a cooler expert; if that does not help either, and
+moves are free, two of its slots change places with two of a cooler GPU.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from tcomm.eplb.swaps import best_double_swap, best_swap
 
 __all__ = ["Budget", "improved"]
 
-_EVEN_ENOUGH = 1e-4
-"""A busiest GPU this much above the mean is left alone."""
+_EVEN_ENOUGH = 2e-4
+"""A busiest GPU this much above what its node allows is left alone."""
 _PROGRESS = 1e-9
 """Of the peak: less is rounding."""
 
@@ -63,10 +63,10 @@ def improved(
         better = value < best_value[layers.index]
         best[layers.index[better]] = layers.phy2log[better]
         best_value[layers.index[better]] = value[better]
-        mean = layers.gpu_load.mean(axis=1)
-        # No way leads below the mean, and what has been spent stays spent.
-        hopeful = mean + layers.spent * prices < best_value[layers.index]
-        layers = layers.part(hopeful & (layers.peak > mean * (1 + _EVEN_ENOUGH)))
+        floor = layers.gpu_load.reshape(len(layers.index), shape.num_nodes, -1).mean(axis=2).max(axis=1)
+        # No way leads below the mean of the busiest node, and what has been spent stays spent.
+        hopeful = floor + layers.spent * prices < best_value[layers.index]
+        layers = layers.part(hopeful & (layers.peak > floor * (1 + _EVEN_ENOUGH)))
         if round_ == rounds or not len(layers.index):
             break
         layers = _stepped(layers, shape, max_moves)

@@ -43,7 +43,7 @@ class Shape:
                 raise ConfigError(f"{field.name}={value!r} is wrong; give an integer of 1 or more")
         if self.num_replicas < self.num_experts:
             raise ConfigError(
-                f"{self.num_replicas} replicas are fewer than {self.num_experts} experts; each expert needs one"
+                f"{self.num_replicas} replicas are fewer than {self.num_experts} experts; each needs one"
             )
         _divides("num_replicas", self.num_replicas, "num_gpus", self.num_gpus)
         if self.is_hierarchical:
@@ -102,13 +102,15 @@ def checked_load(load: LoadArray, dtype: type[np.floating[Any]]) -> npt.NDArray[
     if not fine.all():
         layer, expert = np.argwhere(~fine)[0].tolist()
         raise ConfigError(
-            f"the load of expert {expert} in layer {layer} is {given[layer, expert]}; give numbers of 0 or more "
-            f"that {np.dtype(dtype)} can hold"
+            f"the load of expert {expert} in layer {layer} is {given[layer, expert]}; give numbers of 0 or "
+            f"more that {np.dtype(dtype)} can hold"
         )
     return values
 
 
-def checked_map(name: str, given: LoadArray, num_layers: int, shape: Shape, *, whole: bool = True) -> IntArray:
+def checked_map(
+    name: str, given: LoadArray, num_layers: int, shape: Shape, *, whole: bool = True
+) -> IntArray:
     """A map from slots to experts, when it is one of that shape.
 
     Args:
@@ -128,7 +130,9 @@ def checked_map(name: str, given: LoadArray, num_layers: int, shape: Shape, *, w
     array = np.asarray(given)
     wanted = [num_layers, shape.num_replicas]
     if list(array.shape) != wanted or array.dtype.kind not in "iu":
-        raise ConfigError(f"{name} is {array.dtype} {list(array.shape)}; give integers {wanted}: [layers, slots]")
+        raise ConfigError(
+            f"{name} is {array.dtype} {list(array.shape)}; give integers {wanted}: [layers, slots]"
+        )
     lowest = 0 if whole else -1
     wrong = (array < lowest) | (array >= shape.num_experts)
     if wrong.any():
@@ -143,5 +147,7 @@ def checked_map(name: str, given: LoadArray, num_layers: int, shape: Shape, *, w
         np.put_along_axis(present, array, True, axis=1)
         if not present.all():
             layer, expert = np.argwhere(~present)[0].tolist()
-            raise ConfigError(f"{name} has no slot with expert {expert} in layer {layer}; give each one or more")
+            raise ConfigError(
+                f"{name} has no slot with expert {expert} in layer {layer}; give each one or more"
+            )
     return array

@@ -77,12 +77,17 @@ class _Vessels:
 
     def peak(self) -> FloatArray:
         """[L]: the load of the busiest GPU."""
-        return self._levels.max(axis=1, initial=0)
+        peak: FloatArray = self._levels.max(axis=1, initial=0)
+        return peak
 
     def pour(self, experts: IntArray) -> None:
         """Let one expert [L] of each layer choose anew."""
         rows = self._rows
-        usable, gpus, amount = self._usable[rows, experts], self._gpus[rows, experts], self._load[rows, experts]
+        usable, gpus, amount = (
+            self._usable[rows, experts],
+            self._gpus[rows, experts],
+            self._load[rows, experts],
+        )
         old = self._part[rows, experts] * amount[:, None]
         # Places that hold nothing all mean GPU 0, and add nothing to it.
         np.subtract.at(self._levels, (rows[:, None], gpus), old)

@@ -9,7 +9,7 @@ from tcomm.eplb.layers import Layers, Step, best_step
 
 __all__ = ["best_double_swap", "best_swap"]
 
-_PARTNERS = 4
+_PARTNERS = 2
 """GPUs with which pairs are exchanged, the least busy ones."""
 _MOST_SLOTS = 12
 """Of a GPU, the heaviest, of which pairs are made: 66 of them."""
@@ -45,7 +45,7 @@ def best_swap(layers: Layers, away: npt.NDArray[np.bool_] | None, max_moves: int
 
 
 def best_double_swap(layers: Layers, away: npt.NDArray[np.bool_] | None) -> tuple[Step, Step]:
-    """The best exchange of two slots of the busiest GPU for two of one of the least busy, where moves are free.
+    """The best exchange of two slots of the busiest GPU for two of a cool one, where moves are free.
 
     Args:
         layers: as they stand.
