@@ -41,8 +41,9 @@ def balancedness_bound(load: LoadArray, shape: Shape) -> FloatArray:
         groups = values.reshape(len(values), shape.num_groups, -1).sum(axis=2)
         node = _busiest_node(groups, shape.num_nodes)
         peak = np.maximum(peak, node / (shape.num_gpus // shape.num_nodes))
-    out: FloatArray = np.ones_like(mean)
-    return np.divide(mean, peak, out=out, where=peak > 0)
+    bound: FloatArray = np.ones_like(mean)
+    np.divide(mean, peak, out=bound, where=peak > 0)
+    return bound
 
 
 def _heaviest_replica(load: FloatArray, shape: Shape) -> FloatArray:

@@ -104,8 +104,9 @@ def balancedness(
     """
     loads = gpu_loads(phy2log, load, num_gpus, share)
     peak = loads.max(axis=1)
-    out: FloatArray = np.ones_like(peak)
-    return np.divide(loads.mean(axis=1), peak, out=out, where=peak > 0)
+    even: FloatArray = np.ones_like(peak)
+    np.divide(loads.mean(axis=1), peak, out=even, where=peak > 0)
+    return even
 
 
 def holders(
