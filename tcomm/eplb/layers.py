@@ -43,15 +43,32 @@ class Layers:
         values = (getattr(self, field.name) for field in dataclasses.fields(self))
         return Layers(*(None if value is None else value[which] for value in values))  # type: ignore[arg-type]
 
-    def measure(self) -> None:
-        """Bring loads, peaks and moves up to date after a step."""
-        rows = np.arange(len(self.index))
+    def weigh(self) -> None:
+        """Bring the loads of slots and GPUs up to date after numbers of replicas have changed."""
         self.slot_load = np.take_along_axis(self.load / self.counts, self.phy2log, axis=1)
         self.gpu_load = self.slot_load.reshape(*self.gpu_load.shape, -1).sum(axis=2)
+
+    def look(self) -> None:
+        """Bring the busiest GPU and moves up to date after a step."""
         self.hottest = self.gpu_load.argmax(axis=1)
-        self.peak = self.gpu_load[rows, self.hottest]
+        self.peak = self.gpu_load[np.arange(len(self.index)), self.hottest]
         if self.held is not None:
             self.spent = self.moved().sum(axis=1)
+
+    def swap(self, row: IntArray, one: IntArray, other: IntArray) -> None:
+        """Exchange what slots hold, in some rows; of a row each GPU may be part of one swap.
+
+        Args:
+            row: [N], rows of the layers.
+            one: [N], slots.
+            other: [N], slots to exchange them with.
+        """
+        size = self.slots_per_gpu
+        for values in (self.phy2log, self.slot_load):
+            values[row, one], values[row, other] = values[row, other], values[row, one]
+        more = self.slot_load[row, one] - self.slot_load[row, other]
+        self.gpu_load[row, one // size] += more
+        self.gpu_load[row, other // size] -= more
 
     @property
     def slots_per_gpu(self) -> int:

@@ -34,7 +34,7 @@ def best_replacement(layers: Layers, away: npt.NDArray[np.bool_] | None, max_mov
 
     Args:
         layers: as they stand.
-        away: [A, P], slots that may not be touched; None: all may.
+        away: [A, G], GPUs that may not be touched; None: all may.
         max_moves: moves of a layer.
     """
     hot_slots = layers.hot_slots()
@@ -48,9 +48,9 @@ def best_replacement(layers: Layers, away: npt.NDArray[np.bool_] | None, max_mov
     burden = layers.slot_load / np.maximum(counts_of_slots - 1, 1)
     elsewhere = peak_elsewhere(layers.phy2log, slot_peak) + burden
     elsewhere[counts_of_slots == 1] = np.inf
-    elsewhere[layers.per_slot(np.arange(layers.gpu_load.shape[1])) == layers.hottest[:, None]] = np.inf
-    if away is not None:
-        elsewhere[away] = np.inf
+    barred = np.zeros(layers.gpu_load.shape, bool) if away is None else away.copy()
+    barred[np.arange(len(barred)), layers.hottest] = True
+    elsewhere[layers.per_slot(barred)] = np.inf
     peaks = thinner[:, :, None] + (slot_peak - layers.slot_load)[:, None, :]
     np.maximum(peaks, (layers.peak[:, None] - hot_load + thinner)[:, :, None], out=peaks)
     np.maximum(peaks, elsewhere[:, None, :], out=peaks)
