@@ -14,7 +14,7 @@ __all__ = ["balanced_maps", "balanced_slots", "numbered_slots"]
 def _experts_by_node(load: FloatArray, shape: Shape) -> IntArray:
     """[L, nodes, experts of a node]: groups in the order of packing, experts rising in each."""
     num_layers, size = len(load), shape.num_experts // shape.num_groups
-    group_load = load.reshape(num_layers, shape.num_groups, size).sum(axis=2)
+    group_load = shape.by_group(load).sum(axis=2)
     node, position = pack(group_load, shape.num_nodes)
     place = node * (shape.num_groups // shape.num_nodes) + position
     groups = np.empty((num_layers, shape.num_groups), np.int64)
@@ -35,7 +35,7 @@ def balanced_slots(load: FloatArray, shape: Shape) -> tuple[IntArray, IntArray, 
     """
     shape = shape.planned()
     num_layers, num_nodes = len(load), shape.num_nodes
-    experts = _experts_by_node(load, shape).reshape(num_layers * num_nodes, -1)
+    experts = _experts_by_node(load, shape).reshape(num_layers * num_nodes, shape.num_experts // num_nodes)
     layers = np.repeat(np.arange(num_layers), num_nodes)[:, None]
     weights = load[layers, experts]
     local, numbers, counts = replicate(weights, shape.num_replicas // num_nodes)

@@ -38,7 +38,7 @@ def balancedness_bound(load: LoadArray, shape: Shape) -> FloatArray:
     mean = values.sum(axis=1) / shape.num_gpus
     peak = np.maximum(mean, _heaviest_replica(values, shape))
     if shape.num_nodes > 1:
-        groups = values.reshape(len(values), shape.num_groups, -1).sum(axis=2)
+        groups = shape.by_group(values).sum(axis=2)
         node = _busiest_node(groups, shape.num_nodes)
         peak = np.maximum(peak, node / (shape.num_gpus // shape.num_nodes))
     bound: FloatArray = np.ones_like(mean)
@@ -48,12 +48,13 @@ def balancedness_bound(load: LoadArray, shape: Shape) -> FloatArray:
 
 def _heaviest_replica(load: FloatArray, shape: Shape) -> FloatArray:
     if shape.num_nodes == 1:
-        groups, redundant = load, shape.num_replicas - shape.num_experts
+        groups, redundant = load[:, None], shape.num_replicas - shape.num_experts
     else:
-        groups = load.reshape(len(load) * shape.num_groups, -1)
+        groups = shape.by_group(load)
         redundant = (shape.num_replicas - shape.num_experts) // shape.num_nodes
-    _, _, counts = replicate(groups, groups.shape[1] + redundant)
-    heaviest: FloatArray = (groups / counts).max(axis=1).reshape(len(load), -1).max(axis=1)
+    rows = groups.reshape(len(load) * groups.shape[1], groups.shape[2])
+    _, _, counts = replicate(rows, groups.shape[2] + redundant)
+    heaviest: FloatArray = (groups / counts.reshape(groups.shape)).max(axis=(1, 2))
     return heaviest
 
 

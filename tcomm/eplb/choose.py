@@ -66,7 +66,7 @@ def step_seconds(
     part = gpu_loads(phy2log, values, shape.num_gpus) / total[:, None]
     experts = part.max(axis=1) * costs.tokens * costs.top_k * costs.seconds_per_token
     nodes = shape.num_nodes if shape.num_gpus % shape.num_nodes == 0 else 1
-    of_nodes = part.reshape(len(part), nodes, -1).sum(axis=2)
+    of_nodes = part.reshape(len(part), nodes, shape.num_gpus // nodes).sum(axis=2)
     choices = costs.top_k
     if grouped and costs.groups_per_token is not None:
         choices = min(choices, costs.groups_per_token)

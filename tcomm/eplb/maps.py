@@ -87,7 +87,7 @@ def gpu_loads(
             1 / np.maximum(replica_counts(phy2log, values.shape[1]), 1), phy2log, axis=1
         )
     of_slots = np.take_along_axis(values, phy2log, axis=1) * share
-    loads: FloatArray = of_slots.reshape(len(phy2log), num_gpus, -1).sum(axis=2)
+    loads: FloatArray = of_slots.reshape(len(phy2log), num_gpus, phy2log.shape[1] // num_gpus).sum(axis=2)
     return loads
 
 

@@ -58,6 +58,8 @@ def improved(
     max_moves = phy2log.shape[1] if budget is None else budget.max_moves
     price = np.zeros(len(phy2log)) if budget is None else budget.price
     best, best_value = phy2log.copy(), np.full(len(phy2log), np.inf)
+    if not len(phy2log):
+        return best
     layers.weigh()
     paired = 0
     while budget is None and paired < _PAIRED_ROUNDS and swap_in_pairs(layers, shape.num_nodes):

@@ -60,6 +60,10 @@ class Shape:
         """Slots of one rank."""
         return self.num_replicas // self.num_gpus
 
+    def by_group(self, of_experts: LoadArray) -> LoadArray:
+        """[L, E] as [L, groups, experts of a group]."""
+        return of_experts.reshape(len(of_experts), self.num_groups, self.num_experts // self.num_groups)
+
     def planned(self) -> Shape:
         """The shape that is planned for: one group on one node when groups cannot be kept on nodes."""
         if self.is_hierarchical:

@@ -41,7 +41,7 @@ def swap_in_pairs(layers: Layers, num_nodes: int) -> bool:
     shifted = slot_load[rows, hot] - wanted[:, :, None]
     miss = shifted[:, :, :, None] - slot_load[rows, cool][:, :, None, :]
     np.abs(miss, out=miss)
-    miss = miss.reshape(*hot.shape, -1)
+    miss = miss.reshape(*hot.shape, size * size)
     best = miss.argmin(axis=2)
     least = np.take_along_axis(miss, best[:, :, None], axis=2)[:, :, 0]
     row, pair = np.nonzero(least < wanted * (1 - _PROGRESS))
