@@ -18,6 +18,8 @@ from tcomm.errors import ConfigError
 
 __all__ = ["Plan", "make_plan", "plan_of", "replan", "where_experts_go"]
 
+_ACROSS = "the map has groups on several nodes, so any expert may be on any GPU"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
@@ -92,7 +94,8 @@ def make_plan(
 ) -> Plan:
     """Plan for a load, with no regard to how much has to be copied.
 
-    A layer without load stays as it is in `current`; without that it gets the initial map.
+    A layer without load stays as it is in `current`; without that it gets the initial map. Where that map or
+    the policy puts a group on several nodes, the plan counts as global.
 
     Args:
         load: [L, E], tokens that chose each expert.
@@ -115,7 +118,10 @@ def make_plan(
     idle = ~values.any(axis=1)
     slots[idle] = initial_map(shape) if old is None else old[idle]
     seconds = time.perf_counter() - start
-    return plan_of(slots, values, shape, seconds=seconds, policy=policy, reason=where_experts_go(shape))
+    reason = where_experts_go(shape)
+    if not keeps_groups_on_nodes(slots, shape.planned()):
+        shape, reason = shape.everywhere(), f"global: {_ACROSS}"
+    return plan_of(slots, values, shape, seconds=seconds, policy=policy, reason=reason)
 
 
 def where_experts_go(shape: Shape) -> str:
@@ -158,7 +164,7 @@ def replan(
     held = shape.planned()
     told = ""
     if not keeps_groups_on_nodes(old, held):
-        held, told = shape.everywhere(), "; the current map has groups on several nodes, and so may the plan"
+        held, told = shape.everywhere(), f"; {_ACROSS}"
     slots = nearby_map(values, old, held, max_moves, costs)
     seconds = time.perf_counter() - start
     limits = "no limit" if max_moves is None else f"at most {max_moves} copies a layer"

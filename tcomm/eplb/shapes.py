@@ -16,6 +16,9 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 LoadArray = npt.NDArray[Any]
 
+_LARGEST = float(np.finfo(np.float32).max)
+"""Of a load: sums of any number of them are finite."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -92,7 +95,7 @@ def checked_load(load: LoadArray, dtype: type[np.floating[Any]]) -> npt.NDArray[
 
     Raises:
         ConfigError: when it has another number of axes, no expert, or a value that is negative, not a
-            number, or too large for `dtype`; names the first.
+            number, or too large for float32; names the first.
     """
     given = np.asarray(load)
     if given.ndim != 2 or not given.shape[1]:
@@ -101,13 +104,13 @@ def checked_load(load: LoadArray, dtype: type[np.floating[Any]]) -> npt.NDArray[
         raise ConfigError(f"a load of dtype {given.dtype} is wrong; give real numbers")
     with np.errstate(over="ignore", invalid="ignore"):
         values = given.astype(dtype)
-        # Twice a value is below infinity for all that are finite, and false for what is no number.
-        fine = (values >= 0) & (values < np.inf)
+        # Also false for what is no number.
+        fine = (values >= 0) & (values <= _LARGEST)
     if not fine.all():
         layer, expert = np.argwhere(~fine)[0].tolist()
         raise ConfigError(
-            f"the load of expert {expert} in layer {layer} is {given[layer, expert]}; give numbers of 0 or "
-            f"more that {np.dtype(dtype)} can hold"
+            f"the load of expert {expert} in layer {layer} is {given[layer, expert]}; "
+            f"give numbers from 0 to {_LARGEST:.3g}"
         )
     return values
 

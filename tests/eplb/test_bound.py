@@ -60,5 +60,5 @@ def test_many_groups_have_a_limit_too(monkeypatch):
 
 
 def test_a_load_that_is_none_is_refused():
-    with pytest.raises(ConfigError, match="give numbers of 0 or more"):
+    with pytest.raises(ConfigError, match="give numbers from 0 to"):
         bound.balancedness_bound(np.array([[-1.0, 1]]), Shape(2, 2))

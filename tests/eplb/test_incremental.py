@@ -56,7 +56,7 @@ def test_a_layer_without_load_stays():
     [
         ({"current": CURRENT[:, :-1]}, r"the current map is int64 \[6, 79\]; give integers \[6, 80\]"),
         ({"current": np.zeros_like(CURRENT)}, "no slot with expert 1 in layer 0"),
-        ({"load": -LOAD}, "give numbers of 0 or more"),
+        ({"load": -LOAD}, "give numbers from 0 to"),
         ({"max_moves": -1}, "max_moves=-1 is wrong"),
         ({"max_moves": 2.5}, "max_moves=2.5 is wrong"),
         ({"max_moves": True}, "max_moves=True is wrong"),

@@ -78,7 +78,11 @@ def test_a_current_map_across_nodes_is_planned_for_globally():
     across = make_plan(LOAD, SHAPE.everywhere()).phy2log
     plan = replan(LATER, SHAPE, current=across, max_moves=8)
     assert plan.shape == SHAPE.everywhere()
-    assert "groups on several nodes" in plan.reason
+    assert plan.reason.endswith("; the map has groups on several nodes, so any expert may be on any GPU")
+    named = make_plan(LATER, SHAPE, policy="incremental", current=across)
+    assert named.shape == SHAPE.everywhere()
+    assert named.reason.startswith("global: the map has groups on several nodes")
+    assert (named.balancedness <= named.bound + 1e-12).all()
 
 
 def test_the_difference_is_what_has_to_be_copied():
@@ -92,7 +96,7 @@ def test_the_difference_is_what_has_to_be_copied():
     ("change", "rule"),
     [
         ({"load": LOAD[:, :-1]}, "the load is of 63 experts; the shape has 64"),
-        ({"load": -LOAD}, "give numbers of 0 or more"),
+        ({"load": -LOAD}, "give numbers from 0 to"),
         ({"current": np.zeros((5, 79), int)}, r"the current map is int64 \[5, 79\]"),
         ({"policy": "best"}, "policy 'best' is unknown; there are default, search, incremental"),
     ],

@@ -32,6 +32,8 @@ def test_nodes_that_do_not_divide_groups_mean_one_node():
     assert kept.planned() is kept
     assert kept.everywhere() == shape.everywhere()
     assert kept.slots_per_gpu == 3
+    assert kept.by_group(np.arange(16).reshape(2, 8))[1].tolist() == [[8, 9], [10, 11], [12, 13], [14, 15]]
+    assert kept.by_group(np.zeros((0, 8))).shape == (0, 4, 2)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,7 @@ def test_nodes_that_do_not_divide_groups_mean_one_node():
         (np.array([[1.0, np.nan]]), "expert 1 in layer 0 is nan"),
         (np.array([[1.0, np.inf]]), "expert 1 in layer 0 is inf"),
         (np.array([[1], [-2]]), "expert 0 in layer 1 is -2"),
+        (np.array([[1e39]]), r"is 1e\+39; give numbers from 0 to 3.4e\+38"),
     ],
 )
 def test_a_load_that_makes_no_sense_is_refused(load, rule):
