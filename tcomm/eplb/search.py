@@ -1,13 +1,14 @@
 """Local search: from a map to a better one, by steps that relieve the busiest GPU of a layer.
 
-All layers take a step at once, each its best. A layer whose busiest GPU no swap can relieve takes a further
-replica of one of that GPU's experts instead of one of a cooler expert; if that does not help either, and
-moves are free, two of its slots change places with two of a cooler GPU.
+All layers take a step at once, each its best. Where no swap can relieve a layer's busiest GPU, and moves are
+free, two of its slots change places with two of a cooler GPU; where that does not help either, one of its
+experts gets a further replica instead of one of a cooler expert.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from tcomm.eplb.swaps import best_double_swap, best_swap, swap_in_pairs
 
 __all__ = ["Budget", "improved"]
 
+_Mask = npt.NDArray[np.bool_]
 _EVEN_ENOUGH = 2e-4
 """A busiest GPU this much above what its node allows is left alone."""
 _PAIRED_ROUNDS = 4
@@ -102,63 +104,70 @@ def _started(phy2log: IntArray, load: FloatArray, shape: Shape, budget: Budget |
 def _stepped(layers: Layers, shape: Shape, max_moves: int) -> Layers:
     """Those layers that have a step to take, after it; their busiest GPU is not looked for yet."""
     away = _away(layers, shape)
-    swap = best_swap(layers, away, max_moves)
-    went = _worthwhile(swap, layers)
-    _swap(layers, swap, went)
-    if went.all():
-        return layers
-    rest = np.flatnonzero(~went)
-    stuck = layers.part(rest)
-    went[rest] = _harder_step(stuck, None if away is None else away[rest], max_moves)
-    for name in ("phy2log", "counts", "slot_load", "gpu_load"):
-        getattr(layers, name)[rest] = getattr(stuck, name)
+    went = _swapped(layers, (best_swap(layers, away, max_moves),))
+    if not went.all() and layers.held is None:
+        went = _for_the_rest(
+            layers, away, went, lambda part, away: _swapped(part, best_double_swap(part, away))
+        )
+    if not went.all():
+        went = _for_the_rest(layers, away, went, lambda part, away: _replaced(part, away, max_moves))
     return _only(layers, went)
 
 
-def _only(layers: Layers, which: npt.NDArray[np.bool_]) -> Layers:
-    return layers if which.all() else layers.part(which)
+def _for_the_rest(
+    layers: Layers, away: _Mask | None, went: _Mask, step: Callable[[Layers, _Mask | None], _Mask]
+) -> _Mask:
+    """Whether layers have taken a step, after those that had not have tried this one."""
+    if not went.any():
+        return step(layers, away)
+    rest = np.flatnonzero(~went)
+    part = layers.part(rest)
+    done = went.copy()
+    done[rest] = step(part, None if away is None else away[rest])
+    if done[rest].any():
+        for name in ("phy2log", "counts", "slot_load", "gpu_load"):
+            getattr(layers, name)[rest] = getattr(part, name)
+    return done
 
 
-def _harder_step(layers: Layers, away: npt.NDArray[np.bool_] | None, max_moves: int) -> npt.NDArray[np.bool_]:
-    """Whether each of some layers that no swap helps took a step of another kind."""
-    step = best_replacement(layers, away, max_moves)
-    went = _worthwhile(step, layers)
-    if went.any():
-        _replace(layers, step, went)
-        layers.weigh()
-    if layers.held is None and not went.all():
-        first, second = best_double_swap(layers, away)
-        both = _worthwhile(first, layers) & ~went
-        _swap(layers, first, both)
-        _swap(layers, second, both)
-        went |= both
+def _swapped(layers: Layers, swaps: tuple[Step, ...]) -> _Mask:
+    """Whether each layer took the step of all these swaps."""
+    went = _worthwhile(swaps[0], layers)
+    rows = np.flatnonzero(went)
+    for swap in swaps:
+        layers.swap(rows, swap.hot_slot[rows], swap.other_slot[rows])
     return went
 
 
-def _worthwhile(step: Step, layers: Layers) -> npt.NDArray[np.bool_]:
-    mask: npt.NDArray[np.bool_] = step.gain > layers.peak * _PROGRESS
+def _replaced(layers: Layers, away: _Mask | None, max_moves: int) -> _Mask:
+    """Whether each layer took the step of a replica more."""
+    step = best_replacement(layers, away, max_moves)
+    went = _worthwhile(step, layers)
+    rows = np.flatnonzero(went)
+    if len(rows):
+        hot, other = step.hot_slot[rows], step.other_slot[rows]
+        more, fewer = layers.phy2log[rows, hot], layers.phy2log[rows, other]
+        layers.phy2log[rows, other] = more
+        layers.counts[rows, more] += 1
+        layers.counts[rows, fewer] -= 1
+        layers.weigh()
+    return went
+
+
+def _only(layers: Layers, which: _Mask) -> Layers:
+    return layers if which.all() else layers.part(which)
+
+
+def _worthwhile(step: Step, layers: Layers) -> _Mask:
+    mask: _Mask = step.gain > layers.peak * _PROGRESS
     return mask
 
 
-def _away(layers: Layers, shape: Shape) -> npt.NDArray[np.bool_] | None:
+def _away(layers: Layers, shape: Shape) -> _Mask | None:
     """[A, G]: GPUs on other nodes than the busiest one."""
     if shape.num_nodes == 1:
         return None
     gpus_of_node = shape.num_gpus // shape.num_nodes
     node = np.arange(shape.num_gpus) // gpus_of_node
-    mask: npt.NDArray[np.bool_] = node != (layers.hottest // gpus_of_node)[:, None]
+    mask: _Mask = node != (layers.hottest // gpus_of_node)[:, None]
     return mask
-
-
-def _swap(layers: Layers, step: Step, which: npt.NDArray[np.bool_]) -> None:
-    rows = np.flatnonzero(which)
-    layers.swap(rows, step.hot_slot[rows], step.other_slot[rows])
-
-
-def _replace(layers: Layers, step: Step, which: npt.NDArray[np.bool_]) -> None:
-    rows = np.flatnonzero(which)
-    hot, other = step.hot_slot[rows], step.other_slot[rows]
-    more, fewer = layers.phy2log[rows, hot], layers.phy2log[rows, other]
-    layers.phy2log[rows, other] = more
-    layers.counts[rows, more] += 1
-    layers.counts[rows, fewer] -= 1
