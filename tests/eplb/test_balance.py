@@ -62,6 +62,11 @@ def test_every_plan_is_valid_and_as_promised(world):
         assert all(sorted(slots) == list(range(shape.num_experts)) for slots in phy2log)
 
 
+def test_loads_that_are_equal_as_float32_are_equal():
+    load, shape = np.array([[1, 1 + 1e-12]]), Shape(2, 3, 1, 1, 3)
+    assert balanced_maps(load, shape)[2].tolist() == reference_maps(load, shape)[2].tolist() == [[2, 1]]
+
+
 def test_no_layers_are_no_trouble():
     phy2log, log2phy, logcnt = balanced_maps(np.zeros((0, 12)), GOLDEN_SHAPE)
     assert (phy2log.shape, log2phy.shape, logcnt.shape) == ((0, 16), (0, 12, 5), (0, 12))

@@ -76,6 +76,10 @@ def test_senders_serve_receivers_in_order_and_share_what_is_left():
     (layer,) = migration(old, new, 7).layers
     pairs = sorted((copy.target, copy.source) for round_ in layer.rounds for copy in round_)
     assert pairs == [(0, 1), (2, 1), (4, 3), (5, 3), (6, 1)]
+    # Three ranks have it and five need it: the two that are left go to the first two.
+    (layer,) = migration(np.array([[0, 0, 0, 1, 1, 1, 1, 1]]), np.zeros((1, 8), int), 8).layers
+    pairs = sorted((copy.target, copy.source) for round_ in layer.rounds for copy in round_)
+    assert pairs == [(3, 0), (4, 1), (5, 2), (6, 0), (7, 1)]
     few = migration(np.array([[0, 0, 0, 1]]), np.array([[0, 0, 0, 0]]), 4).layers[0]
     assert few.rounds == ((Copy(0, 0, 3),),)
 
