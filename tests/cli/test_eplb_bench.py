@@ -63,7 +63,7 @@ def test_a_plan_that_is_not_the_reference_s_is_seen(monkeypatch):
     assert eplb_bench_columns([row])[0][-3:] == ["yes", "NO", "NO"]
 
 
-@pytest.mark.parametrize("case", [DRIFT_CASES[0], DRIFT_CASES[4]], ids=lambda case: case.load)
+@pytest.mark.parametrize("case", DRIFT_CASES, ids=lambda case: f"{case.load} {case.drift}")
 def test_a_near_plan_is_almost_as_even_as_a_full_one_and_moves_a_quarter(case):
     row = measure_drift(case)
     assert row["near"] >= row["full"] - 0.005
