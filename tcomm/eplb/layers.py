@@ -35,6 +35,8 @@ class Layers:
     """[A]: its load."""
     spent: IntArray
     """[A]: moves so far."""
+    past_pairs: npt.NDArray[np.bool_]
+    """[A]: whether an exchange of two slots for two has been tried in vain."""
     held: npt.NDArray[np.bool_] | None
     """[A, G, E]: whether a GPU had an expert at first; None: moves are free."""
 

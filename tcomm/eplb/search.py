@@ -97,6 +97,7 @@ def _started(phy2log: IntArray, load: FloatArray, shape: Shape, budget: Budget |
         hottest=np.zeros(num_layers, np.int64),
         peak=np.empty(num_layers),
         spent=np.zeros(num_layers, np.int64),
+        past_pairs=np.zeros(num_layers, bool),
         held=None if budget is None else holders(phy2log, shape.num_experts, shape.num_gpus),
     )
 
@@ -105,10 +106,14 @@ def _stepped(layers: Layers, shape: Shape, max_moves: int) -> Layers:
     """Those layers that have a step to take, after it; their busiest GPU is not looked for yet."""
     away = _away(layers, shape)
     went = _swapped(layers, (best_swap(layers, away, max_moves),))
-    if not went.all() and layers.held is None:
-        went = _for_the_rest(
-            layers, away, went, lambda part, away: _swapped(part, best_double_swap(part, away))
+    passed = went | layers.past_pairs
+    if layers.held is None and not passed.all():
+        done = _for_the_rest(
+            layers, away, passed, lambda part, away: _swapped(part, best_double_swap(part, away))
         )
+        # Pairs that do not help once hardly ever do later.
+        layers.past_pairs |= ~done
+        went |= done & ~passed
     if not went.all():
         went = _for_the_rest(layers, away, went, lambda part, away: _replaced(part, away, max_moves))
     return _only(layers, went)
@@ -117,7 +122,7 @@ def _stepped(layers: Layers, shape: Shape, max_moves: int) -> Layers:
 def _for_the_rest(
     layers: Layers, away: _Mask | None, went: _Mask, step: Callable[[Layers, _Mask | None], _Mask]
 ) -> _Mask:
-    """Whether layers have taken a step, after those that had not have tried this one."""
+    """`went`, and which of the other layers took this step, which they try here."""
     if not went.any():
         return step(layers, away)
     rest = np.flatnonzero(~went)

@@ -14,6 +14,7 @@ def layers_of(phy2log, load, num_gpus, held_by=None):
         index=np.arange(rows), phy2log=phy2log, counts=replica_counts(phy2log, experts), load=load,
         slot_load=np.empty(phy2log.shape), gpu_load=np.empty((rows, num_gpus)), hottest=np.zeros(rows, int),
         peak=np.empty(rows), spent=np.zeros(rows, int),
+        past_pairs=np.zeros(rows, bool),
         held=None if held_by is None else holders(np.array(held_by), experts, num_gpus),
     )  # fmt: skip
     layers.weigh()
