@@ -33,8 +33,14 @@ def pack(weights: FloatArray, num_bins: int) -> tuple[IntArray, IntArray]:
     flat_load, flat_count = load.reshape(-1), np.zeros(num_rows * num_bins, np.int64)
     row_starts = np.arange(num_rows) * num_bins
     chosen, positions = np.empty((2, num_items, num_rows), np.int64)
+    first = 0
+    if (falling[num_bins - 1] > 0).all():
+        # While there is an empty bin it is the lightest.
+        chosen[:num_bins], positions[:num_bins] = np.arange(num_bins)[:, None] + row_starts, 0
+        load[:], flat_count[:] = falling[:num_bins].T, 1
+        first = num_bins
     # A step for each item, all rows in it: the few calls of a step are what this costs.
-    for item in range(num_items):
+    for item in range(first, num_items):
         where, position = chosen[item], positions[item]
         load.argmin(axis=1, out=where)
         where += row_starts

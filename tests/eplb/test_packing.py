@@ -27,3 +27,9 @@ def test_weights_are_left_as_they_are():
     weights = np.array([[1.0, 2, 3, 4]])
     pack(weights, 2)
     assert weights.tolist() == [[1, 2, 3, 4]]
+
+
+def test_items_without_weight_all_go_to_the_lowest_bin_that_is_not_full():
+    # Bins 1 and 2 stay empty, and so are as light as bin 0 only until it has something.
+    bins, _ = pack(np.array([[5.0, 0, 0, 0, 0, 0], [5, 4, 3, 2, 1, 0]]), 3)
+    assert bins.tolist() == [[0, 1, 1, 2, 2, 0], [0, 1, 2, 2, 1, 0]]
