@@ -31,6 +31,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYER = (
     "tcomm/functional.py",
     "tcomm/objects",
+    "tcomm/eplb",
     *(
         f"tcomm/groups/{room}"
         for room in ("helpers", "stateless", "queue", "moe", "all2all", "device", "compiled", "parallel")

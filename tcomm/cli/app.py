@@ -17,6 +17,14 @@ from tcomm.algorithms import reduce_op_name
 from tcomm.cli.bench import HEADER, BenchRequest, columns, parse_sizes, run_bench
 from tcomm.cli.cases import VERBS
 from tcomm.cli.demo import run_demo
+from tcomm.cli.eplb import EPLB_HEADER, EplbRequest, eplb_columns, run_eplb
+from tcomm.cli.eplb_bench import (
+    DRIFT_HEADER,
+    EPLB_BENCH_HEADER,
+    drift_columns,
+    eplb_bench_columns,
+    run_eplb_bench,
+)
 from tcomm.cli.explain import EXPLAIN_HEADER, Question, answers, explain_columns, title_of
 from tcomm.cli.inspection import inspect_process
 from tcomm.cli.moe_bench import MOE_HEADER, MoeRequest, moe_columns, run_moe_bench
@@ -56,7 +64,9 @@ def _table(title: str, header: tuple[str, ...], rows: list[list[str]]) -> None:
 def bench(
     op: Annotated[
         str,
-        typer.Argument(help=f"collective: {', '.join(VERBS)}; or object_broadcast, call_overhead or moe"),
+        typer.Argument(
+            help=f"collective: {', '.join(VERBS)}; or object_broadcast, call_overhead, moe or eplb"
+        ),
     ],
     ranks: Annotated[int, typer.Option(help="processes on this machine")] = 2,
     sizes: Annotated[
@@ -86,11 +96,15 @@ def bench(
     `call_overhead`: what the group layer adds to a call of the communicator, whose transport does nothing.
     `moe`: tokens to their experts and back, by every backend, against gloo with a row for each (token,
     expert), and with one for each (token, rank).
+    `eplb`: where experts go, against the plain reference of the same run.
     """
     if json_file is not None and not json_file.parent.is_dir():
         raise ConfigError(f"--json {json_file}: {json_file.parent} is no folder")
     if op == "call_overhead":
         _bench_call_overhead(Schedule(blocks, calls), json_file)
+        return
+    if op == "eplb":
+        _bench_eplb(json_file)
         return
     if op == "object_broadcast":
         objects = ObjectRequest(
@@ -129,6 +143,16 @@ def _bench_call_overhead(schedule: Schedule, json_file: pathlib.Path | None) -> 
     if json_file is not None:
         json_file.write_text(json.dumps(overhead_rows(found), indent=1) + "\n")
     _table(f"a call in one process, torch {torch.__version__}", OVERHEAD_HEADER, overhead_columns(found))
+
+
+def _bench_eplb(json_file: pathlib.Path | None) -> None:
+    rows = run_eplb_bench()
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+    _table("plans from nothing, one thread", EPLB_BENCH_HEADER, eplb_bench_columns(rows))
+    _table("plans from a map in force", DRIFT_HEADER, drift_columns(rows))
+    if not all(row["checked"] for row in rows):
+        raise TcommError("some plans differ from the reference's, or are not near enough to the full plan")
 
 
 def _bench_moe(request: MoeRequest, against: str, timeout: float, json_file: pathlib.Path | None) -> None:
@@ -193,6 +217,29 @@ def demo(
     if not result["ok"]:
         raise TcommError("some algorithm gave other bits than the reference")
     typer.echo("ok")
+
+
+@app.command()
+def eplb(
+    loads: Annotated[
+        pathlib.Path, typer.Argument(help="tokens that chose each expert: .npy, layers x experts")
+    ],
+    replicas: Annotated[int, typer.Option(help="slots for experts, over all GPUs")],
+    gpus: Annotated[int, typer.Option(help="expert-parallel ranks")],
+    nodes: Annotated[int, typer.Option(help="nodes that the GPUs are on")] = 1,
+    groups: Annotated[int, typer.Option(help="groups of experts, each kept on one node")] = 1,
+    current: Annotated[pathlib.Path | None, typer.Option(help="map in force: .npy, layers x slots")] = None,
+    max_moves: Annotated[int | None, typer.Option(help="copies of a layer, at most; needs --current")] = None,
+    policy: Annotated[str, typer.Option(help="what plans when copies do not matter")] = "search",
+    plot: Annotated[pathlib.Path | None, typer.Option(help="draw GPU loads before and after")] = None,
+    out: Annotated[pathlib.Path | None, typer.Option(help="write the new map here, as .npy")] = None,
+) -> None:
+    """Plan where experts go, and say how even the GPUs' load becomes and how much has to be copied."""
+    result = run_eplb(
+        EplbRequest(loads, replicas, gpus, nodes, groups, current, max_moves, policy, plot, out)
+    )
+    typer.echo(f"{result.plan.policy}: {result.plan.reason}")
+    _table(f"{len(result.load)} layers on {gpus} GPUs", EPLB_HEADER, eplb_columns(result))
 
 
 @app.command()

@@ -310,6 +310,16 @@ PARALLEL_CONFIG = {
     "ParallelConfig.world_size_across_dp": NAME,
 }
 
+_WEIGHT = "weight, num_replicas, num_groups, num_nodes"
+REBALANCE = {
+    "rebalance_experts": f"({_WEIGHT}, num_gpus)",
+    "compute_logical_maps": "(phy2log, num_logical_experts)",
+}
+_PLAN = {
+    f"{policy}EplbPolicy.rebalance_experts": f"(cls, {_WEIGHT}, num_ranks, old_global_expert_indices=None)"
+    for policy in ("Abstract", "Default")
+}
+
 EPLB = {
     **PARALLEL_CONFIG,
     **STATELESS,
@@ -329,7 +339,9 @@ SIGNATURES: dict[str, dict[str, str]] = {
     "device_communicators.cpu_communicator": _device_communicator("CpuCommunicator"),
     "device_communicators.shm_broadcast": MESSAGE_QUEUE,
     "device_communicators.all2all": ALL2ALL,
-    "eplb": EPLB,
+    "eplb": {**EPLB, **REBALANCE},
+    "eplb.rebalance_algo": REBALANCE,
+    "eplb.policy": {"EPLB_POLICIES": NAME, "AbstractEplbPolicy": NAME, "DefaultEplbPolicy": NAME, **_PLAN},
     "": {
         **PARALLEL_STATE,
         **COORDINATOR,

@@ -22,7 +22,7 @@ def _find(module, name):
     found = _module(module)
     for part in name.split("."):
         found = inspect.getattr_static(found, part) if inspect.isclass(found) else getattr(found, part)
-    return found.__func__ if isinstance(found, staticmethod) else found
+    return found.__func__ if isinstance(found, staticmethod | classmethod) else found
 
 
 def _parameters(text):
