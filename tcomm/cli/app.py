@@ -106,34 +106,36 @@ def bench(
     if op == "eplb":
         _bench_eplb(json_file)
         return
+    schedule = Schedule(blocks, calls)
     if op == "object_broadcast":
-        objects = ObjectRequest(
-            _numbers("--readers", readers), parse_sizes(sizes), tuple(against.split(",")),
-            Schedule(blocks, calls), pin,
-        )  # fmt: skip
+        readers_of = _numbers("--readers", readers)
+        against_of = tuple(against.split(","))
+        objects = ObjectRequest(readers_of, parse_sizes(sizes), against_of, schedule, pin)
         _bench_objects(objects, timeout, json_file)
         return
     if op == "moe":
-        _bench_moe(
-            MoeRequest(
-                ranks, _numbers("--tokens", tokens), hidden, topk, experts,
-                dtype or "bfloat16", tuple(filter(None, backends.split(","))) or tuple(BACKENDS),
-                Schedule(blocks, calls), pin,
-            ),
-            against, timeout, json_file,
-        )  # fmt: skip
+        chosen = tuple(filter(None, backends.split(","))) or tuple(BACKENDS)
+        shape = (_numbers("--tokens", tokens), hidden, topk, experts, dtype or "bfloat16")
+        _bench_moe(MoeRequest(ranks, *shape, chosen, schedule, pin), against, timeout, json_file)
         return
     if out not in {"reused", "allocated", "both"}:
         raise ConfigError(f"--out {out!r} is none of reused, allocated, both")
     request = BenchRequest(
         op, ranks, parse_sizes(sizes), dtype or "float32", reduce_op_name(redop), algorithm,
-        ("reused", "allocated") if out == "both" else (out,), Schedule(blocks, calls), pin,
-        _baselines(against),
+        ("reused", "allocated") if out == "both" else (out,), schedule, pin, _baselines(against),
     )  # fmt: skip
+    _bench_collective(request, timeout, json_file)
+
+
+def _bench_collective(request: BenchRequest, timeout: float, json_file: pathlib.Path | None) -> None:
     rows = run_bench(request, timeout)
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=1) + "\n")
-    _table(f"{op}, {ranks} ranks, {rows[0]['affinity']}, torch {torch.__version__}", HEADER, columns(rows))
+    _table(
+        f"{request.op}, {request.ranks} ranks, {rows[0]['affinity']}, torch {torch.__version__}",
+        HEADER,
+        columns(rows),
+    )
     if not all(row["checked"] for row in rows):
         raise TcommError("some results were wrong")
 

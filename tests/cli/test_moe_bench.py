@@ -2,11 +2,12 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from tcomm.cli.app import app
 from tcomm.cli.moe_baselines import DeduplicatedGloo, ExpandedGloo
 from tcomm.cli.moe_bench import MoeRequest, check_moe_request, moe_columns
 from tcomm.errors import ConfigError
-from tests.cli.test_app import _tcomm
 
 
 @pytest.mark.parametrize(
@@ -38,14 +39,15 @@ def test_the_baselines_bring_every_row_there_and_back(on_ranks):
     assert on_ranks(2, _gloo) == [[True, True]] * 2
 
 
-def test_bench_writes_a_row_for_each_backend_and_baseline(tmp_path):
+def test_bench_writes_a_row_for_each_backend_and_baseline(forked_ranks, tmp_path):
     path = tmp_path / "rows.json"
-    done = _tcomm(
+    command = [
         "bench", "moe", "--ranks", "2", "--tokens", "5", "--hidden", "64", "--topk", "2", "--experts", "8",
         "--backends", "high_throughput,low_latency,all_gather", "--blocks", "1", "--calls", "2",
         "--json", str(path),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
     rows = json.loads(path.read_text())
     assert [(row["backend"], row["baseline"]) for row in rows] == [
         (name, baseline)
@@ -56,10 +58,10 @@ def test_bench_writes_a_row_for_each_backend_and_baseline(tmp_path):
         assert row["tokens"] == 5
         assert row["wire_nbytes"] > 0
         assert row["ratio"] == pytest.approx(row["baseline_us"] / row["median_us"])
-        assert columns[1] in done.stdout
+        assert columns[1] in done.output
 
 
 def test_moe_knows_gloo_alone():
-    done = _tcomm("bench", "moe", "--against", "mpi")
-    assert done.returncode == 1
-    assert "moe is measured against gloo" in done.stderr
+    done = CliRunner().invoke(app, ["bench", "moe", "--against", "mpi"])
+    assert isinstance(done.exception, ConfigError)
+    assert "moe is measured against gloo" in str(done.exception)
