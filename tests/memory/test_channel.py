@@ -223,7 +223,7 @@ def test_the_first_program_of_a_kernel_that_fails_says_why():
         while not a.kernel_pause(0, block, word):
             assert time.monotonic() < deadline
     a.words[Word.ERROR_KIND] = 2
-    with pytest.raises(PeerTimeoutError, match="timed out after 0.05 s"):
+    with pytest.raises(PeerTimeoutError, match=r"timed out after 0\.05 s"):
         a.after_kernel(word >> 32)
 
 

@@ -101,9 +101,12 @@ class HighThroughput:
 
         Raises:
             ConfigError: on this rank only, when an argument is wrong (nothing was sent); on all, when more
-                than `num_worst_tokens` rows come to one of them.
+                than `num_worst_tokens` rows come to one of them, or with it no rank's tokens fit the buffer.
             UsageError: on every rank that has it, when the handle belongs to another dispatch than a peer's.
-            CollectiveMismatchError, PeerLostError, PeerTimeoutError: from the wait.
+            CollectiveMismatchError: on all, when they call different things, or with `num_worst_tokens` the
+                tokens of some do not fit the buffer.
+            PeerLostError, PeerTimeoutError: from the wait.
+            DecodeError: when a peer's memory is not what it published; the exchange is over.
         """
         rows, scales = check_tokens(x, self.workspace.device)
         check_choices(

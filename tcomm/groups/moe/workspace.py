@@ -10,7 +10,7 @@ from typing import TypeVar
 import msgspec
 import torch
 
-from tcomm.errors import CapabilityError, ConfigError
+from tcomm.errors import CapabilityError, ConfigError, DecodeError
 from tcomm.groups.arguments import UNSET, Timeout, Unset
 from tcomm.groups.handle import SETUP_SECONDS, GroupHandle
 from tcomm.groups.setup import Membership
@@ -178,8 +178,18 @@ class Workspace(GroupHandle):
 
         Raises:
             GroupClosedError: when the workspace is closed, or belongs to another process.
+            DecodeError: when a peer's memory is not what it published; the group is given up.
         """
-        result: _T = self._call(body)
+
+        def body_or_end() -> _T:
+            try:
+                return body()
+            except DecodeError:
+                # The others do not know of it, and would wait for this rank in the next call.
+                self._channel.interrupt()
+                raise
+
+        result: _T = self._call(body_or_end)
         return result
 
     def seconds(self, timeout: Timeout | Unset = UNSET) -> float | None:
