@@ -6,6 +6,7 @@ import torch
 
 from tcomm.errors import ConfigError
 from tcomm.groups.arguments import check_tensor, dtype_name
+from tcomm.groups.moe.expert_ids import check_divides, check_expert_ids
 from tcomm.memory.moe_slots import GROUP, SlotLayout
 
 __all__ = [
@@ -31,8 +32,7 @@ def check_sizes_of_exchange(
         raise ConfigError(f"{', '.join(wrong)}: give positive integers")
     if hidden % _CHANNELS_AT_LEAST:
         raise ConfigError(f"hidden={hidden} is no multiple of {_CHANNELS_AT_LEAST}")
-    if num_experts % world_size:
-        raise ConfigError(f"num_experts={num_experts} is no multiple of the {world_size} ranks")
+    check_divides(num_experts, world_size)
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype} is none of {', '.join(map(dtype_name, _DTYPES))}")
 
@@ -93,15 +93,8 @@ def check_choices(topk_idx: torch.Tensor, num_tokens: int, layout: SlotLayout, d
         raise ConfigError(
             f"{topk_idx.shape[1]} choices a token; the exchange was made for 1 to {layout.max_topk}"
         )
-    if device.type != "cpu":
-        return
-    num_experts = layout.world_size * layout.num_local_experts
-    wrong = (topk_idx < -1) | (topk_idx >= num_experts)
-    if wrong.any():
-        token, j = (int(index) for index in wrong.nonzero()[0])
-        raise ConfigError(
-            f"token {token} chooses expert {int(topk_idx[token, j])} of {num_experts}; give -1 for no choice"
-        )
+    if device.type == "cpu":
+        check_expert_ids(topk_idx, layout.world_size * layout.num_local_experts)
 
 
 def check_statistics(

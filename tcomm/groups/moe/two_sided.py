@@ -10,7 +10,8 @@ import torch
 from tcomm.cpu import moe_two_sided as on_host
 from tcomm.errors import ConfigError, UsageError
 from tcomm.groups.arguments import UNSET, Timeout, Unset, check_tensor, dtype_name
-from tcomm.groups.moe.routes import Routes, as_word_rows, check_divides, make_routes
+from tcomm.groups.moe.expert_ids import check_divides
+from tcomm.groups.moe.routes import Routes, as_word_rows, make_routes
 from tcomm.groups.moe.workspace import Workspace
 from tcomm.groups.setup import Membership
 from tcomm.memory.rings import RingLayout

@@ -229,8 +229,8 @@ def _mistakes(member):
     rows, handle = got.x, got.handle
     phases = exchange.workspace.traffic.num_phases
     for arguments, keywords, told in [
-        ((x, idx + 1, None, 4), {}, r"topk_idx\[0, 1\] = 4: token 0 wants an expert that is none of 0 to 3"),
-        ((x, idx, None, 3), {}, "num_experts=3 is not a multiple of 2 ranks"),
+        ((x, idx + 1, None, 4), {}, "token 0 has expert 4 at entry 1; experts are 0 to 3"),
+        ((x, idx, None, 3), {}, "num_experts=3 do not divide among 2 ranks"),
         ((x, idx.int(), None, 4), {}, "topk_idx is torch.int32"),
         ((x, idx[:1], None, 4), {}, r"topk_idx is torch.int64 \[1, 2\]; give torch.int64 \[2, 2\]"),
         ((x, idx, idx.double(), 4), {}, "topk_weights is torch.float64"),

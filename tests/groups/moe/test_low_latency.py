@@ -180,7 +180,7 @@ def _refusals(member):
     refused(r"topk_idx is int32 \[4, 2\]", x, idx.int())
     refused(r"give int64 \[4, k\]", x, idx[:3])
     refused("4 choices a token; the exchange was made for 1 to 3", x, torch.zeros(4, 4).long())
-    refused("token 2 chooses expert 8 of 8", x, torch.tensor([[0], [-1], [8], [9]]))
+    refused("token 2 has expert 8 at entry 0", x, torch.tensor([[0], [-1], [8], [9]]))
     refused("needs round_scale=True", x, idx, use_ue8m0=True)
     refused("cumulative_recv_stats is int64", x, idx, cumulative_recv_stats=torch.zeros(4).long())
     refused(r"give int64 \[2\] or \[2, 2\]", x, idx, wait_recv_cost_stats=torch.zeros(3).long())

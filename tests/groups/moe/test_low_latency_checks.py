@@ -39,8 +39,8 @@ def test_what_fits_is_let_pass():
         (r"give int64 \[4, k\]", lambda: _dispatch(idx=IDX[:3])),
         ("topk_idx is on meta", lambda: _dispatch(idx=IDX.to("meta"))),
         ("4 choices a token", lambda: _dispatch(idx=torch.zeros(4, 4).long())),
-        ("token 1 chooses expert 8 of 8", lambda: _dispatch(idx=IDX + torch.tensor([[0], [8], [9], [0]]))),
-        ("token 0 chooses expert -2 of 8", lambda: _dispatch(idx=IDX - 2)),
+        ("token 1 has expert 8 at entry 0", lambda: _dispatch(idx=IDX + torch.tensor([[0], [8], [9], [0]]))),
+        ("token 0 has expert -2 at entry 0", lambda: _dispatch(idx=IDX - 2)),
         ("needs round_scale=True", lambda: _dispatch(scaling=(True, False, True))),
         ("multiple of 128, not 136", lambda: _dispatch(
             torch.ones(4, 136).bfloat16(), scaling=WITH_FP8, layout=SlotLayout(2, 4, 4, 3, 136, 2)
@@ -59,7 +59,7 @@ def test_what_fits_is_let_pass():
         ("contiguous", lambda: _combine(out=torch.ones(128, 4).bfloat16().t())),
         ("num_max_tokens=0", lambda: checks.check_sizes_of_exchange(0, 128, 8, 2, torch.bfloat16, 2)),
         ("12 is no multiple of 8", lambda: checks.check_sizes_of_exchange(4, 12, 8, 2, torch.bfloat16, 2)),
-        ("of the 2 ranks", lambda: checks.check_sizes_of_exchange(4, 128, 9, 2, torch.bfloat16, 2)),
+        ("num_experts=9 do not", lambda: checks.check_sizes_of_exchange(4, 128, 9, 2, torch.bfloat16, 2)),
         ("max_topk=2.0", lambda: checks.check_sizes_of_exchange(4, 128, 8, 2.0, torch.bfloat16, 2)),
         ("dtype=torch.float64", lambda: checks.check_sizes_of_exchange(4, 128, 8, 2, torch.float64, 2)),
     ],
