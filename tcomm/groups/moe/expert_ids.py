@@ -6,7 +6,10 @@ import torch
 
 from tcomm.errors import ConfigError
 
-__all__ = ["check_divides", "check_expert_ids"]
+__all__ = ["MOST_ROWS", "check_divides", "check_expert_ids"]
+
+MOST_ROWS = 1 << 31
+"""Experts and rows are numbered by 32 bits: there are fewer than so many."""
 
 
 def check_divides(num_experts: int, world_size: int) -> None:
@@ -15,7 +18,7 @@ def check_divides(num_experts: int, world_size: int) -> None:
     Raises:
         ConfigError: when they do not divide.
     """
-    if type(num_experts) is not int or num_experts < 1 or num_experts % world_size:
+    if type(num_experts) is not int or not 0 < num_experts < MOST_ROWS or num_experts % world_size:
         raise ConfigError(
             f"num_experts={num_experts!r} do not divide among {world_size} ranks; give a multiple of that"
         )

@@ -159,10 +159,18 @@ class LowLatency:
         check_dispatch(x, topk_idx, layout, self.dtype, workspace.device, scaling)
         ranks = workspace.world_size
         check_statistics(
-            cumulative_recv_stats, "cumulative_recv_stats", torch.int32, ((layout.num_local_experts,),)
+            cumulative_recv_stats,
+            "cumulative_recv_stats",
+            torch.int32,
+            ((layout.num_local_experts,),),
+            workspace.device,
         )
         check_statistics(
-            wait_recv_cost_stats, "wait_recv_cost_stats", torch.int64, ((ranks,), (ranks, ranks))
+            wait_recv_cost_stats,
+            "wait_recv_cost_stats",
+            torch.int64,
+            ((ranks,), (ranks, ranks)),
+            workspace.device,
         )
         if wait_recv_cost_stats is not None and wait_recv_cost_stats.dim() == 2:
             wait_recv_cost_stats = wait_recv_cost_stats[workspace.rank]
@@ -227,7 +235,8 @@ class LowLatency:
         if out is None:
             out = torch.empty(len(topk_idx), self.layout.hidden, dtype=self.dtype, device=workspace.device)
         call = self._describe("low_latency_combine", topk_idx.shape[1], "zero_copy" if zero_copy else "")
-        job = CombineJob(x, topk_idx, topk_weights, handle, zero_copy, out, call, workspace.seconds(timeout))
+        seconds, weights = workspace.seconds(timeout), topk_weights.detach()
+        job = CombineJob(x, topk_idx, weights, handle, zero_copy, out, call, seconds)
 
         def receive() -> None:
             self._engine.receive_combine(job)

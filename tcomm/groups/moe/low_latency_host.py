@@ -120,7 +120,7 @@ class HostEngine:
         self._survivors.refuse_if_masked()
         job.epoch = space.begin(job.call, job.seconds)
         assert routing.begins is not None
-        y = job.y.reshape(-1, layout.hidden)
+        y = job.y.contiguous().view(-1, layout.hidden)
         begins = routing.begins.t() | job.handle.packed.number << LENT_SHIFT
         for source in self._others_first():
             where = routing.rows[source]

@@ -11,6 +11,7 @@ import torch
 
 from tcomm.cpu.moe_layout import count_experts, find_holders
 from tcomm.errors import ConfigError
+from tcomm.groups.arguments import check_tensor
 from tcomm.groups.moe.expert_ids import check_divides, check_expert_ids
 from tcomm.kernels.moe_layout import find_layout
 
@@ -54,12 +55,9 @@ def check_topk_shape(topk_idx: torch.Tensor, num_experts: int, world_size: int) 
         ConfigError: when it is no such tensor, or the experts cannot be shared evenly.
     """
     check_divides(num_experts, world_size)
-    if not isinstance(topk_idx, torch.Tensor) or topk_idx.dim() != 2 or topk_idx.dtype != torch.int64:
-        given = (
-            f"{topk_idx.dtype} {list(topk_idx.shape)}"
-            if isinstance(topk_idx, torch.Tensor)
-            else repr(topk_idx)
-        )
+    check_tensor("topk_idx", topk_idx)
+    if topk_idx.dim() != 2 or topk_idx.dtype != torch.int64:
+        given = f"{topk_idx.dtype} {list(topk_idx.shape)}"
         raise ConfigError(f"topk_idx is {given}; give int64 [tokens, choices]")
     if not 1 <= topk_idx.shape[1] <= MOST_CHOICES:
         raise ConfigError(
@@ -81,6 +79,8 @@ def make_layout(topk_idx: torch.Tensor, num_experts: int, world_size: int, engin
     Raises:
         ConfigError: when topk_idx is no such tensor, or names an expert that there is not.
     """
+    if isinstance(topk_idx, torch.Tensor) and topk_idx.device.type not in {"cpu", "cuda"}:
+        raise ConfigError(f"topk_idx is on {topk_idx.device}; tokens are on 'cpu' or 'cuda'")
     looks = isinstance(topk_idx, torch.Tensor) and topk_idx.device.type == "cpu"
     (check_topk if looks else check_topk_shape)(topk_idx, num_experts, world_size)
     if engine == "triton":

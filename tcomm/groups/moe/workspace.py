@@ -96,7 +96,7 @@ class Workspace(GroupHandle):
         device: torch.device | str = "cpu",
         engine: str = "",
     ) -> None:
-        self.device = torch.device(device)
+        self.device = _device_of(device)
         self.engine = _engine_of(self.device, engine)
         self.traffic = Traffic()
         self._pending: Hook | None = None
@@ -237,6 +237,13 @@ class Workspace(GroupHandle):
         pending, self._pending = self._pending, None
         if pending is not None:
             pending()
+
+
+def _device_of(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device={device!r} is none that torch knows; give 'cpu' or 'cuda'") from None
 
 
 def _engine_of(device: torch.device, engine: str) -> str:

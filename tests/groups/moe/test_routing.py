@@ -44,6 +44,8 @@ def test_choices_that_cannot_be_meant_are_refused():
     for wrong in (idx[0], idx.int(), [[0]], torch.zeros(1, 0).long(), torch.zeros(1, 33).long()):
         with pytest.raises(ConfigError, match="topk_idx"):
             check_topk_shape(wrong, 4, 2)
+    with pytest.raises(ConfigError, match="topk_idx is on meta"):
+        make_layout(idx.to("meta"), 8, 2)
     for experts, world in ((3, 2), (0, 1), (4.0, 2)):
         with pytest.raises(ConfigError, match="num_experts"):
             check_topk_shape(idx, experts, world)

@@ -29,7 +29,7 @@ def test_rows_and_scales_that_are_right_come_back():
 @pytest.mark.parametrize(
     ("x", "told"),
     [
-        (3, "x is 3; give a contiguous"),
+        (3, "x takes a torch.Tensor, not int"),
         (X[0], r"x is \[8\]; give a contiguous"),
         (X.t(), "contiguous"),
         (X.double(), "x is torch.float64"),
