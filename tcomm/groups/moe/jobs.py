@@ -70,7 +70,8 @@ class DispatchJob:
             worst += f", {told}"
         return _describe_dispatch(
             dtype_name(self.rows.dtype), self.rows.shape[1], scales, self.num_topk, self.num_experts,
-            self.topk_weights is not None, self.handle is not None, self.expert_alignment,
+            self.topk_weights is not None, 0 if self.handle is None else self.handle.number,
+            self.expert_alignment,
             worst,
         )  # fmt: skip
 
@@ -121,12 +122,12 @@ def _describe_dispatch(
     num_topk: int,
     num_experts: int,
     is_weighted: bool,
-    is_cached: bool,
+    cached: int,
     expert_alignment: int,
     worst: str,
 ) -> CallDescription:
     contents = [f"top-{num_topk} of {num_experts} experts, aligned to {expert_alignment}"]
-    contents += ["weights"] * is_weighted + ["a handle"] * is_cached
+    contents += ["weights"] * is_weighted + [f"routes of dispatch #{cached}"] * bool(cached)
     contents += [] if scales is None else [f"scales {scales}"]
     contents += [worst] * bool(worst)
     return CallDescription("dispatch", dtype, (hidden,), contents=", ".join(contents))
@@ -168,9 +169,8 @@ class CombineJob:
         """What the ranks must agree on. Nobody agrees with a rank whose tokens do not fit."""
         dtype, hidden = dtype_name(self.rows.dtype), self.rows.shape[1]
         too_many = _too_many(self._num_at_once, regions.num_tokens)
-        return _describe_combine(
-            dtype, hidden, self.routing.num_topk, self.topk_weights is not None, too_many
-        )
+        weighted, number = self.topk_weights is not None, self.routing.number
+        return _describe_combine(dtype, hidden, self.routing.num_topk, weighted, number, too_many)
 
     @property
     def _num_at_once(self) -> int:
@@ -186,9 +186,10 @@ class CombineJob:
 
 @functools.lru_cache(256)
 def _describe_combine(
-    dtype: str, hidden: int, num_topk: int, is_weighted: bool, too_many: str
+    dtype: str, hidden: int, num_topk: int, is_weighted: bool, number: int, too_many: str
 ) -> CallDescription:
-    contents = [f"top-{num_topk}", *["weights"] * is_weighted, *[too_many] * bool(too_many)]
+    contents = [f"top-{num_topk}", *["weights"] * is_weighted, f"rows of dispatch #{number}"]
+    contents += [too_many] * bool(too_many)
     return CallDescription("combine", dtype, (hidden,), contents=", ".join(contents))
 
 

@@ -109,6 +109,7 @@ class Routing:
         num_rows: rows of received tensors, with unused ones.
         most_tokens: tokens of the rank that has most; None where only a GPU knows.
         matrix: [R, R] int32; counts as a tensor.
+        number: of the dispatch among those of its exchange, from 1, the same on every rank.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class Routing:
         self.most_tokens = most_tokens
         self.num_topk = num_topk
         self.num_experts = num_experts
+        self.number = 1
         self._prefix = prefix
         self.width = min(num_topk, slots.shape[1])
 

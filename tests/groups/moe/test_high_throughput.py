@@ -9,7 +9,6 @@ from tcomm.errors import (
     DecodeError,
     GroupClosedError,
     PeerLostError,
-    UsageError,
 )
 from tcomm.groups.moe import host_engine
 from tcomm.groups.moe.high_throughput import HighThroughput
@@ -264,8 +263,10 @@ def _mistakes(member):
     with pytest.raises(CollectiveMismatchError):
         exchange.dispatch(x, idx, None, 4 + 4 * me)
     other = exchange.dispatch(x, idx[:1].repeat(2, 1), None, 4).handle
-    with pytest.raises(UsageError, match="handles of different dispatches"):
+    with pytest.raises(CollectiveMismatchError, match="routes of dispatch #2"):
         exchange.dispatch(x, None, None, 4, handle=(handle, other)[me])
+    with pytest.raises(CollectiveMismatchError, match="rows of dispatch #1"):
+        exchange.combine(rows if me == 0 else torch.ones(other.num_rows, 8), (handle, other)[me])
     check_round(exchange, [2, 5], "random", 2, 8, torch.bfloat16)
     with pytest.raises(ConfigError, match="num_nbytes=0"):
         make(member, num_nbytes=0)

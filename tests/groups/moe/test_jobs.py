@@ -82,5 +82,8 @@ def test_what_ranks_agree_on_in_a_combine():
     weighted = dataclasses.replace(job, topk_weights=torch.ones(3, 3))
     assert job.regions(4096) == ReturnRegions(4096, 2, 32, 0)
     assert weighted.regions(4096) == ReturnRegions(4096, 2, 32, 3)
-    assert str(weighted.call(weighted.regions(4096))) == "combine float32 [8] of top-3, weights"
+    assert (
+        str(weighted.call(weighted.regions(4096)))
+        == "combine float32 [8] of top-3, weights, rows of dispatch #1"
+    )
     assert job.call(job.regions(4096)).signature != weighted.call(job.regions(4096)).signature
