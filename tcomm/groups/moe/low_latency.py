@@ -105,6 +105,7 @@ class LowLatency:
         )
         self._combine_space: Workspace | None = None
         self._results = Results(f"low-latency exchange {members.name!r}")
+        self._num_dispatched = 0
         memory = range(MOST_RESULTS)
         self._packed = [Packed(number, self.layout, self.workspace.device) for number in memory]
         self._in_memory: list[weakref.ref[LowLatencyHandle] | None] = [None] * MOST_RESULTS
@@ -183,6 +184,8 @@ class LowLatency:
             handle = self._next_handle(topk_idx)
             job = DispatchJob(x, form, handle, call, seconds, cumulative_recv_stats, wait_recv_cost_stats)
             self._engine.send_dispatch(job)
+            self._num_dispatched += 1
+            handle.number = self._num_dispatched
             self._results.admit(handle)
             return job, self._complete(lambda: self._engine.receive_dispatch(job), return_recv_hook)
 
@@ -234,7 +237,10 @@ class LowLatency:
             raise ConfigError("zero_copy=True takes what next_combine_buffer(handle) gave, and nothing else")
         if out is None:
             out = torch.empty(len(topk_idx), self.layout.hidden, dtype=self.dtype, device=workspace.device)
-        call = self._describe("low_latency_combine", topk_idx.shape[1], "zero_copy" if zero_copy else "")
+        # Ranks count back, since those that come later have not counted all.
+        told = f"of the last dispatch but {self._num_dispatched - handle.number}"
+        flags = f"zero_copy {told}" if zero_copy else told
+        call = self._describe("low_latency_combine", topk_idx.shape[1], flags)
         seconds, weights = workspace.seconds(timeout), topk_weights.detach()
         job = CombineJob(x, topk_idx, weights, handle, zero_copy, out, call, seconds)
 
