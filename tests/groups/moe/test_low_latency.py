@@ -234,7 +234,10 @@ def _crossed(member, engine):
     alive = []
     for case in (first, second):
         x, topk_idx, weights = tokens_of(case, exchange.layout, member.rank)
-        rows, _, handle, _ = exchange.dispatch(x, topk_idx, use_fp8=False)
+        given = topk_idx.clone()
+        rows, _, handle, _ = exchange.dispatch(x, given, use_fp8=False)
+        # Choices of the next one are written to the same place.
+        given.fill_(-1)
         alive.append((rows, topk_idx, weights, handle))
     for order in ((0, 1), (1, 0)):
         with pytest.raises(CollectiveMismatchError, match="of the last dispatch but 1"):
