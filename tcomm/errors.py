@@ -129,4 +129,4 @@ class QueueFullError(CommError):
 
 
 class DecodeError(CommError):
-    """Received bytes are not what the protocol allows. Later messages are unharmed."""
+    """Received bytes are not what the protocol allows. Later messages of a queue are unharmed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tcomm.errors import DecodeError
 from tcomm.memory.arena import Arena
 from tcomm.signature import CallDescription
 
@@ -26,7 +27,7 @@ def swap_counts(arena: Arena, epoch: int, call: CallDescription, counts: torch.T
 
     Raises:
         CollectiveMismatchError, PeerLostError, PeerTimeoutError: from the wait.
-        AssertionError: when a word is of another call, which cannot be.
+        DecodeError: when a word is of another call, which cannot be.
     """
     channel, staging = arena.channel, arena.staging
     assert staging is not None
@@ -41,5 +42,8 @@ def swap_counts(arena: Arena, epoch: int, call: CallDescription, counts: torch.T
     channel.await_peers(0, word)
     words = staging.buffer.local.numpy().data[begin : begin + world * 8].cast("Q").tolist()
     if any(word >> 32 != epoch for word in words):
-        raise AssertionError(f"counts of call #{epoch} are of calls {[word >> 32 for word in words]}")
+        stale = [peer for peer, word in enumerate(words) if word >> 32 != epoch]
+        raise DecodeError(
+            f"counts of call #{epoch} are of calls {[word >> 32 for word in words]}", seq=epoch, peers=stale
+        )
     return torch.tensor([word & 0xFFFFFFFF for word in words], dtype=torch.int64, device="cpu")

@@ -300,7 +300,8 @@ class Channel:
                 return int(wait.differs())
             wait.pause()
         except CommError as failure:
-            self._kernel_failure = failure
+            # The first program to fail gives the group up, and those after it find only that.
+            self._kernel_failure = self._kernel_failure or failure
             return 1
         return 0
 

@@ -215,6 +215,18 @@ def test_lanes_count_as_absent_until_the_kernel_has_seen_them():
     assert a.words[Word.ERROR_KIND] == 0
 
 
+def test_the_first_program_of_a_kernel_that_fails_says_why():
+    a, _ = pair()
+    word = a.begin(CALL, 0.05) << 32 | CALL.signature
+    deadline = time.monotonic() + 5
+    for block in (0, 1):
+        while not a.kernel_pause(0, block, word):
+            assert time.monotonic() < deadline
+    a.words[Word.ERROR_KIND] = 2
+    with pytest.raises(PeerTimeoutError, match=r"timed out after 0\.05 s"):
+        a.after_kernel(word >> 32)
+
+
 def test_words_are_published_in_the_pages_of_the_peers_only():
     a, b, c = pair(world_size=3)
     epoch = a.begin(CALL, 1.0)

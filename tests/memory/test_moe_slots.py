@@ -15,6 +15,12 @@ def test_formats():
     assert str(packed) == "use_fp8 round_scale use_ue8m0"
 
 
+def test_memory_of_the_example_of_the_documentation():
+    layout = SlotLayout(8, 32, 128, 8, 7168, 2)
+    result = layout.num_local_experts * layout.capacity * layout.hidden * layout.itemsize
+    assert [round(nbytes / 1e6) for nbytes in (layout.half_nbytes, result)] == [119, 470]
+
+
 def test_slots_of_the_example():
     layout = SlotLayout(2, 2, 3, 8, 8, 2)
     assert (layout.slots, layout.capacity, layout.words_nbytes) == (6, 6, 128)

@@ -51,8 +51,11 @@ class Exchanged:
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "hidden", "topk", "num_experts", "world_size", "itemsize"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} of an exchange of tokens; give 1 or more")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name}={value!r} of an exchange of tokens; give a number of 1 or more")
+        if self.device not in _STEP_US:
+            raise ConfigError(f"device={self.device!r} of an exchange of tokens; give 'cpu' or 'cuda'")
 
     @property
     def row_nbytes(self) -> int:

@@ -66,6 +66,7 @@ class HighThroughput:
             raise ConfigError(f"num_nbytes={num_nbytes!r} is not a positive number of bytes")
         self.workspace = Workspace(members, num_nbytes // 2, timeout=timeout, device=device, engine=engine)
         self.rank, self.world_size = self.workspace.rank, self.workspace.world_size
+        self._num_dispatched = 0
         is_host = self.workspace.engine == "cpu"
         self._engine: Engine = HostEngine(self.workspace) if is_host else KernelEngine(self.workspace)
 
@@ -101,9 +102,12 @@ class HighThroughput:
 
         Raises:
             ConfigError: on this rank only, when an argument is wrong (nothing was sent); on all, when more
-                than `num_worst_tokens` rows come to one of them.
+                than `num_worst_tokens` rows come to one of them, or with it no rank's tokens fit the buffer.
             UsageError: on every rank that has it, when the handle belongs to another dispatch than a peer's.
-            CollectiveMismatchError, PeerLostError, PeerTimeoutError: from the wait.
+            CollectiveMismatchError: on all, when they call different things, or with `num_worst_tokens` the
+                tokens of some do not fit the buffer.
+            PeerLostError, PeerTimeoutError: from the wait.
+            DecodeError: when a peer's memory is not what it published; the exchange is over.
         """
         rows, scales = check_tokens(x, self.workspace.device)
         check_choices(
@@ -115,8 +119,15 @@ class HighThroughput:
             rows, scales, topk_idx, topk_weights, handle, num_experts, expert_alignment, num_worst_tokens,
             self.workspace.seconds(timeout),
         )  # fmt: skip
-        received = self.workspace.run(lambda: self._engine.dispatch(job))
+        received = self.workspace.run(lambda: self._dispatch(job))
         return _results_of(job, received, self.rank, self.world_size)
+
+    def _dispatch(self, job: DispatchJob) -> Received:
+        received = self._engine.dispatch(job)
+        if job.handle is None:
+            self._num_dispatched += 1
+            received.routing.number = self._num_dispatched
+        return received
 
     @torch.no_grad()
     def combine(

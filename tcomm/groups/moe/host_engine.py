@@ -52,9 +52,9 @@ class HostEngine:
             ConfigError, UsageError: see there.
             CollectiveMismatchError, PeerLostError, PeerTimeoutError: from the wait.
         """
-        workspace, call = self._workspace, job.call
+        workspace = self._workspace
         regions = job.regions(workspace.half_nbytes, self._world_size)
-        job.check_one_piece(regions)
+        call = job.call(regions)
         slots, lists = self._list(job)
         given = Given(as_words(job.rows), job.facts, lists, min(job.num_topk, self._world_size))
         first, most, received, starts = 0, 1, None, [0]
@@ -100,7 +100,7 @@ class HostEngine:
     ) -> tuple[Received, list[int]]:
         """Room for all that comes, and where the rows of each source begin."""
         counts = [head.totals for head in heads]
-        if (refusal := job.find_wrong(counts)) is not None:
+        if (refusal := job.find_wrong(regions, counts)) is not None:
             self._workspace.finish(epoch)
             raise refusal
         mine = [row[self._rank] for row in counts]
@@ -128,8 +128,8 @@ class HostEngine:
         Raises:
             CollectiveMismatchError, PeerLostError, PeerTimeoutError: from the wait.
         """
-        workspace, routing, call = self._workspace, job.routing, job.call
-        regions = job.regions(workspace.half_nbytes)
+        workspace, routing, regions = self._workspace, job.routing, job.regions(self._workspace.half_nbytes)
+        call = job.call(regions)
         num_tokens, num_places = routing.num_tokens, routing.num_places
         out = self._take(num_tokens, job.rows.shape[1], job.rows.dtype)
         weights = None

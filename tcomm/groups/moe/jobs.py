@@ -62,34 +62,38 @@ class DispatchJob:
         num_facts = sum(each.shape[1] for each in self.facts)
         return DispatchRegions(half_nbytes, world_size, self.row_nbytes, num_facts)
 
-    @property
-    def call(self) -> CallDescription:
-        """What the ranks must agree on."""
+    def call(self, regions: DispatchRegions) -> CallDescription:
+        """What the ranks must agree on. Nobody agrees with a rank whose tokens do not fit."""
         scales = None if self.scales is None else dtype_name(self.scales.dtype)
+        worst = f"at most {self.num_worst_tokens} rows" if self.num_worst_tokens else ""
+        if told := _too_many(self._num_at_once, regions.num_tokens):
+            worst += f", {told}"
         return _describe_dispatch(
             dtype_name(self.rows.dtype), self.rows.shape[1], scales, self.num_topk, self.num_experts,
-            self.topk_weights is not None, self.handle is not None, self.expert_alignment,
-            self.num_worst_tokens,
+            self.topk_weights is not None, 0 if self.handle is None else self.handle.number,
+            self.expert_alignment,
+            worst,
         )  # fmt: skip
 
-    def check_one_piece(self, regions: DispatchRegions) -> None:
-        """Check that this rank's tokens go in one piece, where nobody on the host learns how many there are.
+    @property
+    def _num_at_once(self) -> int:
+        """Tokens that have to go in one piece, since nobody on the host learns how many a peer has."""
+        return len(self.rows) if self.num_worst_tokens else 0
 
-        Raises:
-            ConfigError: when they do not.
+    def find_wrong(self, regions: DispatchRegions, counts: list[list[int]] | None) -> ConfigError | None:
+        """What is wrong with a dispatch on all ranks, once they agree; they all raise it.
+
+        A `ConfigError` when no rank's tokens fit, or a rank gets more than there is room for, a `UsageError`
+        when these are not the rows of the handle.
+
+        Args:
+            regions: of the dispatch.
+            counts: rows from each rank to each; None where the host does not know.
         """
-        if self.num_worst_tokens and len(self.rows) > regions.num_tokens:
-            raise ConfigError(
-                f"x has {len(self.rows)} tokens, and {regions.num_tokens} fit the buffer; with "
-                "num_worst_tokens all go at once: enlarge the buffer"
-            )
-
-    def find_wrong(self, counts: list[list[int]]) -> ConfigError | None:
-        """What is wrong with the rows from each rank to each, which all ranks know now; they all raise it.
-
-        A `ConfigError` when a rank gets more than there is room for, a `UsageError` when these are not
-        the rows of the handle.
-        """
+        if told := _too_many(self._num_at_once, regions.num_tokens):
+            return ConfigError(f"{told}; with num_worst_tokens all go at once: enlarge the buffer")
+        if counts is None:
+            return None
         received = [sum(column) for column in zip(*counts, strict=True)]
         most = max(received)
         if self.num_worst_tokens and most > self.num_worst_tokens:
@@ -105,6 +109,11 @@ class DispatchJob:
         return None
 
 
+def _too_many(num_tokens: int, room: int) -> str:
+    """What is wrong with so many tokens in one piece; empty when nothing is."""
+    return f"{num_tokens} tokens of which {room} fit the buffer" if num_tokens > room else ""
+
+
 @functools.lru_cache(256)
 def _describe_dispatch(
     dtype: str,
@@ -113,14 +122,14 @@ def _describe_dispatch(
     num_topk: int,
     num_experts: int,
     is_weighted: bool,
-    is_cached: bool,
+    cached: int,
     expert_alignment: int,
-    num_worst_tokens: int,
+    worst: str,
 ) -> CallDescription:
     contents = [f"top-{num_topk} of {num_experts} experts, aligned to {expert_alignment}"]
-    contents += ["weights"] * is_weighted + ["a handle"] * is_cached
+    contents += ["weights"] * is_weighted + [f"routes of dispatch #{cached}"] * bool(cached)
     contents += [] if scales is None else [f"scales {scales}"]
-    contents += [f"at most {num_worst_tokens} rows"] * bool(num_worst_tokens)
+    contents += [worst] * bool(worst)
     return CallDescription("dispatch", dtype, (hidden,), contents=", ".join(contents))
 
 
@@ -156,17 +165,32 @@ class CombineJob:
         row_nbytes = self.rows.shape[1] * self.rows.itemsize
         return ReturnRegions(half_nbytes, self.routing.width, row_nbytes, num_weights)
 
-    @property
-    def call(self) -> CallDescription:
-        """What the ranks must agree on."""
+    def call(self, regions: ReturnRegions) -> CallDescription:
+        """What the ranks must agree on. Nobody agrees with a rank whose tokens do not fit."""
         dtype, hidden = dtype_name(self.rows.dtype), self.rows.shape[1]
-        return _describe_combine(dtype, hidden, self.routing.num_topk, self.topk_weights is not None)
+        too_many = _too_many(self._num_at_once, regions.num_tokens)
+        weighted, number = self.topk_weights is not None, self.routing.number
+        return _describe_combine(dtype, hidden, self.routing.num_topk, weighted, number, too_many)
+
+    @property
+    def _num_at_once(self) -> int:
+        """Tokens whose rows have to come back in one piece, since no host knows how many a peer has."""
+        return self.routing.num_tokens if self.routing.most_tokens is None else 0
+
+    def find_wrong(self, regions: ReturnRegions) -> ConfigError | None:
+        """What is wrong with a combine on all ranks, once they agree: no rank's tokens fit."""
+        if told := _too_many(self._num_at_once, regions.num_tokens):
+            return ConfigError(f"{told}; after num_worst_tokens all come back at once: enlarge the buffer")
+        return None
 
 
 @functools.lru_cache(256)
-def _describe_combine(dtype: str, hidden: int, num_topk: int, is_weighted: bool) -> CallDescription:
-    contents = f"top-{num_topk}" + ", weights" * is_weighted
-    return CallDescription("combine", dtype, (hidden,), contents=contents)
+def _describe_combine(
+    dtype: str, hidden: int, num_topk: int, is_weighted: bool, number: int, too_many: str
+) -> CallDescription:
+    contents = [f"top-{num_topk}", *["weights"] * is_weighted, f"rows of dispatch #{number}"]
+    contents += [too_many] * bool(too_many)
+    return CallDescription("combine", dtype, (hidden,), contents=", ".join(contents))
 
 
 class Engine(Protocol):

@@ -11,6 +11,7 @@ from tcomm.groups.moe.workspace import Workspace
 from tcomm.kernels.moe_high_throughput import StagedTokens, fetch_heads, gather_rows, stage_tokens
 from tcomm.kernels.moe_layout import find_layout
 from tcomm.kernels.moe_return import return_rows, sum_places
+from tcomm.memory.token_regions import DispatchRegions
 
 __all__ = ["KernelEngine"]
 
@@ -36,9 +37,9 @@ class KernelEngine:
             ConfigError, UsageError: see there.
             CollectiveMismatchError, PeerLostError, PeerTimeoutError: from the wait.
         """
-        workspace, arena, call = self._workspace, self._workspace.arena, job.call
+        workspace, arena = self._workspace, self._workspace.arena
         regions = job.regions(workspace.half_nbytes, self._world_size)
-        job.check_one_piece(regions)
+        call = job.call(regions)
         tokens = self._tokens(job)
         fetched = torch.zeros(self._world_size, dtype=torch.int64, device=self._device)
         first, most, received = 0, 1, None
@@ -47,7 +48,7 @@ class KernelEngine:
             epoch = stage_tokens(tokens, arena, call, job.seconds, regions, first)
             heads = fetch_heads(arena, call, job.seconds, epoch, regions)
             if received is None:
-                received, refusal = self._make_room(job, tokens, heads, regions.num_facts)
+                received, refusal = self._make_room(job, tokens, heads, regions)
                 most = received.routing.most_tokens or 1
             gather_rows(
                 received.rows, received.facts, received.routing.row_slots, heads, fetched, arena, call,
@@ -59,7 +60,8 @@ class KernelEngine:
             fetched += heads[:, self._world_size + self._rank]
             first += regions.num_tokens
         assert received is not None
-        self._count(received.routing.counts, regions.row_nbytes + 4 * regions.num_facts + 4)
+        pieces = -(-first // regions.num_tokens)
+        self._count(received.routing.counts, regions.row_nbytes + 4 * regions.num_facts + 4, pieces)
         return received
 
     def _tokens(self, job: DispatchJob) -> StagedTokens:
@@ -81,30 +83,29 @@ class KernelEngine:
         )
 
     def _make_room(
-        self, job: DispatchJob, tokens: StagedTokens, heads: torch.Tensor, num_facts: int
+        self, job: DispatchJob, tokens: StagedTokens, heads: torch.Tensor, regions: DispatchRegions
     ) -> tuple[Received, Exception | None]:
         """Room for all that comes; and what to raise when the call is over, if the counts are wrong."""
-        matrix, counts, most, refusal = heads[:, : self._world_size].to(torch.int32), None, None, None
+        matrix, counts, most = heads[:, : self._world_size].to(torch.int32), None, None
         num_rows = job.num_worst_tokens
         if not num_rows or self._device.type == "cpu":
             table = heads.tolist()
             counts, most = [row[: self._world_size] for row in table], max(row[-1] for row in table)
-            refusal = job.find_wrong(counts)
             num_rows = num_rows or sum(row[self._rank] for row in counts)
         rows = torch.empty(num_rows, job.row_nbytes // 8, dtype=torch.int64, device=self._device)
-        facts = torch.full((num_rows, num_facts), -1, dtype=torch.int32, device=self._device)
+        facts = torch.full((num_rows, regions.num_facts), -1, dtype=torch.int32, device=self._device)
         row_slots = torch.full((num_rows,), -1, dtype=torch.int64, device=self._device)
         routing = Routing(
             self._rank, tokens.slots, row_slots, matrix, counts, most, job.num_topk, job.num_experts,
             tokens.prefix,
         )  # fmt: skip
-        return Received(rows, facts, routing), refusal
+        return Received(rows, facts, routing), job.find_wrong(regions, counts)
 
-    def _count(self, counts: list[list[int]] | None, row_nbytes: int) -> None:
-        """Count rows that came from other ranks, where the host knows of them."""
+    def _count(self, counts: list[list[int]] | None, row_nbytes: int, num_pieces: int) -> None:
+        """Count rows that came from other ranks, and heads, where the host knows of them."""
         if counts is not None:
             num_rows = sum(row[self._rank] for peer, row in enumerate(counts) if peer != self._rank)
-            heads_nbytes = 8 * (2 * self._world_size + 1) * (self._world_size - 1)
+            heads_nbytes = num_pieces * 8 * (2 * self._world_size + 1) * (self._world_size - 1)
             self._workspace.traffic.wire_nbytes += num_rows * row_nbytes + heads_nbytes
 
     def combine(self, job: CombineJob) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -113,8 +114,9 @@ class KernelEngine:
         Raises:
             CollectiveMismatchError, PeerLostError, PeerTimeoutError: from the wait.
         """
-        workspace, arena, routing, call = self._workspace, self._workspace.arena, job.routing, job.call
+        workspace, arena, routing = self._workspace, self._workspace.arena, job.routing
         regions = job.regions(workspace.half_nbytes)
+        call = job.call(regions)
         num_tokens, device = routing.num_tokens, self._device
         out = torch.empty(num_tokens, job.rows.shape[1], dtype=job.rows.dtype, device=device)
         weights = torch.empty(num_tokens, regions.num_weights, dtype=torch.float32, device=device)
@@ -131,6 +133,8 @@ class KernelEngine:
             )  # fmt: skip
             sum_places(out, weights, routing.slots, terms, arena, call, job.seconds, epoch, regions, first)
             workspace.traffic.num_phases += 1
+        if (refusal := job.find_wrong(regions)) is not None:
+            raise refusal
         if routing.counts is not None:
             row_nbytes = regions.row_nbytes + 4 * regions.num_weights
             num_rows = sum(row[self._rank] for peer, row in enumerate(routing.counts) if peer != self._rank)

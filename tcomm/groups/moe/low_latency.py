@@ -105,6 +105,7 @@ class LowLatency:
         )
         self._combine_space: Workspace | None = None
         self._results = Results(f"low-latency exchange {members.name!r}")
+        self._num_dispatched = 0
         memory = range(MOST_RESULTS)
         self._packed = [Packed(number, self.layout, self.workspace.device) for number in memory]
         self._in_memory: list[weakref.ref[LowLatencyHandle] | None] = [None] * MOST_RESULTS
@@ -157,15 +158,7 @@ class LowLatency:
         """
         workspace, layout, scaling = self.workspace, self.layout, (use_fp8, round_scale, use_ue8m0)
         check_dispatch(x, topk_idx, layout, self.dtype, workspace.device, scaling)
-        ranks = workspace.world_size
-        check_statistics(
-            cumulative_recv_stats, "cumulative_recv_stats", torch.int32, ((layout.num_local_experts,),)
-        )
-        check_statistics(
-            wait_recv_cost_stats, "wait_recv_cost_stats", torch.int64, ((ranks,), (ranks, ranks))
-        )
-        if wait_recv_cost_stats is not None and wait_recv_cost_stats.dim() == 2:
-            wait_recv_cost_stats = wait_recv_cost_stats[workspace.rank]
+        waits = self._check_statistics(cumulative_recv_stats, wait_recv_cost_stats)
         form = RowFormat(layout.hidden, self.dtype, *(scaling if use_fp8 else (False, False, False)))
         call = self._describe("low_latency_dispatch", topk_idx.shape[1], str(form))
         seconds = workspace.seconds(timeout)
@@ -173,9 +166,9 @@ class LowLatency:
         def send() -> tuple[DispatchJob, Hook | None]:
             workspace.drain()
             handle = self._next_handle(topk_idx)
-            job = DispatchJob(x, form, handle, call, seconds, cumulative_recv_stats, wait_recv_cost_stats)
+            job = DispatchJob(x, form, handle, call, seconds, cumulative_recv_stats, waits)
             self._engine.send_dispatch(job)
-            self._results.admit(handle)
+            self._admit(handle)
             return job, self._complete(lambda: self._engine.receive_dispatch(job), return_recv_hook)
 
         job, hook = workspace.run(send)
@@ -226,8 +219,12 @@ class LowLatency:
             raise ConfigError("zero_copy=True takes what next_combine_buffer(handle) gave, and nothing else")
         if out is None:
             out = torch.empty(len(topk_idx), self.layout.hidden, dtype=self.dtype, device=workspace.device)
-        call = self._describe("low_latency_combine", topk_idx.shape[1], "zero_copy" if zero_copy else "")
-        job = CombineJob(x, topk_idx, topk_weights, handle, zero_copy, out, call, workspace.seconds(timeout))
+        # Ranks count back, since those that come later have not counted all.
+        told = f"of the last dispatch but {self._num_dispatched - handle.number}"
+        flags = f"zero_copy {told}" if zero_copy else told
+        call = self._describe("low_latency_combine", topk_idx.shape[1], flags)
+        seconds, weights = workspace.seconds(timeout), topk_weights.detach()
+        job = CombineJob(x, topk_idx, weights, handle, zero_copy, out, call, seconds)
 
         def receive() -> None:
             self._engine.receive_combine(job)
@@ -290,11 +287,28 @@ class LowLatency:
         receive()
         return None
 
+    def _check_statistics(
+        self, counts: torch.Tensor | None, waits: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """What waits are added to, [R], when both fit."""
+        ranks, device = self.workspace.world_size, self.workspace.device
+        shapes = ((self.layout.num_local_experts,),)
+        check_statistics(counts, "cumulative_recv_stats", torch.int32, shapes, device)
+        check_statistics(waits, "wait_recv_cost_stats", torch.int64, ((ranks,), (ranks, ranks)), device)
+        return waits[self.workspace.rank] if waits is not None and waits.dim() > 1 else waits
+
+    def _admit(self, handle: LowLatencyHandle) -> None:
+        self._num_dispatched += 1
+        handle.number = self._num_dispatched
+        self._results.admit(handle)
+
     def _next_handle(self, topk_idx: torch.Tensor) -> LowLatencyHandle:
         """A handle with memory that nobody uses."""
         self._results.refuse_another()
         packed = next(memory for memory in self._packed if not self._is_in_use(memory))
-        handle = LowLatencyHandle(packed, self.layout, topk_idx)
+        # The caller may write other choices there; on a GPU the values are not compared.
+        kept = topk_idx.clone() if topk_idx.device.type == "cpu" else topk_idx
+        handle = LowLatencyHandle(packed, self.layout, kept)
         self._in_memory[packed.number] = weakref.ref(handle)
         return handle
 

@@ -65,6 +65,8 @@ class LowLatencyHandle:
         """Memory of the result."""
         self.topk_idx = topk_idx
         """[T, k] int64: the choices that were sent."""
+        self.number = 0
+        """Of its dispatch among those of this rank."""
         self.routing: Any = None
         """What the engine wrote down for the way back."""
         num_experts = layout.world_size * layout.num_local_experts

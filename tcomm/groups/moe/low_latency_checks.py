@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from tcomm.errors import ConfigError
-from tcomm.groups.arguments import check_tensor, dtype_name
+from tcomm.groups.arguments import check_out, check_tensor, dtype_name
+from tcomm.groups.moe.expert_ids import check_divides, check_expert_ids
 from tcomm.memory.moe_slots import GROUP, SlotLayout
 
 __all__ = [
@@ -31,8 +32,7 @@ def check_sizes_of_exchange(
         raise ConfigError(f"{', '.join(wrong)}: give positive integers")
     if hidden % _CHANNELS_AT_LEAST:
         raise ConfigError(f"hidden={hidden} is no multiple of {_CHANNELS_AT_LEAST}")
-    if num_experts % world_size:
-        raise ConfigError(f"num_experts={num_experts} is no multiple of the {world_size} ranks")
+    check_divides(num_experts, world_size)
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype} is none of {', '.join(map(dtype_name, _DTYPES))}")
 
@@ -83,6 +83,7 @@ def check_choices(topk_idx: torch.Tensor, num_tokens: int, layout: SlotLayout, d
     Raises:
         ConfigError: naming the token of an expert out of range.
     """
+    check_tensor("topk_idx", topk_idx)
     if topk_idx.dtype != torch.int64 or topk_idx.dim() != 2 or len(topk_idx) != num_tokens:
         raise ConfigError(
             f"topk_idx is {dtype_name(topk_idx.dtype)} {list(topk_idx.shape)}; give int64 [{num_tokens}, k]"
@@ -93,29 +94,31 @@ def check_choices(topk_idx: torch.Tensor, num_tokens: int, layout: SlotLayout, d
         raise ConfigError(
             f"{topk_idx.shape[1]} choices a token; the exchange was made for 1 to {layout.max_topk}"
         )
-    if device.type != "cpu":
-        return
-    num_experts = layout.world_size * layout.num_local_experts
-    wrong = (topk_idx < -1) | (topk_idx >= num_experts)
-    if wrong.any():
-        token, j = (int(index) for index in wrong.nonzero()[0])
-        raise ConfigError(
-            f"token {token} chooses expert {int(topk_idx[token, j])} of {num_experts}; give -1 for no choice"
-        )
+    if device.type == "cpu":
+        check_expert_ids(topk_idx, layout.world_size * layout.num_local_experts)
 
 
 def check_statistics(
-    stats: torch.Tensor | None, name: str, dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...]
+    stats: torch.Tensor | None,
+    name: str,
+    dtype: torch.dtype,
+    shapes: tuple[tuple[int, ...], ...],
+    device: torch.device,
 ) -> None:
     """Check a tensor that a call adds to.
 
     Raises:
-        ConfigError: when it has another dtype, or none of these shapes.
+        ConfigError: when it has another dtype or device, none of these shapes, or is not contiguous.
     """
-    if stats is not None and (stats.dtype != dtype or tuple(stats.shape) not in shapes):
+    if stats is None:
+        return
+    check_tensor(name, stats)
+    fits = stats.dtype == dtype and tuple(stats.shape) in shapes and stats.device.type == device.type
+    if not fits or not stats.is_contiguous():
         told = " or ".join(str(list(shape)) for shape in shapes)
         raise ConfigError(
-            f"{name} is {dtype_name(stats.dtype)} {list(stats.shape)}; give {dtype_name(dtype)} {told}"
+            f"{name} is {dtype_name(stats.dtype)} {list(stats.shape)} on {stats.device}; give "
+            f"{dtype_name(dtype)} {told} on {device}, contiguous"
         )
 
 
@@ -135,7 +138,7 @@ def check_combine(
     """
     check_tensor("low_latency combine", y)
     shape = [layout.num_local_experts, layout.capacity, layout.hidden]
-    if list(y.shape) != shape or y.dtype != dtype or y.device.type != sent.device.type:
+    if list(y.shape) != shape or y.dtype != dtype or _is_away(y, sent):
         raise ConfigError(
             f"x is {dtype_name(y.dtype)} {list(y.shape)} on {y.device}; give {dtype_name(dtype)} {shape} on "
             f"{sent.device}"
@@ -146,13 +149,21 @@ def check_combine(
     if sent.device.type == "cpu" and ((topk_idx != sent) & (topk_idx >= 0)).any():
         token = int(((topk_idx != sent) & (topk_idx >= 0)).any(1).nonzero()[0])
         raise ConfigError(f"token {token} chooses other experts than it was dispatched to")
-    if topk_weights.dtype != torch.float32 or topk_weights.shape != sent.shape:
+    check_tensor("topk_weights", topk_weights, loses_gradient=False)
+    if (
+        topk_weights.dtype != torch.float32
+        or topk_weights.shape != sent.shape
+        or _is_away(topk_weights, sent)
+    ):
         raise ConfigError(
-            f"topk_weights is {dtype_name(topk_weights.dtype)} {list(topk_weights.shape)}; give float32 "
-            f"{list(sent.shape)}"
+            f"topk_weights is {dtype_name(topk_weights.dtype)} {list(topk_weights.shape)} on "
+            f"{topk_weights.device}; give float32 {list(sent.shape)} on {sent.device}"
         )
-    wanted = [len(sent), layout.hidden]
-    if out is not None and (list(out.shape) != wanted or out.dtype != dtype or not out.is_contiguous()):
-        raise ConfigError(
-            f"out is {dtype_name(out.dtype)} {list(out.shape)}; give {dtype_name(dtype)} {wanted}, contiguous"
-        )
+    if out is not None:
+        check_out("low_latency combine", y, out, (len(sent), layout.hidden), may_alias=False)
+        if not out.is_contiguous():
+            raise ConfigError(f"out is {list(out.shape)} of strides {out.stride()}; give it contiguous")
+
+
+def _is_away(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    return tensor.device.type != other.device.type

@@ -17,6 +17,8 @@ from tcomm.memory.moe_slots import SlotLayout
 
 __all__ = ["KernelEngine"]
 
+_COUNT_MASK = (1 << 32) - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class _Routing:
@@ -27,9 +29,13 @@ class _Routing:
     counts: torch.Tensor
     """[E] int32."""
 
+    def by_rank(self, layout: SlotLayout) -> torch.Tensor:
+        """[R]: copies for each rank."""
+        return self.counts.view(-1, layout.num_local_experts).sum(1)
+
 
 class KernelEngine:
-    """Carries calls out by kernels. What they move, the host does not count.
+    """Carries calls out by kernels. What they move on a GPU, the host does not count.
 
     Args:
         workspace: whose halves have `layout`.
@@ -56,6 +62,7 @@ class KernelEngine:
             self._space.arena, job.call, job.seconds, layout, job.form, job.x.contiguous(), topk_idx,
             routing.slots, routing.counts,
         )  # fmt: skip
+        self._count(routing.by_rank(layout), job.form.wire_nbytes)
 
     def receive_dispatch(self, job: DispatchJob) -> None:
         """Wait for all sources, and pack their copies."""
@@ -79,6 +86,8 @@ class KernelEngine:
             self._space.arena, job.call, job.seconds, self._layout, job.y.contiguous(), packed.ranges,
             packed.number, job.lends,
         )  # fmt: skip
+        if not job.lends:
+            self._count((packed.ranges & _COUNT_MASK).sum(0), self._row_nbytes)
 
     def receive_combine(self, job: CombineJob) -> None:
         """Wait for all owners, and sum up."""
@@ -89,3 +98,17 @@ class KernelEngine:
             job.topk_idx.contiguous(), job.weights.contiguous(), routing.slots, routing.counts,
             self._lent() if job.lends else None,
         )  # fmt: skip
+        if job.lends:
+            self._count(routing.by_rank(self._layout), self._row_nbytes)
+
+    @property
+    def _row_nbytes(self) -> int:
+        """Of a row on its way back."""
+        return self._layout.hidden * self._layout.itemsize
+
+    def _count(self, rows_by_rank: torch.Tensor, row_nbytes: int) -> None:
+        """Count rows to or from other ranks, where the host need not wait for them."""
+        space = self._space
+        if space.device.type == "cpu":
+            num_rows = int(rows_by_rank.sum() - rows_by_rank[space.rank])
+            space.traffic.wire_nbytes += num_rows * row_nbytes

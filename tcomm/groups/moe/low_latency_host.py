@@ -19,7 +19,7 @@ from tcomm.cpu.moe_low_latency import (
     pack_ranges,
 )
 from tcomm.cpu.moe_quantise import quantise
-from tcomm.errors import CommError
+from tcomm.errors import DecodeError
 from tcomm.groups.moe.low_latency_calls import CombineJob, DispatchJob
 from tcomm.groups.moe.workspace import Workspace
 from tcomm.memory.moe_slots import LENT_SHIFT, RowFormat, SlotLayout
@@ -120,7 +120,7 @@ class HostEngine:
         self._survivors.refuse_if_masked()
         job.epoch = space.begin(job.call, job.seconds)
         assert routing.begins is not None
-        y = job.y.reshape(-1, layout.hidden)
+        y = job.y.contiguous().view(-1, layout.hidden)
         begins = routing.begins.t() | job.handle.packed.number << LENT_SHIFT
         for source in self._others_first():
             where = routing.rows[source]
@@ -184,7 +184,7 @@ class HostEngine:
         if masked:
             numbers[masked], are_fresh[masked] = 0, True
         if not are_fresh.all():
-            raise CommError(
+            raise DecodeError(
                 f"{call} #{epoch} of group {self._space.name!r}: a peer published without its numbers",
                 group=self._space.name, seq=epoch, rank=self._space.rank,
             )  # fmt: skip

@@ -10,8 +10,10 @@ import torch
 
 from tcomm.cpu import moe_one_sided as on_host
 from tcomm.errors import ConfigError, UsageError
-from tcomm.groups.arguments import UNSET, Timeout, Unset, check_tensor, dtype_name
-from tcomm.groups.moe.routes import Routes, as_word_rows, check_divides, make_routes
+from tcomm.groups.arguments import UNSET, Timeout, Unset, dtype_name
+from tcomm.groups.moe.expert_ids import MOST_ROWS, check_divides
+from tcomm.groups.moe.routes import Routes, as_word_rows, make_routes
+from tcomm.groups.moe.token_checks import check_placed
 from tcomm.groups.moe.workspace import Workspace
 from tcomm.groups.setup import Membership
 from tcomm.signature import CallDescription
@@ -185,7 +187,7 @@ class OneSided:
         if self._dispatched is not None:
             raise UsageError("dispatch was called twice; combine what the last one gave, then dispatch")
         rows = self._check_payloads(ids, payloads, runtime_max)
-        ids_at = _position_of(ids, payloads) if invalid is not None else -1
+        ids_at = _position_of(ids, payloads, invalid) if invalid is not None else -1
         routes = make_routes(ids, self.num_experts, self.workspace.world_size)
         told = [f"{dtype_name(one.dtype)}{list(one.shape[1:])}" for one in payloads]
         contents = f"{', '.join(told)} for {self.num_experts} experts"
@@ -219,9 +221,13 @@ class OneSided:
 
         Raises:
             UsageError: when nothing was dispatched.
-            ConfigError: when a row is longer than there is room for.
+            ConfigError: when it is no row, or a longer one than there is room for.
         """
         dispatched = self._take_dispatched("combine_buffer")
+        if type(hidden) is not int or hidden < 0 or not isinstance(dtype, torch.dtype):
+            raise ConfigError(
+                f"combine_buffer({hidden!r}, {dtype!r}); give elements of a row and their dtype"
+            )
         self._check_row(hidden * dtype.itemsize)
         return self._view(self.layout.combine_at, (dispatched.runtime_max, hidden), dtype)
 
@@ -310,19 +316,20 @@ class OneSided:
             raise UsageError(
                 f"runtime_max={runtime_max!r}: the workspace has room for 1 to {limit} tokens a rank"
             )
-        check_tensor("dispatch", ids)
+        check_placed("token_selected_experts", ids, self.workspace.device)
         if ids.dim() != 2 or ids.shape[1] != self.top_k:
             raise ConfigError(f"token_selected_experts is {list(ids.shape)}; needed [tokens, {self.top_k}]")
         if len(ids) > runtime_max:
             raise UsageError(f"{len(ids)} tokens are more than runtime_max={runtime_max}")
+        if not isinstance(payloads, list | tuple):
+            raise ConfigError(f"payloads is a {type(payloads).__name__}; give a list of tensors")
         if len(payloads) > MOST_PAYLOADS:
             raise ConfigError(f"{len(payloads)} payloads; a token travels with at most {MOST_PAYLOADS}")
         for index, one in enumerate(payloads):
-            check_tensor("dispatch", one)
-            if one.dim() < 1 or len(one) != len(ids) or not one.is_contiguous() or one.device != ids.device:
+            check_placed(f"payload {index}", one, self.workspace.device)
+            if one.dim() < 1 or len(one) != len(ids) or not one.is_contiguous():
                 raise ConfigError(
-                    f"payload {index} is {list(one.shape)} on {one.device}; needed contiguous "
-                    f"[{len(ids)}, ...] on {ids.device}"
+                    f"payload {index} is {list(one.shape)}; needed contiguous [{len(ids)}, ...]"
                 )
         rows = [as_word_rows(one) for one in payloads]
         nbytes = sum(one.shape[1] * one.itemsize for one in rows)
@@ -334,7 +341,7 @@ class OneSided:
         return rows
 
     def _check_results(self, payload: torch.Tensor, runtime_max: int, in_workspace: bool) -> None:
-        check_tensor("combine", payload)
+        check_placed("payload of combine", payload, self.workspace.device)
         wanted = (self.workspace.world_size, runtime_max)
         if payload.dim() != 3 or payload.shape[:2] != wanted or not payload.is_contiguous():
             raise ConfigError(
@@ -361,7 +368,9 @@ def _check_sizes(**sizes: int) -> None:
             raise ConfigError(f"{name}={size!r} is not a positive number")
 
 
-def _position_of(ids: torch.Tensor, payloads: Sequence[torch.Tensor]) -> int:
+def _position_of(ids: torch.Tensor, payloads: Sequence[torch.Tensor], invalid: object) -> int:
+    if type(invalid) is not int or not -MOST_ROWS <= invalid < MOST_ROWS:
+        raise ConfigError(f"invalid_token_expert_id={invalid!r} is no integer of 32 bits")
     for index, one in enumerate(payloads):
         if one is ids:
             return index

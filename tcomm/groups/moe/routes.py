@@ -7,8 +7,9 @@ import dataclasses
 import torch
 
 from tcomm.errors import ConfigError
+from tcomm.groups.moe.expert_ids import check_expert_ids
 
-__all__ = ["Routes", "as_word_rows", "check_divides", "make_routes"]
+__all__ = ["Routes", "as_word_rows", "make_routes"]
 
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
 
@@ -54,7 +55,8 @@ def make_routes(topk_ids: torch.Tensor, num_experts: int, world_size: int) -> Ro
         raise ConfigError(
             f"expert ids are {topk_ids.dtype} {list(topk_ids.shape)}; needed int32 or int64 [tokens, top_k]"
         )
-    _refuse_out_of_range(topk_ids, num_experts)
+    if topk_ids.device.type == "cpu":
+        check_expert_ids(topk_ids, num_experts)
     ids = topk_ids.to(torch.int64)
     # A GPU is not waited for to refuse what is out of range: there it is no selection.
     known = (ids >= 0) & (ids < num_experts)
@@ -67,30 +69,6 @@ def make_routes(topk_ids: torch.Tensor, num_experts: int, world_size: int) -> Ro
     before = goes.to(torch.int64).cumsum(0) - 1
     slots = torch.where(ranks >= 0, before.gather(1, ranks.clamp(min=0)), -1)
     return Routes(ranks, slots, goes.sum(0))
-
-
-def _refuse_out_of_range(topk_ids: torch.Tensor, num_experts: int) -> None:
-    if topk_ids.device.type != "cpu":
-        return
-    wrong = ((topk_ids < -1) | (topk_ids >= num_experts)).nonzero()
-    if len(wrong):
-        token, entry = wrong[0].tolist()
-        raise ConfigError(
-            f"token {token} has expert {int(topk_ids[token, entry])} at entry {entry}; "
-            f"experts are 0 to {num_experts - 1}, or -1 for none"
-        )
-
-
-def check_divides(num_experts: int, world_size: int) -> None:
-    """Check that every rank holds as many experts.
-
-    Raises:
-        ConfigError: when they do not divide.
-    """
-    if num_experts <= 0 or num_experts % world_size:
-        raise ConfigError(
-            f"num_experts={num_experts} do not divide among {world_size} ranks; give a multiple of that"
-        )
 
 
 def as_word_rows(x: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,8 @@ import torch
 
 from tcomm.cpu.moe_layout import count_experts, find_holders
 from tcomm.errors import ConfigError
+from tcomm.groups.arguments import check_tensor
+from tcomm.groups.moe.expert_ids import check_divides, check_expert_ids
 from tcomm.kernels.moe_layout import find_layout
 
 __all__ = ["Layout", "Routing", "check_topk", "check_topk_shape", "make_layout"]
@@ -43,16 +45,7 @@ def check_topk(topk_idx: torch.Tensor, num_experts: int, world_size: int = 1) ->
         ConfigError: when it is no such tensor, or names an expert that there is not; says of which token.
     """
     check_topk_shape(topk_idx, num_experts, world_size)
-    if topk_idx.numel() == 0:
-        return
-    least, most = torch.aminmax(topk_idx)
-    if int(least) >= -1 and int(most) < num_experts:
-        return
-    token, choice = ((topk_idx < -1) | (topk_idx >= num_experts)).nonzero()[0].tolist()
-    raise ConfigError(
-        f"topk_idx[{token}, {choice}] = {int(topk_idx[token, choice])}: token {token} wants an expert that "
-        f"is none of 0 to {num_experts - 1}; give -1 where nothing is selected"
-    )
+    check_expert_ids(topk_idx, num_experts)
 
 
 def check_topk_shape(topk_idx: torch.Tensor, num_experts: int, world_size: int) -> None:
@@ -61,16 +54,10 @@ def check_topk_shape(topk_idx: torch.Tensor, num_experts: int, world_size: int) 
     Raises:
         ConfigError: when it is no such tensor, or the experts cannot be shared evenly.
     """
-    if type(num_experts) is not int or num_experts < 1 or num_experts % world_size:
-        raise ConfigError(
-            f"num_experts={num_experts!r} is not a multiple of {world_size} ranks, at least one each"
-        )
-    if not isinstance(topk_idx, torch.Tensor) or topk_idx.dim() != 2 or topk_idx.dtype != torch.int64:
-        given = (
-            f"{topk_idx.dtype} {list(topk_idx.shape)}"
-            if isinstance(topk_idx, torch.Tensor)
-            else repr(topk_idx)
-        )
+    check_divides(num_experts, world_size)
+    check_tensor("topk_idx", topk_idx)
+    if topk_idx.dim() != 2 or topk_idx.dtype != torch.int64:
+        given = f"{topk_idx.dtype} {list(topk_idx.shape)}"
         raise ConfigError(f"topk_idx is {given}; give int64 [tokens, choices]")
     if not 1 <= topk_idx.shape[1] <= MOST_CHOICES:
         raise ConfigError(
@@ -92,6 +79,8 @@ def make_layout(topk_idx: torch.Tensor, num_experts: int, world_size: int, engin
     Raises:
         ConfigError: when topk_idx is no such tensor, or names an expert that there is not.
     """
+    if isinstance(topk_idx, torch.Tensor) and topk_idx.device.type not in {"cpu", "cuda"}:
+        raise ConfigError(f"topk_idx is on {topk_idx.device}; tokens are on 'cpu' or 'cuda'")
     looks = isinstance(topk_idx, torch.Tensor) and topk_idx.device.type == "cpu"
     (check_topk if looks else check_topk_shape)(topk_idx, num_experts, world_size)
     if engine == "triton":
@@ -120,6 +109,7 @@ class Routing:
         num_rows: rows of received tensors, with unused ones.
         most_tokens: tokens of the rank that has most; None where only a GPU knows.
         matrix: [R, R] int32; counts as a tensor.
+        number: of the dispatch among those of its exchange, from 1, the same on every rank.
     """
 
     def __init__(
@@ -142,6 +132,7 @@ class Routing:
         self.most_tokens = most_tokens
         self.num_topk = num_topk
         self.num_experts = num_experts
+        self.number = 1
         self._prefix = prefix
         self.width = min(num_topk, slots.shape[1])
 

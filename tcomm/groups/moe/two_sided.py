@@ -9,8 +9,10 @@ import torch
 
 from tcomm.cpu import moe_two_sided as on_host
 from tcomm.errors import ConfigError, UsageError
-from tcomm.groups.arguments import UNSET, Timeout, Unset, check_tensor, dtype_name
-from tcomm.groups.moe.routes import Routes, as_word_rows, check_divides, make_routes
+from tcomm.groups.arguments import UNSET, Timeout, Unset, dtype_name
+from tcomm.groups.moe.expert_ids import MOST_ROWS, check_divides
+from tcomm.groups.moe.routes import Routes, as_word_rows, make_routes
+from tcomm.groups.moe.token_checks import check_placed
 from tcomm.groups.moe.workspace import Workspace
 from tcomm.groups.setup import Membership
 from tcomm.memory.rings import RingLayout
@@ -140,7 +142,7 @@ class TwoSided:
         self, ids: torch.Tensor, weights: torch.Tensor, most: int, num_experts: int, timeout: Timeout | Unset
     ) -> tuple[RoutingInfo, torch.Tensor, torch.Tensor]:
         space = self.workspace
-        _check_routing(ids, weights, most)
+        _check_routing(ids, weights, most, space)
         check_divides(num_experts, space.world_size)
         routes = make_routes(ids, num_experts, space.world_size)
         top_k = ids.shape[1]
@@ -182,7 +184,8 @@ class TwoSided:
         return self.workspace.run(lambda: self._to_experts(x, info, timeout))
 
     def _to_experts(self, x: torch.Tensor, info: RoutingInfo, timeout: Timeout | Unset) -> torch.Tensor:
-        self._check_rows("alltoallv", x, info, info.num_tokens)
+        self._check_info("alltoallv", info)
+        self._check_rows("alltoallv", x, info.num_tokens)
         out = x.new_empty(info.num_rows, *x.shape[1:])
         tokens = info.places // info.top_k
         given, taken = (tokens, info.routes.counts), (info.rows, info.received)
@@ -215,9 +218,10 @@ class TwoSided:
     def _combine(
         self, x: torch.Tensor, info: RoutingInfo, top_k: int, timeout: Timeout | Unset
     ) -> torch.Tensor:
-        self._check_rows("combine", x, info, info.num_rows)
-        if top_k != info.top_k:
-            raise ConfigError(f"top_k={top_k} of combine; the tokens have {info.top_k} experts")
+        self._check_info("combine", info)
+        self._check_rows("combine", x, info.num_rows)
+        if type(top_k) is not int or top_k != info.top_k:
+            raise ConfigError(f"top_k={top_k!r} of combine; the tokens have {info.top_k} experts")
         if x.dim() != 2 or x.dtype not in _SUMMED:
             names = ", ".join(map(dtype_name, _SUMMED))
             raise ConfigError(f"combine adds up [rows, hidden] of {names}, not {x.dtype} {list(x.shape)}")
@@ -263,17 +267,19 @@ class TwoSided:
             num_remote = int(given[1].sum() - given[1][space.rank])
             space.traffic.wire_nbytes += num_remote * rows.shape[1] * rows.itemsize
 
-    def _check_rows(self, verb: str, x: torch.Tensor, info: RoutingInfo, num_rows: int) -> None:
-        if info.exchange is not self:
+    def _check_info(self, verb: str, info: RoutingInfo) -> None:
+        if not isinstance(info, RoutingInfo) or info.exchange is not self:
             raise UsageError(f"{verb}: the routing is of another exchange; call prepare() of this one")
-        check_tensor(verb, x)
+
+    def _check_rows(self, verb: str, x: torch.Tensor, num_rows: int) -> None:
+        check_placed(f"x of {verb}", x, self.workspace.device)
         if x.dim() < 1 or len(x) != num_rows or not x.is_contiguous():
             raise ConfigError(f"{verb} of {list(x.shape)}; needed contiguous [{num_rows}, ...]")
 
 
-def _check_routing(ids: torch.Tensor, weights: torch.Tensor, most: int) -> None:
-    check_tensor("prepare", ids)
-    check_tensor("prepare", weights)
+def _check_routing(ids: torch.Tensor, weights: torch.Tensor, most: int, space: Workspace) -> None:
+    check_placed("topk_ids", ids, space.device)
+    check_placed("topk_weights", weights, space.device)
     if ids.dim() != 2 or ids.dtype != torch.int32 or not ids.shape[1]:
         raise ConfigError(f"topk_ids are {ids.dtype} {list(ids.shape)}; needed int32 [tokens, top_k]")
     if weights.dtype != torch.float32 or weights.shape != ids.shape or not weights.is_contiguous():
@@ -281,8 +287,8 @@ def _check_routing(ids: torch.Tensor, weights: torch.Tensor, most: int) -> None:
             f"topk_weights are {weights.dtype} {list(weights.shape)}; "
             f"needed contiguous float32 {list(ids.shape)}"
         )
-    if type(most) is not int or most <= 0:
-        raise ConfigError(f"max_num_tokens={most!r} is not a positive number")
+    if type(most) is not int or not 0 < most * space.world_size < MOST_ROWS:
+        raise ConfigError(f"max_num_tokens={most!r} is not a positive number of 32 bits for all ranks")
     if len(ids) > most:
         raise UsageError(f"{len(ids)} tokens are more than max_num_tokens={most}")
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 import msgspec
 import torch
 
-from tcomm.errors import CapabilityError, ConfigError
+from tcomm.errors import CapabilityError, ConfigError, DecodeError
 from tcomm.groups.arguments import UNSET, Timeout, Unset
 from tcomm.groups.handle import SETUP_SECONDS, GroupHandle
 from tcomm.groups.setup import Membership
@@ -96,7 +96,7 @@ class Workspace(GroupHandle):
         device: torch.device | str = "cpu",
         engine: str = "",
     ) -> None:
-        self.device = torch.device(device)
+        self.device = _device_of(device)
         self.engine = _engine_of(self.device, engine)
         self.traffic = Traffic()
         self._pending: Hook | None = None
@@ -178,8 +178,18 @@ class Workspace(GroupHandle):
 
         Raises:
             GroupClosedError: when the workspace is closed, or belongs to another process.
+            DecodeError: when a peer's memory is not what it published; the group is given up.
         """
-        result: _T = self._call(body)
+
+        def body_or_end() -> _T:
+            try:
+                return body()
+            except DecodeError:
+                # The others do not know of it, and would wait for this rank in the next call.
+                self._channel.interrupt()
+                raise
+
+        result: _T = self._call(body_or_end)
         return result
 
     def seconds(self, timeout: Timeout | Unset = UNSET) -> float | None:
@@ -227,6 +237,13 @@ class Workspace(GroupHandle):
         pending, self._pending = self._pending, None
         if pending is not None:
             pending()
+
+
+def _device_of(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device={device!r} is none that torch knows; give 'cpu' or 'cuda'") from None
 
 
 def _engine_of(device: torch.device, engine: str) -> str:

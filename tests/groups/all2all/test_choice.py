@@ -78,5 +78,24 @@ def test_a_choice_explains_itself():
 
 @pytest.mark.parametrize("field", ["max_tokens", "hidden", "topk", "num_experts", "world_size", "itemsize"])
 def test_numbers_make_sense(field):
-    with pytest.raises(ConfigError, match=f"{field}=0 of an exchange"):
-        dataclasses.replace(FEW, **{field: 0})
+    for wrong in (0, "8", 2.5):
+        with pytest.raises(ConfigError, match=f"{field}={wrong!r} of an exchange"):
+            dataclasses.replace(FEW, **{field: wrong})
+
+
+def test_tokens_are_on_a_device_that_is_known():
+    with pytest.raises(ConfigError, match="device='xpu' of an exchange of tokens; give 'cpu' or 'cuda'"):
+        dataclasses.replace(FEW, device="xpu")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ranks", "name"),
+    [
+        (1, 4, "allgather_reducescatter"), (128, 4, "allgather_reducescatter"),
+        (4096, 4, "deepep_high_throughput"), (128, 8, "deepep_high_throughput"),
+        (4096, 8, "deepep_high_throughput"), (1, 64, "deepep_low_latency"),
+        (128, 64, "deepep_low_latency"), (4096, 64, "deepep_high_throughput"),
+    ],
+)  # fmt: skip
+def test_few_ranks_gather_many_tokens_travel_once_and_few_tokens_to_many_ranks_go_fast(tokens, ranks, name):
+    assert _choose(dataclasses.replace(FEW, max_tokens=tokens, world_size=ranks)).name == name

@@ -3,9 +3,17 @@ import time
 import pytest
 import torch
 
-from tcomm.errors import CollectiveMismatchError, ConfigError, GroupClosedError, PeerLostError, UsageError
+from tcomm.errors import (
+    CollectiveMismatchError,
+    ConfigError,
+    DecodeError,
+    GroupClosedError,
+    PeerLostError,
+)
+from tcomm.groups.moe import host_engine
 from tcomm.groups.moe.high_throughput import HighThroughput
 from tcomm.groups.setup import from_store
+from tcomm.memory.token_regions import DispatchRegions, ReturnRegions
 from tests.groups.moe.exact_moves import (
     expect_combine,
     expect_dispatch,
@@ -220,8 +228,8 @@ def _mistakes(member):
     rows, handle = got.x, got.handle
     phases = exchange.workspace.traffic.num_phases
     for arguments, keywords, told in [
-        ((x, idx + 1, None, 4), {}, r"topk_idx\[0, 1\] = 4: token 0 wants an expert that is none of 0 to 3"),
-        ((x, idx, None, 3), {}, "num_experts=3 is not a multiple of 2 ranks"),
+        ((x, idx + 1, None, 4), {}, "token 0 has expert 4 at entry 1; experts are 0 to 3"),
+        ((x, idx, None, 3), {}, "num_experts=3 do not divide among 2 ranks"),
         ((x, idx.int(), None, 4), {}, "topk_idx is torch.int32"),
         ((x, idx[:1], None, 4), {}, r"topk_idx is torch.int64 \[1, 2\]; give torch.int64 \[2, 2\]"),
         ((x, idx, idx.double(), 4), {}, "topk_weights is torch.float64"),
@@ -238,7 +246,6 @@ def _mistakes(member):
         ((x, None, None, 4), {"handle": 3}, "handle is a int"),
         ((x[:1], None, None, 4), {"handle": handle}, "x has 1 tokens, the dispatch of the handle had 2"),
         ((torch.ones(2, 1 << 20), idx, None, 4), {}, "holds no token"),
-        ((torch.ones(100, 4096), torch.zeros(100, 1).long(), None, 4), {"num_worst_tokens": 900}, "enlarge"),
     ]:
         with pytest.raises(ConfigError, match=told):
             exchange.dispatch(*arguments, **keywords)
@@ -256,8 +263,10 @@ def _mistakes(member):
     with pytest.raises(CollectiveMismatchError):
         exchange.dispatch(x, idx, None, 4 + 4 * me)
     other = exchange.dispatch(x, idx[:1].repeat(2, 1), None, 4).handle
-    with pytest.raises(UsageError, match="handles of different dispatches"):
+    with pytest.raises(CollectiveMismatchError, match="routes of dispatch #2"):
         exchange.dispatch(x, None, None, 4, handle=(handle, other)[me])
+    with pytest.raises(CollectiveMismatchError, match="rows of dispatch #1"):
+        exchange.combine(rows if me == 0 else torch.ones(other.num_rows, 8), (handle, other)[me])
     check_round(exchange, [2, 5], "random", 2, 8, torch.bfloat16)
     with pytest.raises(ConfigError, match="num_nbytes=0"):
         make(member, num_nbytes=0)
@@ -271,6 +280,56 @@ def _mistakes(member):
     member.meet("gone")
     with pytest.raises(PeerLostError, match="rank 1"):
         exchange.combine(rows, handle)
+
+
+def _too_many(member, engine):
+    """Tokens that do not go in one piece, though nobody may ask how many there are, there and back."""
+    exchange, me = make(member, engine, 16 << 10), member.rank
+    half_nbytes, row_nbytes = exchange.workspace.half_nbytes, 4096
+    room = DispatchRegions(half_nbytes, 2, row_nbytes, 1).num_tokens
+    many = room + 1
+    x, idx = torch.ones(many, row_nbytes // 4), torch.zeros(many, 1, dtype=torch.int64)
+    told = f"{many} tokens of which {room} fit"
+    for _ in range(2):
+        with pytest.raises(CollectiveMismatchError, match=f"rank 1: dispatch .* {told}"):
+            exchange.dispatch(x[: many if me else 1], idx[: many if me else 1], None, 2, num_worst_tokens=80)
+    with pytest.raises(ConfigError, match=f"{told} the buffer; with num_worst_tokens"):
+        exchange.dispatch(x, idx, None, 2, num_worst_tokens=80)
+    assert exchange.dispatch(x[:1], idx[:1], None, 2, num_worst_tokens=80).x.shape == (80, row_nbytes // 4)
+    if engine == "triton":
+        narrow = exchange.dispatch(x[:, :8].contiguous(), idx, None, 2, num_worst_tokens=80)
+        # As on a GPU, where no host reads how many tokens there are.
+        narrow.handle.most_tokens = None
+        room = ReturnRegions(half_nbytes, 1, row_nbytes, 0).num_tokens
+        with pytest.raises(ConfigError, match=f"{many} tokens of which {room} fit the buffer; after"):
+            exchange.combine(torch.ones(80, row_nbytes // 4), narrow.handle)
+    check_round(exchange, [2, 5], "random", 2, 8, torch.bfloat16)
+    exchange.close()
+
+
+@pytest.mark.parametrize("engine", ["cpu", "triton"])
+def test_tokens_that_do_not_go_at_once_are_refused_on_all_ranks(on_ranks, engine):
+    on_ranks(2, _too_many, engine)
+
+
+def _stale(member):
+    """Rank 1 publishes and leaves the head of its half as it was."""
+    exchange, me = make(member), member.rank
+    x, idx = torch.ones(2, 8), torch.tensor([[0, 3], [1, -1]])
+    if me == 1:
+        host_engine.stage = lambda *_: None
+        with pytest.raises((DecodeError, PeerLostError)):
+            exchange.dispatch(x, idx, None, 4)
+    else:
+        with pytest.raises(DecodeError, match="rank 1 gave counts"):
+            exchange.dispatch(x, idx, None, 4)
+    member.meet("found")
+    with pytest.raises(PeerLostError, match="was interrupted"):
+        exchange.dispatch(x, idx, None, 4)
+
+
+def test_counts_of_another_call_end_the_exchange_on_all_ranks(on_ranks):
+    on_ranks(2, _stale)
 
 
 def test_mistakes_are_told_before_anything_is_sent_and_the_dead_are_named(on_ranks):

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from tcomm.errors import ConfigError, PeerLostError, UsageError
+from tcomm.errors import CollectiveMismatchError, ConfigError, PeerLostError, UsageError
 from tcomm.groups.moe import low_latency
 from tests.groups.moe.low_latency_cases import (
     KINDS,
@@ -180,7 +180,7 @@ def _refusals(member):
     refused(r"topk_idx is int32 \[4, 2\]", x, idx.int())
     refused(r"give int64 \[4, k\]", x, idx[:3])
     refused("4 choices a token; the exchange was made for 1 to 3", x, torch.zeros(4, 4).long())
-    refused("token 2 chooses expert 8 of 8", x, torch.tensor([[0], [-1], [8], [9]]))
+    refused("token 2 has expert 8 at entry 0", x, torch.tensor([[0], [-1], [8], [9]]))
     refused("needs round_scale=True", x, idx, use_ue8m0=True)
     refused("cumulative_recv_stats is int64", x, idx, cumulative_recv_stats=torch.zeros(4).long())
     refused(r"give int64 \[2\] or \[2, 2\]", x, idx, wait_recv_cost_stats=torch.zeros(3).long())
@@ -191,7 +191,7 @@ def _refusals(member):
     refuse_back("topk_weights is float64", y, idx, weights.double(), handle)
     refuse_back(r"topk_idx is \[4, 1\]; its dispatch had \[4, 2\]", y, idx[:, :1], weights, handle)
     refuse_back("token 0 chooses other experts", y, idx + 1, weights, handle)
-    refuse_back(r"out is bfloat16 \[3, 128\]", y, idx, weights, handle, out=y[0, :3])
+    refuse_back(r"out= of low_latency combine is bfloat16 \[3, 128\]", y, idx, weights, handle, out=y[0, :3])
     refuse_back("zero_copy=True takes", y, idx, weights, handle, zero_copy=True)
     out, _ = exchange.combine(y, idx, weights, handle)
     exchange.close()
@@ -226,3 +226,29 @@ def test_a_rank_that_is_gone_is_named(on_ranks):
 )
 def test_size_hint_is_that_of_deepep(sizes, nbytes):
     assert low_latency.size_hint(*sizes) == nbytes
+
+
+def _crossed(member, engine):
+    """Of two results that are alive, one rank combines this and the other that."""
+    exchange, first, second = make(member, engine=engine), Case(1, 3, "full"), Case(2, 3, "full")
+    alive = []
+    for case in (first, second):
+        x, topk_idx, weights = tokens_of(case, exchange.layout, member.rank)
+        given = topk_idx.clone()
+        rows, _, handle, _ = exchange.dispatch(x, given, use_fp8=False)
+        # Choices of the next one are written to the same place.
+        given.fill_(-1)
+        alive.append((rows, topk_idx, weights, handle))
+    for order in ((0, 1), (1, 0)):
+        with pytest.raises(CollectiveMismatchError, match="of the last dispatch but 1"):
+            exchange.combine(*alive[order[member.rank]])
+    for case, result in zip((first, second), alive, strict=True):
+        x, _, weights = tokens_of(case, exchange.layout, member.rank)
+        out, _ = exchange.combine(*result)
+        assert torch.allclose(out.float(), x.float() * weights.sum(1, keepdim=True), rtol=0.02, atol=1e-3)
+    exchange.close()
+
+
+@pytest.mark.parametrize("engine", ["cpu", "triton"])
+def test_results_of_different_dispatches_are_not_added_up(on_ranks, engine):
+    on_ranks(2, _crossed, engine)

@@ -29,7 +29,7 @@ def test_rows_and_scales_that_are_right_come_back():
 @pytest.mark.parametrize(
     ("x", "told"),
     [
-        (3, "x is 3; give a contiguous"),
+        (3, "x takes a torch.Tensor, not int"),
         (X[0], r"x is \[8\]; give a contiguous"),
         (X.t(), "contiguous"),
         (X.double(), "x is torch.float64"),
@@ -54,7 +54,7 @@ def test_rows_that_cannot_travel_are_refused(x, told):
     ("arguments", "told"),
     [
         ((2, None, None, 4, 2, None), "needs topk_idx, or the handle"),
-        ((2, IDX + 1, None, 4, 2, None), r"topk_idx\[0, 1\] = 4: token 0 wants"),
+        ((2, IDX + 1, None, 4, 2, None), "token 0 has expert 4 at entry 1"),
         ((3, IDX, None, 4, 2, None), r"topk_idx is torch.int64 \[2, 2\]; give torch.int64 \[3, 2\]"),
         ((2, IDX, IDX, 4, 2, None), "topk_weights is torch.int64"),
         ((2, IDX, X[:, :2].to("meta"), 4, 2, None), "topk_weights is on meta"),
@@ -75,7 +75,7 @@ def test_a_gpu_may_be_waited_for_only_when_that_is_allowed():
     check_choices(2, on_device, None, 4, 2, None, on_device.device, may_wait=False)
     with pytest.raises(RuntimeError, match="meta tensors"):
         check_choices(2, on_device, None, 4, 2, None, on_device.device)
-    with pytest.raises(ConfigError, match="token 0 wants"):
+    with pytest.raises(ConfigError, match="token 0 has expert 4"):
         check_choices(2, IDX + 1, None, 4, 2, None, CPU, may_wait=False)
 
 

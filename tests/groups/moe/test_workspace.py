@@ -122,3 +122,10 @@ def test_an_engine_that_does_not_suit_the_device_is_refused(device, engine, told
     with pytest.raises(ConfigError, match=told):
         workspace._engine_of(torch.device(device), engine)
     assert workspace._engine_of(torch.device("cuda"), "") == "triton"
+
+
+@pytest.mark.parametrize("device", ["tpu", None, 3.5])
+def test_a_device_that_torch_does_not_know_is_refused(device):
+    with pytest.raises(ConfigError, match=f"device={device!r} is none that torch knows"):
+        workspace._device_of(device)
+    assert workspace._device_of("cpu") == workspace._device_of(torch.device("cpu")) == torch.device("cpu")

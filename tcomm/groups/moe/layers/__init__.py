@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from tcomm.errors import ConfigError
 from tcomm.groups.arguments import UNSET, Timeout, Unset
+from tcomm.groups.moe.expert_ids import check_divides
 from tcomm.groups.moe.layers.batched import LowLatencyLayer
 from tcomm.groups.moe.layers.contract import Backend, Experts, MoeShape
 from tcomm.groups.moe.layers.flat import HighThroughputLayer, OneSidedLayer, TwoSidedLayer
@@ -50,6 +51,5 @@ def make_backend(
     if name not in BACKENDS:
         raise ConfigError(f"backend={name!r}: give one of {', '.join(BACKENDS)}")
     world_size = dist.get_world_size(group) if dist.is_initialized() else 1
-    if shape.num_experts % world_size:
-        raise ConfigError(f"{shape.num_experts} experts cannot be shared out evenly over {world_size} ranks")
+    check_divides(shape.num_experts, world_size)
     return BACKENDS[name](shape, group, timeout)

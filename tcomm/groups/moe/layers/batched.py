@@ -7,14 +7,14 @@ import torch.distributed as dist
 
 from tcomm.cpu.moe_quantise import dequantise
 from tcomm.groups.arguments import Timeout, Unset
-from tcomm.groups.moe.layers.contract import Experts, MoeShape
+from tcomm.groups.moe.layers.contract import Experts, MoeShape, OverExchange
 from tcomm.groups.moe.low_latency import LowLatency
 from tcomm.groups.setup import from_process_group
 
 __all__ = ["LowLatencyLayer"]
 
 
-class LowLatencyLayer:
+class LowLatencyLayer(OverExchange[LowLatency]):
     """Tokens by `LowLatency`; experts write into the memory that their results are taken from.
 
     Args:
@@ -40,12 +40,3 @@ class LowLatencyLayer:
         rows = dequantise(*came).to(shape.dtype) if isinstance(came, tuple) else came
         y = experts.batched(rows, counts)
         return exchange.combine(y, topk_idx, topk_weights, handle)[0]
-
-    @property
-    def wire_nbytes(self) -> int:
-        """As `Backend.wire_nbytes`."""
-        return self._exchange.workspace.traffic.wire_nbytes
-
-    def close(self) -> None:
-        """As `Backend.close`."""
-        self._exchange.close()

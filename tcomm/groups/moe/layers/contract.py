@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from tcomm.cpu.moe_quantise import dequantise, quantise
 from tcomm.errors import ConfigError
+from tcomm.groups.moe.workspace import Workspace
 
-__all__ = ["Backend", "Experts", "MoeShape"]
+__all__ = ["Backend", "Exchange", "Experts", "MoeShape", "OverExchange"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,3 +121,34 @@ class Backend(Protocol):
     def close(self) -> None:
         """Leave the group and give its memory back. Not collective."""
         ...
+
+
+class Exchange(Protocol):
+    """What the backends over symmetric memory of their own stand on."""
+
+    @property
+    def workspace(self) -> Workspace:
+        """Its memory, with an account of what moved."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back. Not collective."""
+        ...
+
+
+_Exchange = TypeVar("_Exchange", bound=Exchange)
+
+
+class OverExchange(Generic[_Exchange]):
+    """The account and the end of a backend, which are those of its exchange."""
+
+    _exchange: _Exchange
+
+    @property
+    def wire_nbytes(self) -> int:
+        """As `Backend.wire_nbytes`."""
+        return self._exchange.workspace.traffic.wire_nbytes
+
+    def close(self) -> None:
+        """As `Backend.close`."""
+        self._exchange.close()

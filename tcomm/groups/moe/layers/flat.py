@@ -8,7 +8,7 @@ import torch.distributed as dist
 from tcomm.groups.arguments import Timeout, Unset
 from tcomm.groups.moe.gradients import combine_tokens, dispatch_tokens
 from tcomm.groups.moe.high_throughput import HighThroughput
-from tcomm.groups.moe.layers.contract import Experts, MoeShape
+from tcomm.groups.moe.layers.contract import Experts, MoeShape, OverExchange
 from tcomm.groups.moe.one_sided import OneSided
 from tcomm.groups.moe.two_sided import TwoSided
 from tcomm.groups.setup import from_process_group
@@ -20,7 +20,7 @@ _META_NBYTES = 12
 _FIFO_NBYTES = 8 << 20
 
 
-class HighThroughputLayer:
+class HighThroughputLayer(OverExchange[HighThroughput]):
     """Tokens by `HighThroughput`; gradients go back through it, unless they travel as fp8.
 
     Args:
@@ -52,17 +52,8 @@ class HighThroughputLayer:
         y = experts.flat(self._shape.unpack(tuple(came.x)), came.topk_idx, came.topk_weights)
         return exchange.combine(y, came.handle)[0]
 
-    @property
-    def wire_nbytes(self) -> int:
-        """As `Backend.wire_nbytes`."""
-        return self._exchange.workspace.traffic.wire_nbytes
 
-    def close(self) -> None:
-        """As `Backend.close`."""
-        self._exchange.close()
-
-
-class OneSidedLayer:
+class OneSidedLayer(OverExchange[OneSided]):
     """Tokens by `OneSided`, ids and weights along with them.
 
     Args:
@@ -94,17 +85,8 @@ class OneSidedLayer:
         y = experts.flat(shape.unpack(tuple(packed)), local, their_weights)
         return self._exchange.combine(y.unflatten(0, (-1, limit)), limit)
 
-    @property
-    def wire_nbytes(self) -> int:
-        """As `Backend.wire_nbytes`."""
-        return self._exchange.workspace.traffic.wire_nbytes
 
-    def close(self) -> None:
-        """As `Backend.close`."""
-        self._exchange.close()
-
-
-class TwoSidedLayer:
+class TwoSidedLayer(OverExchange[TwoSided]):
     """Tokens by `TwoSided`: memory does not grow with them.
 
     Args:
@@ -131,15 +113,6 @@ class TwoSidedLayer:
         packed = tuple(exchange.alltoallv(part, info) for part in shape.pack(x))
         y = experts.flat(shape.unpack(packed), _to_local(their_ids, self._first, self._last), weights)
         return exchange.combine(y, info, shape.top_k)
-
-    @property
-    def wire_nbytes(self) -> int:
-        """As `Backend.wire_nbytes`."""
-        return self._exchange.workspace.traffic.wire_nbytes
-
-    def close(self) -> None:
-        """As `Backend.close`."""
-        self._exchange.close()
 
 
 def _local_experts(shape: MoeShape, rank: int, world_size: int) -> tuple[int, int]:

@@ -95,7 +95,7 @@ def test_a_backend_that_is_not_known_is_refused():
 
 def _uneven(member):
     member.process_group()
-    with pytest.raises(ConfigError, match="9 experts cannot be shared out evenly over 2 ranks"):
+    with pytest.raises(ConfigError, match="num_experts=9 do not divide among 2 ranks"):
         make_backend("naive", MoeShape(9, 2, 128, 4, torch.float32))
 
 
