@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from tcomm.errors import CapabilityError, ConfigError
@@ -9,8 +11,10 @@ from tcomm.groups.handle import SETUP_SECONDS
 from tcomm.groups.moe.workspace import Workspace
 from tcomm.memory.arena import Arena
 from tcomm.memory.base import Exchange
+from tcomm.memory.channel import Channel
 from tcomm.memory.control import Word
 from tcomm.memory.survivors import Survivors
+from tcomm.signature import CallDescription
 
 __all__ = ["Masks"]
 
@@ -102,7 +106,9 @@ class Masks:
         """Let all ranks take part again. **Collective** among all of them, masked ones too.
 
         Raises:
-            RendezvousError: when a rank did not come: one that is dead cannot come back.
+            PeerLostError: when a rank is dead or gone: it cannot come back.
+            PeerLostError, PeerTimeoutError: when the group was given up.
+            RendezvousError: when a rank did not come.
             CapabilityError: when kernels wait.
         """
         survivors = self.survivors
@@ -112,12 +118,22 @@ class Masks:
         arena = self._space.arena
         assert isinstance(arena, Arena)
         self._space.drain()
+        arena.channel.name_call(CallDescription("clean_mask"))
+        self._refuse_the_lost(arena.channel)
         mine = arena.channel.words[Word.EPOCH]
-        told = self._exchange.all_gather(str(mine).encode(), SETUP_SECONDS)
+        check = functools.partial(self._refuse_the_lost, arena.channel)
+        told = self._exchange.all_gather(str(mine).encode(), SETUP_SECONDS, check)
         # Late stores of whoever was behind carry epochs before these.
         arena.set_epoch(max(int(epoch) for epoch in told) + 2)
         survivors.forget()
-        self._exchange.all_gather(b"", SETUP_SECONDS)
+        self._exchange.all_gather(b"", SETUP_SECONDS, check)
+
+    def _refuse_the_lost(self, channel: Channel) -> None:
+        """Raise when not all can come; the others go on as before."""
+        if channel.words[Word.POISON_CODE]:
+            channel.raise_poison()
+        if gone := channel.find_gone():
+            raise channel.lost(gone, channel.words[Word.EPOCH])
 
     def close(self) -> None:
         """Leave nothing behind."""
