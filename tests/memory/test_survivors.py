@@ -210,10 +210,10 @@ def _breaks_off(member, directory):
     step(arena, survivors)
     if member.rank == 1:
         arena.channel.interrupt()
-    member.meet("interrupted")
-    if member.rank == 1:
         with pytest.raises(PeerLostError, match="rank 1 was interrupted in the middle of it"):
             step(arena, survivors)
+    member.meet("interrupted")
+    if member.rank == 1:
         return arena.channel.pages[0].words[Word.POISON_CODE], survivors.masks_late
     step(arena, survivors)
     survivors.masks_late = False

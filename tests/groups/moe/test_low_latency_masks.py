@@ -6,7 +6,13 @@ import time
 import pytest
 import torch
 
-from tcomm.errors import CapabilityError, ConfigError, PeerLostError, PeerTimeoutError
+from tcomm.errors import (
+    CapabilityError,
+    CollectiveMismatchError,
+    ConfigError,
+    PeerLostError,
+    PeerTimeoutError,
+)
 from tests.groups.moe.low_latency_cases import (
     Case,
     as_experts_see,
@@ -272,6 +278,11 @@ def _by_hand(member):
     for chosen in ("mask", "raise"):
         masks.on_timeout = chosen
         assert masks.on_timeout == chosen
+    if member.rank == 1:
+        masks.on_timeout = "mask"
+    with pytest.raises(CollectiveMismatchError, match=r"rank 1: low_latency_dispatch.*on_timeout=mask"):
+        exchange.dispatch(*tokens_of(CASES[0], exchange.layout, member.rank)[:2])
+    masks.on_timeout = "raise"
     with pytest.raises(ConfigError, match="give another rank, 0 to 2"):
         masks.update(member.rank, True)
     with pytest.raises(ConfigError, match="give another rank"):
@@ -285,7 +296,7 @@ def _by_hand(member):
         told = [out.tolist(), bool(masks.query_fault()), sum_of(exchange, CASES[2])]
     member.meet("masked")
     if member.rank < 2:
-        with pytest.raises(ConfigError, match=r"rank 2 has completed call #0 and this rank #2.*clean_mask"):
+        with pytest.raises(ConfigError, match=r"rank 2 has completed call #1 and this rank #3.*clean_mask"):
             masks.update(2, False)
     masks.clean()
     told += [masks.query().tolist(), sum_of(exchange, CASES[3])]
