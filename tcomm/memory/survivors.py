@@ -61,7 +61,7 @@ class Survivors:
     @property
     def is_needed(self) -> bool:
         """Whether calls have to go through this, and not through the channel alone."""
-        return self.masks_late or bool(self.masked)
+        return self.masks_late or bool(self.masked) or any(map(self._is_left_out_by, self._channel.peers))
 
     @property
     def active(self) -> list[int]:
@@ -79,6 +79,7 @@ class Survivors:
             raise ConfigError(f"rank={rank!r}: give another rank, 0 to {channel.world_size - 1}")
         if is_masked:
             self.masked.add(rank)
+            self._show_masked()
             return
         theirs, mine = (channel.pages[r].words[Word.EPOCH] for r in (rank, self._rank))
         if rank in self.masked and (channel.is_gone(rank) or theirs != mine):
@@ -87,6 +88,7 @@ class Survivors:
                 f"call clean_mask() on every rank ({channel.blame(rank)})"
             )
         self.masked.discard(rank)
+        self._show_masked()
 
     def forget(self) -> None:
         """Let all take part again. Every rank does so, between two calls, and nobody begins one before."""
@@ -95,6 +97,7 @@ class Survivors:
             words[FAULTS + opener] = 0
         words[Word.MASKED] = 0
         self.masked.clear()
+        self._show_masked()
         self.faults.clear()
 
     def refuse_if_masked(self) -> None:
@@ -149,6 +152,12 @@ class Survivors:
         others = [pages[peer].words[Word.EPOCH] for peer in self.active if not self._channel.is_gone(peer)]
         self._drop_verdicts(min(others, default=1 << 32) + 1)
 
+    def _show_masked(self) -> None:
+        self._channel.words[Word.LEFT_OUT] = _bits(self.masked)
+
+    def _is_left_out_by(self, peer: int) -> bool:
+        return bool(self._channel.pages[peer].words[Word.LEFT_OUT] >> self._rank & 1)
+
     # One wait ------------------------------------------------------------------------------------
 
     def _has_arrived(self, rank: int, peer: int, epoch: int) -> bool:
@@ -194,7 +203,8 @@ class Survivors:
 
     def _is_open(self, epoch: int, number: int) -> bool:
         words = self._channel.words
-        asked = [words[FAULTS + opener] for opener in range(self._channel.world_size)]
+        openers = (opener for opener in range(self._channel.world_size) if opener not in self.masked)
+        asked = [words[FAULTS + opener] for opener in openers]
         if any(a >> _ROUND_SHIFT == epoch and (a & _ROUND_MASK) > number for a in asked):
             return True
         # Who is a call ahead may have opened a round there since, and keeps one word for both.
@@ -207,6 +217,9 @@ class Survivors:
 
     def _open(self, epoch: int, number: int, late: list[int]) -> None:
         channel = self._channel
+        if any(map(self._is_left_out_by, late)):
+            # They do not wait for this rank either, and it has no say in whom they go on without.
+            self._raise_masked(epoch)
         if not self.masks_late:
             if gone := [peer for peer in late if channel.is_gone(peer)]:
                 channel.lose(gone, epoch)
@@ -254,6 +267,7 @@ class Survivors:
         if not fresh:
             return
         self.masked.update(fresh)
+        self._show_masked()
         self.faults.append((epoch, tuple(fresh)))
         channel = self._channel
         told = "; ".join(channel.blame(peer) for peer in fresh)

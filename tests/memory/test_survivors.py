@@ -58,6 +58,7 @@ def _by_hand(member, directory):
     arena, survivors = _make(member, directory)
     survivors.masks_late = False
     told = [survivors.is_needed, survivors.active]
+    member.meet("looked")
     for wrong in (member.rank, 2, -1):
         with pytest.raises(ConfigError, match="give another rank, 0 to 1"):
             survivors.set_masked(wrong, True)
@@ -228,3 +229,33 @@ def test_who_is_interrupted_leaves_alone(on_ranks, tmp_path):
     assert faults == [(2, (1,))]
     assert told == "rank 1 left: it was interrupted in the middle of call #2"
     assert (seq, second) == (2, (0, True))
+
+
+def _left_out_by_hand(member, directory):
+    """Rank 2 is masked by hand, and makes the same calls: it harms nobody, whatever becomes of late ranks."""
+    arena, survivors = _make(member, directory)
+    found = [survivors.is_needed]
+    for masks_late in (True, False):
+        survivors.masks_late = masks_late
+        if member.rank < 2:
+            survivors.set_masked(2, True)
+        member.meet("masked")
+        found.append(survivors.is_needed)
+        if member.rank == 2:
+            with pytest.raises(PeerTimeoutError, match="have gone on without this rank, 2"):
+                step(arena, survivors, 0.2)
+            member.meet("rank 2 has given up")
+        else:
+            # As if rank 2 had opened a round.
+            arena.channel.words[FAULTS + 2] = arena.channel.words[Word.EPOCH] + 1 << 8 | 1
+            member.meet("rank 2 has given up")
+            step(arena, survivors)
+        member.meet("over")
+        arena.set_epoch(10)
+        survivors.forget()
+        member.meet("forgotten")
+    return found, survivors.faults, arena.channel.words[Word.POISON_CODE], survivors.is_needed
+
+
+def test_who_is_left_out_has_no_say(on_ranks, tmp_path):
+    assert on_ranks(3, _left_out_by_hand, str(tmp_path)) == [([True] * 3, [], 0, False)] * 3

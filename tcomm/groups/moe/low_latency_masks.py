@@ -72,12 +72,21 @@ class Masks:
     def update(self, rank: int, is_masked: bool) -> None:
         """Mask a rank, or let it take part again. Not collective, but the same on all that go on.
 
+        A call that was left open is completed before a rank takes part again; who is masked is not waited
+        for in it.
+
         Raises:
             ConfigError: when it is no other rank, or one that has made other calls since it was masked.
             CapabilityError: when kernels wait.
         """
         survivors = self.survivors
-        self._space.run(lambda: survivors.set_masked(rank, is_masked))
+
+        def update() -> None:
+            if not is_masked:
+                self._space.drain()
+            survivors.set_masked(rank, is_masked)
+
+        self._space.run(update)
 
     def query(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """[R] int32: 1 for each rank that is masked, into `out` where there is one.

@@ -241,15 +241,18 @@ def _late_stores(member):
     """Rank 2 writes its rows in fp8 when the others exchange others in the same half, in bfloat16."""
     exchange = make(member, num_experts=6)
     exchange.masks.on_timeout = "mask"
-    case = Case(5, 4, "full", fp8=("use_fp8",))
+    case = STALE
     if member.rank == 2:
         others_first = exchange._engine._others_first
         exchange._engine._others_first = lambda: member.meet("write now") or others_first()
         x, topk_idx, _ = tokens_of(case, exchange.layout, member.rank)
         with pytest.raises(PeerTimeoutError, match="have gone on without this rank, 2, since call #1"):
             exchange.dispatch(x, topk_idx)
+        exchange._engine._others_first = others_first
         member.meet("written")
-        return exchange.layout, None
+        member.meet("rank 0 is alone")
+        exchange.masks.clean()
+        return exchange.layout, None, None, sum_of(exchange, case)
     exchange.workspace.timeout = 0.3 + 10 * member.rank
     sum_of(exchange, case)
     exchange.workspace.timeout = 20.0
@@ -258,15 +261,31 @@ def _late_stores(member):
     member.meet("write now")
     member.meet("written")
     hook()
-    return exchange.layout, [one[:n].tolist() for one, n in zip(rows, counts, strict=True)]
+    found = [one[:n].tolist() for one, n in zip(rows, counts, strict=True)]
+    # Then all of the others are late.
+    if member.rank == 0:
+        exchange.workspace.timeout = 0.3
+        alone = sum_of(exchange, LATER)
+    member.meet("rank 0 is alone")
+    if member.rank == 1:
+        with pytest.raises(PeerTimeoutError, match="have gone on without this rank, 1, since call #4"):
+            exchange.dispatch(x, topk_idx)
+        alone = None
+    exchange.workspace.timeout = 20.0
+    exchange.masks.clean()
+    return exchange.layout, found, alone, sum_of(exchange, case)
 
 
-LATER = Case(6, 4, "full")
+STALE, LATER = Case(5, 4, "full", fp8=("use_fp8",)), Case(6, 4, "full")
 
 
 def test_late_stores_of_a_masked_rank_hit_nobody(on_ranks):
     outcomes = on_ranks(3, _late_stores)
-    for rank, (layout, rows) in enumerate(outcomes[:2]):
+    for rank, (layout, _, _, total) in enumerate(outcomes):
+        given = as_experts_see(STALE, tokens_of(STALE, layout, rank)[0])
+        assert total == wanted_sum(STALE, layout, rank, given).float().tolist()
+    assert outcomes[0][2] == wanted(LATER, outcomes[0][0], 0, {1, 2})
+    for rank, (layout, rows, _, _) in enumerate(outcomes[:2]):
         sent = [tokens_of(LATER, layout, source)[0] for source in range(3)]
         wanted_here = wanted_rows(LATER, layout, rank)
         assert rows == [[sent[s][t].tolist() for s, t in one if s != 2] for one in wanted_here]
@@ -274,6 +293,7 @@ def test_late_stores_of_a_masked_rank_hit_nobody(on_ranks):
 
 def _by_hand(member):
     exchange = make(member, num_experts=6, timeout=10.0)
+    x, topk_idx, _ = tokens_of(CASES[0], exchange.layout, member.rank)
     masks, told = exchange.masks, []
     for chosen in ("mask", "raise"):
         masks.on_timeout = chosen
@@ -281,8 +301,9 @@ def _by_hand(member):
     if member.rank == 1:
         masks.on_timeout = "mask"
     with pytest.raises(CollectiveMismatchError, match=r"rank 1: low_latency_dispatch.*on_timeout=mask"):
-        exchange.dispatch(*tokens_of(CASES[0], exchange.layout, member.rank)[:2])
+        exchange.dispatch(x, topk_idx)
     masks.on_timeout = "raise"
+    member.meet("all know what the others called")
     with pytest.raises(ConfigError, match="give another rank, 0 to 2"):
         masks.update(member.rank, True)
     with pytest.raises(ConfigError, match="give another rank"):
@@ -290,19 +311,23 @@ def _by_hand(member):
     with pytest.raises(ConfigError, match=r"give int32 \[3\]"):
         masks.query(torch.zeros(2, dtype=torch.int32))
     if member.rank < 2:
+        hook = exchange.dispatch(x, topk_idx, return_recv_hook=True)[-1]
         masks.update(2, True)
+        hook()
         out = torch.full((3,), 7, dtype=torch.int32)
         assert masks.query(out) is out
         told = [out.tolist(), bool(masks.query_fault()), sum_of(exchange, CASES[2])]
     member.meet("masked")
     if member.rank < 2:
-        with pytest.raises(ConfigError, match=r"rank 2 has completed call #1 and this rank #3.*clean_mask"):
+        with pytest.raises(ConfigError, match=r"rank 2 has completed call #1 and this rank #4.*clean_mask"):
             masks.update(2, False)
     masks.clean()
     told += [masks.query().tolist(), sum_of(exchange, CASES[3])]
+    hook = exchange.dispatch(x, topk_idx, return_recv_hook=True)[-1]
     masks.update((member.rank + 1) % 3, True)
     member.meet("all have completed their calls")
     masks.update((member.rank + 1) % 3, False)
+    assert hook.is_done
     told.append(sum_of(exchange, CASES[4]))
     exchange.close()
     return exchange.layout, told
