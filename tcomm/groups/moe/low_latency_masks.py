@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from tcomm.errors import CapabilityError, ConfigError
+from tcomm.errors import CapabilityError, ConfigError, UsageError
 from tcomm.groups.handle import SETUP_SECONDS
 from tcomm.groups.moe.workspace import Workspace
 from tcomm.memory.arena import Arena
@@ -72,18 +72,21 @@ class Masks:
     def update(self, rank: int, is_masked: bool) -> None:
         """Mask a rank, or let it take part again. Not collective, but the same on all that go on.
 
-        A call that was left open is completed before a rank takes part again; who is masked is not waited
-        for in it.
+        In a call that is open, who is masked is not waited for any more.
 
         Raises:
+            UsageError: when a rank is to take part again in a call that is open.
             ConfigError: when it is no other rank, or one that has made other calls since it was masked.
             CapabilityError: when kernels wait.
         """
         survivors = self.survivors
 
         def update() -> None:
-            if not is_masked:
-                self._space.drain()
+            if not is_masked and rank in survivors.masked and self._space.is_open:
+                raise UsageError(
+                    f"a call is open, in which rank {rank} has no part; call its hook on every rank before "
+                    "that rank takes part again"
+                )
             survivors.set_masked(rank, is_masked)
 
         self._space.run(update)
