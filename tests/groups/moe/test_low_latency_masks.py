@@ -38,16 +38,16 @@ def wanted(case, layout, rank, masked=()):
     return wanted_sum(case, layout, rank, given, masked=masked).float().tolist()
 
 
-def _publish_to_one(exchange, then):
-    """From now on only rank 0 is told of this rank's next call, before `then`; the others afterwards."""
-    survivors = exchange.masks.survivors
-    publish = survivors.publish
+def _publish_to_one(survivors, then):
+    """Only one rank is told of this rank's next call before `then`; the others afterwards."""
+    publish, others = survivors.publish, survivors.active[1:]
 
     def broken(word):
-        survivors.masked.update({1, 3})
+        survivors.publish = publish
+        survivors.masked.update(others)
         publish(word)
         then()
-        survivors.masked.clear()
+        survivors.masked.difference_update(others)
         publish(word)
 
     survivors.publish = broken
@@ -60,7 +60,7 @@ def _meet_the_end(exchange, case, how):
     then = leave if "dies" in how else sleep
     x, topk_idx, weights = tokens_of(case, exchange.layout, exchange.workspace.rank)
     if "telling one" in how:
-        _publish_to_one(exchange, then)
+        _publish_to_one(exchange.masks.survivors, then)
     if how.startswith("before"):
         then()
     _, _, handle, _ = exchange.dispatch(x, topk_idx, use_fp8=False)
@@ -158,7 +158,7 @@ class _Dies:
         if how == "begins":
             os._exit(0)
         if how == "has told one":
-            _publish_to_one_of(self._survivors)
+            _publish_to_one(self._survivors, functools.partial(os._exit, 0))
         if how == "writes":
             words, told = self._engine._words, []
 
@@ -167,17 +167,6 @@ class _Dies:
                 return words(rank, epoch) if len(told) < 3 else os._exit(0)
 
             self._engine._words = written
-
-
-def _publish_to_one_of(survivors):
-    publish, active = survivors.publish, survivors.active
-
-    def broken(word):
-        survivors.masked.update(active[1:])
-        publish(word)
-        os._exit(0)
-
-    survivors.publish = broken
 
 
 def _watch(exchange, point):
