@@ -75,6 +75,8 @@ class Channel:
             for parity in range(2)
         )
         self._described: list[CallDescription | None] = [None, None]
+        self.breaks_off_alone = False
+        """Whether the others are to go on when this rank breaks off in the middle of a call."""
         self.lanes: tuple[memoryview[int], ...] = ()
         """Flag-in-data words of this rank, by parity, while there is staging."""
         self._timeout: float | None = None
@@ -218,8 +220,17 @@ class Channel:
         return self._timeout
 
     def interrupt(self) -> None:
-        """Give the group up because this rank broke off in the middle of a call: Ctrl-C, or a bug."""
-        self.give_up(PoisonCode.INTERRUPTED, self.rank, self.words[Word.EPOCH] + 1 & EPOCH_MASK)
+        """Give the group up because this rank broke off in the middle of a call: Ctrl-C, or a bug.
+
+        Where the others go on without whom they lose, or have gone on without this rank, it leaves alone.
+        """
+        epoch = self.words[Word.EPOCH] + 1 & EPOCH_MASK
+        if self.breaks_off_alone or self.words[Word.MASKED]:
+            mine = self.pages[self.rank]
+            mine.poison(PoisonCode.INTERRUPTED, self.rank, epoch)
+            mine.leave(f"it was interrupted in the middle of call #{epoch}")
+        else:
+            self.give_up(PoisonCode.INTERRUPTED, self.rank, epoch)
 
     def give_up(self, code: PoisonCode, rank: int, seq: int) -> None:
         """Make every rank raise: now if it waits, else at its next call."""

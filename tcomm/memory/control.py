@@ -82,6 +82,8 @@ class Word(enum.IntEnum):
     WAITING_FOR = 17
     LAST_PROGRESS_NS = 18
     LEFT = 19
+    # A bit for each rank that the owner goes on without.
+    LEFT_OUT = 20
     # Device state: kernels and the CPU path advance it.
     EPOCH = 24
     BLOCKS_DONE = 25

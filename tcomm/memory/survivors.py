@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from tcomm.errors import CommError, ConfigError, PeerTimeoutError
 from tcomm.memory.channel import Channel
-from tcomm.memory.control import FAULTS, Word, arrival_index
+from tcomm.memory.control import EPOCH_MASK, FAULTS, Word, arrival_index
 from tcomm.memory.wait import pause_since
 
 __all__ = ["Survivors"]
@@ -26,6 +26,8 @@ logger = logging.getLogger("tcomm")
 _ROUND_SHIFT = 8
 _ROUND_MASK = 0xFF
 _SECONDS_FOR_A_PROPOSAL = 0.5
+_MOST_DELAYS = 2
+"""Timeouts after which one does not look any more whether a late rank waits for somebody."""
 
 
 class Survivors:
@@ -42,17 +44,24 @@ class Survivors:
         nonce = channel.pages[0].words[Word.NONCE]
         self._prefix = f"{directory}/tcomm-{os.getuid()}-verdict-{nonce:x}"
         self._verdicts: list[tuple[int, str]] = []
-        self.masks_late = False
-        """Whether a rank that is late or dead is masked, instead of the group being given up."""
         self.masked: set[int] = set()
         """Ranks that are not waited for, and get nothing."""
         self.faults: list[tuple[int, tuple[int, ...]]] = []
         """(call, ranks) of each verdict that masked somebody."""
 
     @property
+    def masks_late(self) -> bool:
+        """Whether a rank that is late or dead is masked, instead of the group being given up."""
+        return self._channel.breaks_off_alone
+
+    @masks_late.setter
+    def masks_late(self, chosen: bool) -> None:
+        self._channel.breaks_off_alone = chosen
+
+    @property
     def is_needed(self) -> bool:
         """Whether calls have to go through this, and not through the channel alone."""
-        return self.masks_late or bool(self.masked)
+        return self.masks_late or bool(self.masked) or any(map(self._is_left_out_by, self._channel.peers))
 
     @property
     def active(self) -> list[int]:
@@ -70,6 +79,7 @@ class Survivors:
             raise ConfigError(f"rank={rank!r}: give another rank, 0 to {channel.world_size - 1}")
         if is_masked:
             self.masked.add(rank)
+            self._show_masked()
             return
         theirs, mine = (channel.pages[r].words[Word.EPOCH] for r in (rank, self._rank))
         if rank in self.masked and (channel.is_gone(rank) or theirs != mine):
@@ -78,6 +88,7 @@ class Survivors:
                 f"call clean_mask() on every rank ({channel.blame(rank)})"
             )
         self.masked.discard(rank)
+        self._show_masked()
 
     def forget(self) -> None:
         """Let all take part again. Every rank does so, between two calls, and nobody begins one before."""
@@ -86,6 +97,7 @@ class Survivors:
             words[FAULTS + opener] = 0
         words[Word.MASKED] = 0
         self.masked.clear()
+        self._show_masked()
         self.faults.clear()
 
     def refuse_if_masked(self) -> None:
@@ -107,24 +119,31 @@ class Survivors:
             PeerLostError, PeerTimeoutError: a peer does not come, and late ones are not masked.
             PeerTimeoutError: this rank is masked itself.
         """
+        try:
+            self._await_peers(word, timeout)
+        finally:
+            self._channel.words[Word.WAITING_FOR] = 0
+
+    def _await_peers(self, word: int, timeout: float | None) -> None:
         epoch, number, began = word >> 32, 0, time.monotonic()
-        deadline = None if timeout is None else began + timeout
+        patience = _Patience(self._channel, epoch, timeout)
         heard_of: set[int] = set()
         while True:
             absent = self._absent(epoch, heard_of)
             # After the arrivals: whoever opens a round looks at them afterwards.
             if self._is_open(epoch, number):
-                self._apply(epoch, self._verdict(epoch, number, heard_of, deadline), heard_of)
+                self._apply(epoch, self._verdict(epoch, number, heard_of, patience), heard_of)
                 number += 1
                 continue
             if not absent:
                 break
             self._refuse_the_end()
-            if late := self._late(epoch, heard_of, deadline):
+            self._show(epoch, absent)
+            if late := self._late(epoch, heard_of, patience):
                 self._open(epoch, number, late)
                 continue
             pause_since(began)
-        self._refuse_other_calls(word)
+        self._refuse_other_calls(word, heard_of)
         self._drop_verdicts(epoch)
 
     def close(self) -> None:
@@ -132,6 +151,12 @@ class Survivors:
         pages = self._channel.pages
         others = [pages[peer].words[Word.EPOCH] for peer in self.active if not self._channel.is_gone(peer)]
         self._drop_verdicts(min(others, default=1 << 32) + 1)
+
+    def _show_masked(self) -> None:
+        self._channel.words[Word.LEFT_OUT] = _bits(self.masked)
+
+    def _is_left_out_by(self, peer: int) -> bool:
+        return bool(self._channel.pages[peer].words[Word.LEFT_OUT] >> self._rank & 1)
 
     # One wait ------------------------------------------------------------------------------------
 
@@ -143,37 +168,58 @@ class Survivors:
     def _absent(self, epoch: int, heard_of: set[int]) -> list[int]:
         return [p for p in self.active if p not in heard_of and not self._has_arrived(self._rank, p, epoch)]
 
-    def _late(self, epoch: int, heard_of: set[int], deadline: float | None) -> list[int]:
-        """Those who are not coming: all who are absent past the deadline, before it the dead ones."""
+    def _show(self, epoch: int, absent: list[int]) -> None:
+        """Let others see that this rank waits: it is late because somebody else is."""
+        words = self._channel.words
+        words[Word.SEQ] = epoch
+        words[Word.WAITING_FOR] = absent[0] + 1
+
+    def _late(self, epoch: int, heard_of: set[int], patience: _Patience) -> list[int]:
+        """Those who are not coming: dead, or absent past their deadline."""
         absent = self._absent(epoch, heard_of)
-        if absent and deadline is not None and time.monotonic() >= deadline:
-            return absent
-        gone = [peer for peer in absent if self._channel.is_gone(peer)]
+        late = [peer for peer in absent if self._channel.is_gone(peer) or patience.is_over(peer)]
         # A peer may have arrived and then left.
-        still_absent = self._absent(epoch, heard_of) if gone else []
-        return [peer for peer in gone if peer in still_absent]
+        still_absent = self._absent(epoch, heard_of) if late else []
+        return [peer for peer in late if peer in still_absent]
 
     def _refuse_the_end(self) -> None:
         self.refuse_if_masked()
         if self._channel.words[Word.POISON_CODE]:
             self._channel.raise_poison()
 
-    def _refuse_other_calls(self, word: int) -> None:
-        words, epoch = self._channel.words, word >> 32
-        told = [words[arrival_index(0, epoch & 1, 0, peer)] for peer in self.active]
-        if any(theirs != word for theirs in told if theirs >> 32 == epoch):
+    def _refuse_other_calls(self, word: int, heard_of: set[int]) -> None:
+        epoch = word >> 32
+        if any(self._told_by(peer, epoch) not in {word, None} for peer in self.active):
             self._channel.finish(epoch)
-            raise self._channel.mismatch(epoch)
+            raise self._channel.mismatch(epoch, everyone=bool(heard_of))
+
+    def _told_by(self, peer: int, epoch: int) -> int | None:
+        """The word of `peer` for that epoch, whomever it told; None where it told nobody."""
+        index = arrival_index(0, epoch & 1, 0, peer)
+        words = (page.words[index] for page in (self._channel.pages[self._rank], *self._channel.pages))
+        return next((word for word in words if word >> 32 == epoch), None)
 
     # Rounds --------------------------------------------------------------------------------------
 
     def _is_open(self, epoch: int, number: int) -> bool:
         words = self._channel.words
-        asked = (words[FAULTS + opener] for opener in range(self._channel.world_size))
-        return any(a >> _ROUND_SHIFT == epoch and (a & _ROUND_MASK) > number for a in asked)
+        openers = (opener for opener in range(self._channel.world_size) if opener not in self.masked)
+        asked = [words[FAULTS + opener] for opener in openers]
+        if any(a >> _ROUND_SHIFT == epoch and (a & _ROUND_MASK) > number for a in asked):
+            return True
+        # Who is a call ahead may have opened a round there since, and keeps one word for both.
+        ahead = epoch + 1 & EPOCH_MASK
+        is_ahead = any(a >> _ROUND_SHIFT == ahead for a in asked)
+        return is_ahead and os.path.lexists(self._path(epoch, number))
+
+    def _path(self, epoch: int, number: int) -> str:
+        return f"{self._prefix}-{epoch}-{number}"
 
     def _open(self, epoch: int, number: int, late: list[int]) -> None:
         channel = self._channel
+        if any(map(self._is_left_out_by, late)):
+            # They do not wait for this rank either, and it has no say in whom they go on without.
+            self._raise_masked(epoch)
         if not self.masks_late:
             if gone := [peer for peer in late if channel.is_gone(peer)]:
                 channel.lose(gone, epoch)
@@ -184,10 +230,10 @@ class Survivors:
         os.sched_yield()
 
     def _verdict(
-        self, epoch: int, number: int, heard_of: set[int], deadline: float | None
+        self, epoch: int, number: int, heard_of: set[int], patience: _Patience
     ) -> tuple[set[int], set[int]]:
         """(masked, heard of) of a round: what the first proposal says, which may be this rank's."""
-        path = f"{self._prefix}-{epoch}-{number}"
+        path = self._path(epoch, number)
         began = time.monotonic()
         is_mine = self._channel.words[FAULTS + self._rank] == epoch << _ROUND_SHIFT | number + 1
         while True:
@@ -197,7 +243,7 @@ class Survivors:
                 self._verdicts.append((epoch, path))
                 return self._ranks(masked), self._ranks(heard)
             if is_mine or time.monotonic() - began > _SECONDS_FOR_A_PROPOSAL:
-                late = set(self._late(epoch, heard_of, deadline))
+                late = set(self._late(epoch, heard_of, patience))
                 known = {peer for peer in late if self._is_known(peer, epoch)}
                 # Made at once and with its contents, or not at all: the first one counts.
                 with contextlib.suppress(FileExistsError):
@@ -207,8 +253,7 @@ class Survivors:
 
     def _is_known(self, peer: int, epoch: int) -> bool:
         """Whether anybody has heard of `peer`: then all that it gave is there, for everybody."""
-        others = range(self._channel.world_size)
-        return any(self._has_arrived(rank, peer, epoch) for rank in others if rank != peer)
+        return self._told_by(peer, epoch) is not None
 
     def _ranks(self, bits: int) -> set[int]:
         return {rank for rank in range(self._channel.world_size) if bits >> rank & 1}
@@ -222,6 +267,7 @@ class Survivors:
         if not fresh:
             return
         self.masked.update(fresh)
+        self._show_masked()
         self.faults.append((epoch, tuple(fresh)))
         channel = self._channel
         told = "; ".join(channel.blame(peer) for peer in fresh)
@@ -248,6 +294,30 @@ class Survivors:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         self._verdicts = [verdict for verdict in self._verdicts if verdict[0] >= epoch]
+
+
+class _Patience:
+    """Until when one wait bears with whom.
+
+    A rank that itself still waits in the call before is late for another's sake: its time begins when it was
+    last seen to, though not for ever, as it may have stopped while it did.
+    """
+
+    def __init__(self, channel: Channel, epoch: int, timeout: float | None) -> None:
+        self._pages = channel.pages
+        self._before = epoch - 1 & EPOCH_MASK
+        self._timeout = timeout
+        self._began = time.monotonic()
+        self._since: dict[int, float] = {}
+
+    def is_over(self, peer: int) -> bool:
+        """Whether `peer`, who is absent, is late."""
+        if self._timeout is None:
+            return False
+        now, words = time.monotonic(), self._pages[peer].words
+        if words[Word.WAITING_FOR] and words[Word.SEQ] == self._before:
+            self._since[peer] = min(now, self._began + _MOST_DELAYS * self._timeout)
+        return now >= self._since.get(peer, self._began) + self._timeout
 
 
 def _bits(ranks: Iterable[int]) -> int:

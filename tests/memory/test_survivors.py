@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from tcomm.errors import CollectiveMismatchError, ConfigError, PeerTimeoutError
+from tcomm.errors import CollectiveMismatchError, ConfigError, PeerLostError, PeerTimeoutError
 from tcomm.memory.control import FAULTS, Word
 from tcomm.memory.survivors import Survivors
 from tcomm.signature import CallDescription
@@ -58,6 +58,7 @@ def _by_hand(member, directory):
     arena, survivors = _make(member, directory)
     survivors.masks_late = False
     told = [survivors.is_needed, survivors.active]
+    member.meet("looked")
     for wrong in (member.rank, 2, -1):
         with pytest.raises(ConfigError, match="give another rank, 0 to 1"):
             survivors.set_masked(wrong, True)
@@ -115,3 +116,146 @@ def test_a_verdict_is_removed_once_all_have_completed_the_call(on_ranks, tmp_pat
         assert len(left) == 1
         assert left[0].endswith("-2-0")
         assert after == []
+
+
+def _late_for_anothers_sake(member, directory):
+    """Rank 2 tells rank 0 alone of call 2; rank 1 waits for it there for longer than rank 0 in call 3."""
+    arena, survivors = _make(member, directory)
+    step(arena, survivors)
+    if member.rank == 2:
+        page = arena.channel.pages[1]
+        survivors.masked.add(1)
+        survivors.publish(2 << 32 | CALL.signature)
+        member.meet("over")
+        with pytest.raises(PeerTimeoutError, match="since call #3") as caught:
+            step(arena, survivors)
+        return caught.value.peers, page.words[Word.WAITING_FOR]
+    step(arena, survivors, 0.75)
+    step(arena, survivors, 0.5 if member.rank == 0 else 10.0)
+    step(arena, survivors)
+    member.meet("over")
+    return survivors.faults, survivors.masked
+
+
+def test_who_waits_for_a_late_rank_is_not_late(on_ranks, tmp_path):
+    outcomes = on_ranks(3, _late_for_anothers_sake, str(tmp_path))
+    assert outcomes == [([(3, (2,))], {2})] * 2 + [((2,), 0)]
+
+
+def _stops_while_it_waits(member, directory):
+    arena, survivors = _make(member, directory)
+    step(arena, survivors)
+    began = time.monotonic()
+    if member.rank == 1:
+        arena.channel.words[Word.SEQ] = 1
+        arena.channel.words[Word.WAITING_FOR] = 1
+    member.meet("stopped")
+    if member.rank == 0:
+        step(arena, survivors, 0.2)
+    seconds = time.monotonic() - began
+    member.meet("over")
+    return survivors.faults, seconds
+
+
+def test_nobody_is_waited_for_for_ever(on_ranks, tmp_path):
+    (faults, seconds), _ = on_ranks(2, _stops_while_it_waits, str(tmp_path))
+    assert faults == [(2, (1,))]
+    assert 0.6 <= seconds < 8
+
+
+def _opener_is_ahead(member, directory):
+    """Rank 1 has been in a round of call 1, and opened one of call 2 before rank 0 looks."""
+    arena, survivors = _make(member, directory)
+    if member.rank == 0:
+        os.makedirs(directory, exist_ok=True)
+        os.symlink("4.0", f"{survivors._prefix}-1-0")
+        arena.channel.words[FAULTS + 1] = 2 << 8 | 1
+    member.meet("opened")
+    if member.rank < 2:
+        step(arena, survivors)
+    else:
+        survivors.publish(1 << 32 | CALL.signature)
+    member.meet("over")
+    return survivors.faults, arena.channel.words[Word.MASKED]
+
+
+def test_a_round_counts_when_its_opener_is_in_the_next_call(on_ranks, tmp_path):
+    first, second, third = on_ranks(3, _opener_is_ahead, str(tmp_path))
+    assert first == ([(1, (2,))], 0)
+    assert second == ([], 0)
+    assert third == ([], 2)
+
+
+def _another_call_told_to_one(member, directory):
+    arena, survivors = _make(member, directory)
+    if member.rank == 2:
+        survivors.masked.add(1)
+        arena.channel.begin(OTHER, 1.0)
+        survivors.publish(1 << 32 | OTHER.signature)
+        member.meet("over")
+        return "", 0
+    with pytest.raises(CollectiveMismatchError) as caught:
+        step(arena, survivors, 0.3)
+    member.meet("over")
+    return str(caught.value), arena.channel.words[Word.EPOCH]
+
+
+def test_all_hear_of_another_call_that_was_told_to_one(on_ranks, tmp_path):
+    for told, epoch in on_ranks(3, _another_call_told_to_one, str(tmp_path))[:2]:
+        assert "rank 2: other" in told
+        assert epoch == 1
+
+
+def _breaks_off(member, directory):
+    arena, survivors = _make(member, directory)
+    step(arena, survivors)
+    if member.rank == 1:
+        arena.channel.interrupt()
+        with pytest.raises(PeerLostError, match="rank 1 was interrupted in the middle of it"):
+            step(arena, survivors)
+    member.meet("interrupted")
+    if member.rank == 1:
+        return arena.channel.pages[0].words[Word.POISON_CODE], survivors.masks_late
+    step(arena, survivors)
+    survivors.masks_late = False
+    # Whom the others have gone on without leaves them alone, whatever it was set to.
+    arena.channel.words[Word.MASKED] = 7
+    arena.channel.interrupt()
+    return survivors.faults, arena.channel.blame(1), arena.channel.pages[1].words[Word.POISON_SEQ]
+
+
+def test_who_is_interrupted_leaves_alone(on_ranks, tmp_path):
+    (faults, told, seq), second = on_ranks(2, _breaks_off, str(tmp_path))
+    assert faults == [(2, (1,))]
+    assert told == "rank 1 left: it was interrupted in the middle of call #2"
+    assert (seq, second) == (2, (0, True))
+
+
+def _left_out_by_hand(member, directory):
+    """Rank 2 is masked by hand, and makes the same calls: it harms nobody, whatever becomes of late ranks."""
+    arena, survivors = _make(member, directory)
+    found = [survivors.is_needed]
+    for masks_late in (True, False):
+        survivors.masks_late = masks_late
+        if member.rank < 2:
+            survivors.set_masked(2, True)
+        member.meet("masked")
+        found.append(survivors.is_needed)
+        if member.rank == 2:
+            with pytest.raises(PeerTimeoutError, match="have gone on without this rank, 2"):
+                step(arena, survivors, 0.2)
+            member.meet("rank 2 has given up")
+        else:
+            # As if rank 2 had opened a round.
+            arena.channel.words[FAULTS + 2] = arena.channel.words[Word.EPOCH] + 1 << 8 | 1
+            member.meet("rank 2 has given up")
+            step(arena, survivors)
+        member.meet("over")
+        arena.set_epoch(10)
+        survivors.forget()
+        member.meet("forgotten")
+    return found, survivors.faults, arena.channel.words[Word.POISON_CODE], survivors.is_needed
+
+
+def test_who_is_left_out_has_no_say(on_ranks, tmp_path):
+    assert on_ranks(3, _left_out_by_hand, str(tmp_path)) == [([True] * 3, [], 0, False)] * 3

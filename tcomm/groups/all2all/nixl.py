@@ -24,6 +24,7 @@ class NixlEPAll2AllManager(All2AllManagerBase):
     """`get_handle(kwargs)` gives an `ElasticBuffer`: one for the process, whatever becomes of managers.
 
     A group of another size is served by the same buffer, which then connects ranks, or disconnects the last.
+    With `support_fault_tolerance` set to True before, it goes on without ranks that are lost.
 
     **Collective** to create.
 
@@ -87,7 +88,8 @@ class NixlEPAll2AllManager(All2AllManagerBase):
                 f"{self.max_num_ep_ranks} (TCOMM_NIXL_EP_MAX_NUM_RANKS)"
             )
         most, each = self.max_num_ep_ranks, num_experts // num_ranks
-        buffer = ElasticBuffer(self._store(), self.rank)
+        on_timeout = "mask" if self.support_fault_tolerance else "raise"
+        buffer = ElasticBuffer(self._store(), self.rank, on_timeout=on_timeout)
         nbytes = buffer.get_rdma_size_hint(max_tokens, hidden, most, most * each)
         buffer.update_memory_buffers(most, each, nbytes, max_tokens=max_tokens, hidden=hidden)
         buffer.connect_ranks(range(num_ranks))
@@ -143,6 +145,24 @@ class NixlEPAll2AllManager(All2AllManagerBase):
         mask = super().query_active_mask()
         self._handle().query_mask_buffer(mask)
         return mask
+
+    def query_fault(self) -> torch.Tensor:
+        """A boolean scalar: whether a call has lost a rank since `clean_buffers`.
+
+        Raises:
+            UsageError: when there is no buffer.
+        """
+        masks = self._handle().masks
+        return super().query_fault() if masks is None else masks.query_fault().cpu()
+
+    def clean_buffers(self) -> None:
+        """Take all ranks in again. **Collective** among all of them.
+
+        Raises:
+            UsageError: when there is no buffer.
+            CommError, CapabilityError: as `Masks.clean` does.
+        """
+        self._handle().clean_mask_buffer()
 
     def max_sms_used(self) -> int | None:
         """0: beside the exchange, computing may use the whole GPU."""

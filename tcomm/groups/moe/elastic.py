@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -13,11 +11,10 @@ from tcomm.errors import UsageError
 from tcomm.groups.arguments import UNSET, Timeout, Unset
 from tcomm.groups.handle import SETUP_SECONDS
 from tcomm.groups.moe.elastic_members import ElasticMembers, Facts
+from tcomm.groups.moe.elastic_results import ElasticHandle, KeptResults, Receive
 from tcomm.groups.moe.low_latency import LowLatency, size_hint
-from tcomm.groups.moe.low_latency_calls import LowLatencyHandle, Packed
+from tcomm.groups.moe.low_latency_masks import Masks
 from tcomm.groups.moe.overlap import EventOverlap
-from tcomm.groups.moe.results import MOST_RESULTS
-from tcomm.groups.moe.workspace import Hook
 from tcomm.groups.setup import Membership
 from tcomm.memory.exchange import LocalExchange, Store
 from tcomm.memory.moe_slots import RowFormat, SlotLayout
@@ -26,22 +23,6 @@ __all__ = ["ElasticBuffer", "ElasticHandle"]
 
 _MAX_TOPK = 11
 _Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class ElasticHandle:
-    """What combine needs. Unpacks as `(src_info, layout_range, M, H)`, of the most ranks there may be."""
-
-    exchange: LowLatency
-    """That the tokens went through."""
-    inner: LowLatencyHandle
-    """Its own."""
-    packed: Packed
-    """Where the result lies."""
-
-    def __iter__(self) -> Iterator[Any]:
-        layout = self.exchange.layout
-        return iter((self.packed.src_info, self.packed.ranges, layout.max_tokens, layout.hidden))
 
 
 class ElasticBuffer:
@@ -77,7 +58,7 @@ class ElasticBuffer:
         self._staged: tuple[Membership, LowLatency | None] | None = None
         self._alone: LowLatency | None = None
         self._is_masked = False
-        self._results: list[Packed] = []
+        self._results: KeptResults | None = None
 
     def update_memory_buffers(
         self,
@@ -189,17 +170,17 @@ class ElasticBuffer:
     @contextlib.contextmanager
     def mask_remote_ranks(self) -> Iterator[None]:
         """Leave all other ranks out inside: choices of their experts count as none. Not collective."""
-        self._is_masked = True
+        before, self._is_masked = self._is_masked, True
         try:
             yield
         finally:
-            self._is_masked = False
+            self._is_masked = before
 
     def query_mask_buffer(self, mask_status: torch.Tensor) -> None:
         """Write 1 for each rank that is left out or lost, and 0 for the others. Not collective.
 
         Args:
-            mask_status: int32 [ranks], written: as many as there are, or more.
+            mask_status: int32 [ranks], written, from rank 0 on.
         """
         mask_status.fill_(1)
         if self._is_masked:
@@ -207,7 +188,37 @@ class ElasticBuffer:
             return
         mask_status[: self.num_ranks] = 0
         if self._active is not None and self._active[1] is not None:
-            mask_status[: self.num_ranks] |= self._active[1].masks.query().to(mask_status.device)
+            lost = self._active[1].masks.query()[: len(mask_status)]
+            mask_status[: self.num_ranks] |= lost.to(mask_status.device)
+
+    @property
+    def masks(self) -> Masks | None:
+        """Whom the ranks there are go on without; None before they have exchanged anything."""
+        return None if self._active is None or self._active[1] is None else self._active[1].masks
+
+    def update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        """Leave a rank out, or take it in again. Not collective, but the same on all that go on.
+
+        Args:
+            rank_to_mask: another rank.
+            mask: leave it out.
+
+        Raises:
+            UsageError: when the ranks have not exchanged anything yet.
+            ConfigError, CapabilityError: as `Masks.update` does.
+        """
+        if self.masks is None:
+            raise UsageError("ranks are masked once there is an exchange; call dispatch() first")
+        self.masks.update(rank_to_mask, mask)
+
+    def clean_mask_buffer(self) -> None:
+        """Take all ranks in again. **Collective** among all of them, those left out too.
+
+        Raises:
+            CommError, CapabilityError: as `Masks.clean` does.
+        """
+        if self.masks is not None:
+            self.masks.clean()
 
     def dispatch(
         self,
@@ -240,6 +251,10 @@ class ElasticBuffer:
         """
         del num_experts
         engine = self._open(num_max_dispatch_tokens_per_rank, x)
+        assert self._results is not None
+        assert self._active is not None
+        engine.workspace.run(engine.workspace.drain)
+        packed = self._results.find_room(self._active[1], self._alone)
         _, _, inner, receive = engine.dispatch(
             x,
             self._own(topk_idx) if self._is_masked else topk_idx,
@@ -251,13 +266,13 @@ class ElasticBuffer:
         )
         assert receive is not None
         form = RowFormat(x.shape[1], x.dtype, *((use_fp8, round_scale, use_ue8m0) if use_fp8 else ()))
-        packed = self._results[inner.packed.number]
-        hook = _Receive(receive, inner.packed, packed, form)
+        handle = ElasticHandle(engine, inner, packed)
+        self._results.hold(handle)
+        hook = Receive(receive, handle, form)
         if not return_recv_hook:
             hook()
         rows = packed.rows_as(form)
         received: _Rows = (rows, packed.scales_as(form)) if use_fp8 else rows
-        handle = ElasticHandle(engine, inner, packed)
         return received, packed.counts, handle, EventOverlap(), hook if return_recv_hook else None
 
     def combine(
@@ -301,7 +316,7 @@ class ElasticBuffer:
         facts = Facts(max_tokens, x.shape[-1])
         if self._facts not in (None, facts):
             raise UsageError(f"{facts} in a buffer for {self._facts}")
-        if not self._results:
+        if self._results is None:
             self._allocate(facts, x)
         members, engine = self._active
         if self._is_masked:
@@ -333,7 +348,7 @@ class ElasticBuffer:
             )
         layout = SlotLayout(ranks, experts, facts.max_tokens, _MAX_TOPK, facts.hidden, x.itemsize)
         self._facts = facts
-        self._results = [Packed(number, layout, x.device) for number in range(MOST_RESULTS)]
+        self._results = KeptResults(layout, x.device)
 
     def _own(self, topk_idx: torch.Tensor) -> torch.Tensor:
         """Choices of this rank's experts, from 0; -1 for those of others."""
@@ -352,27 +367,3 @@ class ElasticBuffer:
         if alone is not None:
             alone.close()
         self._staged = self._active = None
-
-
-class _Receive:
-    """The hook of a dispatch: what came is put where results always are. Calling it again does nothing."""
-
-    def __init__(self, hook: Hook, came: Packed, kept: Packed, form: RowFormat) -> None:
-        self._hook: Hook | None = hook
-        self._came, self._kept, self._form = came, kept, form
-
-    def __call__(self) -> None:
-        """Receive. **Collective.**"""
-        hook, self._hook = self._hook, None
-        if hook is None:
-            return
-        hook()
-        came, kept = self._came, self._kept
-        rows = came.rows_as(self._form)
-        kept.rows_as(self._form)[:, : rows.shape[1]] = rows
-        if self._form.num_scale_words:
-            kept.scales_as(self._form)[:, : rows.shape[1]] = came.scales_as(self._form)
-        kept.counts.copy_(came.counts)
-        kept.src_info[:, : rows.shape[1]] = came.src_info
-        kept.ranges.zero_()
-        kept.ranges[:, : came.ranges.shape[1]] = came.ranges

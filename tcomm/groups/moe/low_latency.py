@@ -237,6 +237,10 @@ class LowLatency:
 
         return out, workspace.run(send)
 
+    def is_alive(self, handle: LowLatencyHandle) -> bool:
+        """Whether a result has not been combined yet."""
+        return self._results.is_alive(handle)
+
     def next_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
         """Where experts may put what they give back, so that nobody copies it: see `combine`.
 
@@ -318,11 +322,13 @@ class LowLatency:
         return handle is not None and self._results.is_alive(handle)
 
     def _refuse_dead(self, handle: LowLatencyHandle) -> None:
-        if not self._results.is_alive(handle):
+        if not self.is_alive(handle):
             raise UsageError("the handle has no result here: it was combined, or is another exchange's")
 
     def _describe(self, op: str, topk: int, flags: str) -> CallDescription:
         layout = self.layout
+        if self.masks.on_timeout != "raise":
+            flags = f"{flags} on_timeout={self.masks.on_timeout}".strip()
         shape = (layout.max_tokens, layout.hidden, self.num_experts, topk)
         return CallDescription(
             op, dtype_name(self.dtype), shape, contents=flags, algorithm=self.workspace.engine

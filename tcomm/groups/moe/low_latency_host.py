@@ -22,7 +22,7 @@ from tcomm.cpu.moe_quantise import quantise
 from tcomm.errors import DecodeError
 from tcomm.groups.moe.low_latency_calls import CombineJob, DispatchJob
 from tcomm.groups.moe.workspace import Workspace
-from tcomm.memory.moe_slots import LENT_SHIFT, RowFormat, SlotLayout
+from tcomm.memory.moe_slots import GROUP, LENT_SHIFT, RowFormat, SlotLayout
 from tcomm.memory.survivors import Survivors
 
 __all__ = ["HostEngine"]
@@ -221,17 +221,21 @@ class HostEngine:
         shape = (self._layout.world_size, self._layout.num_local_experts)
         return self._space.view(rank, epoch, 0, shape, torch.int64)
 
+    # A source's rows and scales begin at the same byte in every form: late stores of one who is masked, of a
+    # call in another form, hit nobody else's.
+
     def _rows(self, rank: int, job: DispatchJob, num_copies: int, source: int | None = None) -> torch.Tensor:
         layout, source = self._layout, self._space.rank if source is None else source
-        shape = (layout.world_size, layout.slots, job.form.hidden)
-        rows = self._space.view(rank, job.epoch, layout.rows_offset, shape, job.form.wire_dtype)
-        return rows[source, :num_copies]
+        shape = (layout.world_size, layout.slots * layout.hidden * layout.itemsize)
+        given = self._space.view(rank, job.epoch, layout.rows_offset, shape, torch.uint8)
+        rows = given[source, : num_copies * job.form.row_nbytes].view(job.form.wire_dtype)
+        return rows.view(num_copies, job.form.hidden)
 
     def _scales(self, rank: int, source: int, job: DispatchJob, num_copies: int) -> torch.Tensor:
-        layout = self._layout
-        shape = (layout.world_size, layout.slots, job.form.num_scale_words)
+        layout, width = self._layout, job.form.num_scale_words
+        shape = (layout.world_size, layout.slots * (layout.hidden // GROUP))
         scales = self._space.view(rank, job.epoch, layout.scales_offset, shape, job.form.scale_dtype)
-        return scales[source, :num_copies]
+        return scales[source, : num_copies * width].view(num_copies, width)
 
     def _indices(self, rank: int, source: int, epoch: int, num_copies: int) -> torch.Tensor:
         layout = self._layout

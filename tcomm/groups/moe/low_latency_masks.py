@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from tcomm.errors import CapabilityError, ConfigError
+from tcomm.errors import CapabilityError, ConfigError, UsageError
 from tcomm.groups.handle import SETUP_SECONDS
 from tcomm.groups.moe.workspace import Workspace
 from tcomm.memory.arena import Arena
 from tcomm.memory.base import Exchange
+from tcomm.memory.channel import Channel
 from tcomm.memory.control import Word
 from tcomm.memory.survivors import Survivors
+from tcomm.signature import CallDescription
 
 __all__ = ["Masks"]
 
@@ -68,12 +72,24 @@ class Masks:
     def update(self, rank: int, is_masked: bool) -> None:
         """Mask a rank, or let it take part again. Not collective, but the same on all that go on.
 
+        In a call that is open, who is masked is not waited for any more.
+
         Raises:
+            UsageError: when a rank is to take part again in a call that is open.
             ConfigError: when it is no other rank, or one that has made other calls since it was masked.
             CapabilityError: when kernels wait.
         """
         survivors = self.survivors
-        self._space.run(lambda: survivors.set_masked(rank, is_masked))
+
+        def update() -> None:
+            if not is_masked and rank in survivors.masked and self._space.is_open:
+                raise UsageError(
+                    f"a call is open, in which rank {rank} has no part; call its hook on every rank before "
+                    "that rank takes part again"
+                )
+            survivors.set_masked(rank, is_masked)
+
+        self._space.run(update)
 
     def query(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """[R] int32: 1 for each rank that is masked, into `out` where there is one.
@@ -102,7 +118,9 @@ class Masks:
         """Let all ranks take part again. **Collective** among all of them, masked ones too.
 
         Raises:
-            RendezvousError: when a rank did not come: one that is dead cannot come back.
+            PeerLostError: when a rank is dead or gone: it cannot come back.
+            PeerLostError, PeerTimeoutError: when the group was given up.
+            RendezvousError: when a rank did not come.
             CapabilityError: when kernels wait.
         """
         survivors = self.survivors
@@ -112,12 +130,22 @@ class Masks:
         arena = self._space.arena
         assert isinstance(arena, Arena)
         self._space.drain()
+        arena.channel.name_call(CallDescription("clean_mask"))
+        self._refuse_the_lost(arena.channel)
         mine = arena.channel.words[Word.EPOCH]
-        told = self._exchange.all_gather(str(mine).encode(), SETUP_SECONDS)
+        check = functools.partial(self._refuse_the_lost, arena.channel)
+        told = self._exchange.all_gather(str(mine).encode(), SETUP_SECONDS, check)
         # Late stores of whoever was behind carry epochs before these.
         arena.set_epoch(max(int(epoch) for epoch in told) + 2)
         survivors.forget()
-        self._exchange.all_gather(b"", SETUP_SECONDS)
+        self._exchange.all_gather(b"", SETUP_SECONDS, check)
+
+    def _refuse_the_lost(self, channel: Channel) -> None:
+        """Raise when not all can come; the others go on as before."""
+        if channel.words[Word.POISON_CODE]:
+            channel.raise_poison()
+        if gone := channel.find_gone():
+            raise channel.lost(gone, channel.words[Word.EPOCH])
 
     def close(self) -> None:
         """Leave nothing behind."""

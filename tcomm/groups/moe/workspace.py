@@ -228,6 +228,11 @@ class Workspace(GroupHandle):
         self._pending = Hook(self, receive)
         return self._pending
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a call was left open, and is not complete yet."""
+        return self._pending is not None and not self._pending.is_done
+
     def drain(self) -> None:
         """Complete a call that was left open. **Collective** if one was.
 

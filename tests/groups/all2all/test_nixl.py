@@ -54,6 +54,7 @@ def _scale(member):
             shrunk = NixlEPAll2AllManager(_group(member, 2, 2), stores)
             shrunk.stage_ep_size()
             found.append(buffer.num_ranks == 3)
+            found.append(shrunk.query_active_mask().tolist() == [0, 0])
             shrunk.commit_ep_size()
             found += [buffer.num_ranks == 2, _step(buffer, rank, 2)[0] < 0.1]
             # And by the handle alone.
@@ -65,7 +66,7 @@ def _scale(member):
 
 def test_one_buffer_serves_groups_that_grow_and_shrink(on_ranks):
     for rank, (found, refused) in enumerate(on_ranks(3, _scale)):
-        assert found == [True] * (14 if rank < 2 else 5)
+        assert found == [True] * (15 if rank < 2 else 5)
         if rank < 2:
             texts = [text for _, text in refused]
             assert "there is no buffer; call get_handle() first" in texts[0]
@@ -81,14 +82,23 @@ def _by_the_handle(member):
     group = StatelessProcessGroup(member.rank, 2, stores, None)
     if member.rank == 0:
         alone = NixlEPAll2AllManager(StatelessProcessGroup(0, 1, stores, None))
+        alone.support_fault_tolerance = True
         buffer = alone.get_handle(_kwargs(1))
         sizes = [buffer.num_ranks]
         both = NixlEPAll2AllManager(group)
         sizes.append(both.get_handle({}).num_ranks)
     else:
         both = NixlEPAll2AllManager(group)
+        both.support_fault_tolerance = True
         sizes = [both.get_handle(_kwargs(2)).num_ranks]
+    assert (both.query_fault().item(), both.query_fault().dtype) == (False, torch.bool)
     right = _step(both.get_handle({}), member.rank, 2)[0] < 0.1
+    masks = both.get_handle({}).masks
+    masks.survivors.faults.append((2, (1,)))
+    assert masks.on_timeout == "mask"
+    assert both.query_fault().item()
+    both.clean_buffers()
+    assert not both.query_fault()
     member.meet("before it shrinks")
     if member.rank == 0:
         sizes.append(alone.get_handle({}).num_ranks)

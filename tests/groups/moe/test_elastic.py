@@ -112,6 +112,63 @@ def test_ranks_come_and_go_and_addresses_stay(on_ranks):
         assert num_ranks == 0
 
 
+def _results_inside_and_outside(member):
+    """Two results, one of all ranks and one of this rank alone, lie apart; a late hook spoils nothing."""
+    buffer = ElasticBuffer(member.store, member.rank, timeout=20, on_timeout="mask")
+    buffer.update_memory_buffers(3, EACH, NBYTES)
+    told_early = [told(buffer.update_mask_buffer, 1, True)[1], buffer.masks, buffer.clean_mask_buffer()]
+    buffer.connect_ranks([0, 1])
+    x, idx, weights = _inputs(member.rank, 2)
+    first, _, handle, _, _ = buffer.dispatch(x, idx, M, use_fp8=False)
+    before = first.clone()
+    with buffer.mask_remote_ranks(), buffer.mask_remote_ranks():
+        second, _, alone, _, _ = buffer.dispatch(x, idx, M, use_fp8=False)
+        third = told(buffer.dispatch, x, idx, M)[1]
+    with buffer.mask_remote_ranks():
+        with buffer.mask_remote_ranks():
+            pass
+        buffer.combine(second, idx, weights, alone)
+        mask = _mask(buffer)
+    kept = torch.equal(first.view(torch.uint8), before.view(torch.uint8))
+    found = [
+        kept,
+        first.data_ptr() != second.data_ptr(),
+        "inside and outside" in third,
+        mask[1 - member.rank],
+    ]
+    # The hook of a result that is combined already, when the next one has its memory.
+    buffer.combine(first, idx, weights, handle)
+    *_, handle, _, late = buffer.dispatch(x, idx, M, use_fp8=False, return_recv_hook=True)
+    buffer.combine(torch.zeros(EACH, 3 * M, H, dtype=torch.bfloat16), idx, weights, handle)
+    rows, _, handle, _, _ = buffer.dispatch(-x, idx, M, use_fp8=False)
+    rows.fill_(7)
+    late()
+    found.append(bool((rows == 7).all()))
+    pending = buffer.combine(rows, idx, weights, handle, return_recv_hook=True)[-1]
+    buffer.dispatch(x, idx, M, use_fp8=False)
+    pending()
+    found.append(_step(buffer, member.rank, 2)[0] < 0.1)
+    # Whom the others mask by hand; then all come back.
+    if member.rank == 0:
+        buffer.update_mask_buffer(1, True)
+        found += [_step(buffer, 0, 1)[0] < 0.1, buffer.masks.on_timeout == "mask"]
+        few = torch.full((1,), 7, dtype=torch.int32)
+        buffer.query_mask_buffer(few)
+        found += [_mask(buffer) == [0, 1, 1, 1], few.tolist() == [0]]
+    buffer.clean_mask_buffer()
+    found += [_mask(buffer) == [0, 0, 1, 1], _step(buffer, member.rank, 2)[0] < 0.1]
+    buffer.destroy()
+    return told_early, found
+
+
+def test_results_of_masked_calls_lie_apart(on_ranks):
+    for early, found in on_ranks(2, _results_inside_and_outside):
+        assert "call dispatch() first" in early[0]
+        assert early[1:] == [None, None]
+        assert found == [True] * len(found)
+        assert len(found) in {8, 12}
+
+
 def _with_scales(member):
     """What is received in fp8 has its scales beside it."""
     buffer = ElasticBuffer(HashStore(), member.rank, timeout=20)

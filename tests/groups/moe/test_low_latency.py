@@ -102,6 +102,7 @@ def _rules(member):
     _, _, second, hook = exchange.dispatch(x * 2, EXPERT_0, use_fp8=False, return_recv_hook=True)
     with pytest.raises(UsageError, match="results #1 and #2 are alive"):
         exchange.dispatch(x, EXPERT_0)
+    assert exchange.is_alive(first)
     # The first result is left in peace by the calls after it.
     told.append((rows[0][0, 0, 0].float().item(), counts.tolist()))
     out = torch.empty(4, 128, dtype=torch.bfloat16)
@@ -109,6 +110,7 @@ def _rules(member):
     given, _ = exchange.combine(y, leaving_out, weights, first, out=out)
     told.append((given is out, hook.is_done, out.unique().tolist()))
     hook()
+    assert not exchange.is_alive(first)
     with pytest.raises(UsageError, match="no result here"):
         exchange.combine(y, EXPERT_0, weights, first)
     with pytest.raises(UsageError, match="no result here"):

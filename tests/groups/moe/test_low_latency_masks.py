@@ -6,8 +6,23 @@ import time
 import pytest
 import torch
 
-from tcomm.errors import CapabilityError, ConfigError, PeerLostError, PeerTimeoutError
-from tests.groups.moe.low_latency_cases import Case, make, run_case, tokens_of, wanted_sum
+from tcomm.errors import (
+    CapabilityError,
+    CollectiveMismatchError,
+    ConfigError,
+    PeerLostError,
+    PeerTimeoutError,
+    UsageError,
+)
+from tests.groups.moe.low_latency_cases import (
+    Case,
+    as_experts_see,
+    make,
+    run_case,
+    tokens_of,
+    wanted_rows,
+    wanted_sum,
+)
 
 STEPS, LOST = 6, 2
 CASES = [Case(seed, 4, zero_copy=seed % 2 == 1) for seed in range(STEPS)]
@@ -23,16 +38,16 @@ def wanted(case, layout, rank, masked=()):
     return wanted_sum(case, layout, rank, given, masked=masked).float().tolist()
 
 
-def _publish_to_one(exchange, then):
-    """From now on only rank 0 is told of this rank's next call, before `then`; the others afterwards."""
-    survivors = exchange.masks.survivors
-    publish = survivors.publish
+def _publish_to_one(survivors, then):
+    """Only one rank is told of this rank's next call before `then`; the others afterwards."""
+    publish, others = survivors.publish, survivors.active[1:]
 
     def broken(word):
-        survivors.masked.update({1, 3})
+        survivors.publish = publish
+        survivors.masked.update(others)
         publish(word)
         then()
-        survivors.masked.clear()
+        survivors.masked.difference_update(others)
         publish(word)
 
     survivors.publish = broken
@@ -45,14 +60,15 @@ def _meet_the_end(exchange, case, how):
     then = leave if "dies" in how else sleep
     x, topk_idx, weights = tokens_of(case, exchange.layout, exchange.workspace.rank)
     if "telling one" in how:
-        _publish_to_one(exchange, then)
+        _publish_to_one(exchange.masks.survivors, then)
     if how.startswith("before"):
         then()
     _, _, handle, _ = exchange.dispatch(x, topk_idx, use_fp8=False)
     if how.startswith("between"):
         then()
     y = torch.zeros(exchange.layout.num_local_experts, exchange.layout.capacity, 128).bfloat16()
-    exchange.combine(y, topk_idx, weights, handle)
+    y = exchange.next_combine_buffer(handle).zero_() if case.zero_copy else y
+    exchange.combine(y, topk_idx, weights, handle, zero_copy=case.zero_copy)
     _meet_the_end(exchange, case, "after")
 
 
@@ -81,6 +97,11 @@ def _elastic(member, how, lost_at):
     if "sleeps" in how:
         exchange.masks.clean()
         after = exchange.masks.query().tolist(), exchange.masks.faults, sum_of(exchange, CASES[0])
+    elif member.rank != LOST:
+        with pytest.raises(
+            PeerLostError, match=r"clean_mask #\d+ of group 'll' cannot complete: .*rank 2 died"
+        ):
+            exchange.masks.clean()
     verdicts = [
         name for name in os.listdir("/dev/shm") if exchange.masks.survivors._prefix in f"/dev/shm/{name}"
     ]
@@ -123,12 +144,156 @@ def test_survivors_go_on_as_if_the_owners_experts_gave_nothing(on_ranks, how, lo
             assert total == wanted(case, layout, rank, masked), (number, lost_in)
 
 
+class _Dies:
+    """Ends this process at a point of the engine's way through one step."""
+
+    def __init__(self, exchange, point):
+        self._engine, self._survivors, self._point = exchange._engine, exchange.masks.survivors, point
+
+    def in_part(self, part):
+        """A part of a call begins: send_dispatch, receive_dispatch, send_combine or receive_combine."""
+        wanted, _, how = self._point.partition(": ")
+        if part != wanted:
+            return
+        if how == "begins":
+            os._exit(0)
+        if how == "has told one":
+            _publish_to_one(self._survivors, functools.partial(os._exit, 0))
+        if how == "writes":
+            words, told = self._engine._words, []
+
+            def written(rank, epoch):
+                told.append(rank)
+                return words(rank, epoch) if len(told) < 3 else os._exit(0)
+
+            self._engine._words = written
+
+
+def _watch(exchange, point):
+    dies = _Dies(exchange, point)
+    for part in ("send_dispatch", "receive_dispatch", "send_combine", "receive_combine"):
+        run = getattr(exchange._engine, part)
+        setattr(exchange._engine, part, lambda job, p=part, r=run: (dies.in_part(p), r(job)))
+
+
+def _lose_some(member, plan):
+    exchange = make(member, num_experts=2 * member.world_size)
+    exchange.masks.on_timeout = "mask"
+    exchange._lending_space()
+    sums, places = [], set()
+    for number, case in enumerate(WAYS):
+        if (number, member.rank) in plan:
+            _watch(exchange, plan[number, member.rank])
+        sums.append(sum_of(exchange, case))
+        places.add(tuple(packed.rows.data_ptr() for packed in exchange._packed))
+    masks = exchange.masks.query().tolist(), exchange.masks.faults
+    exchange.close()
+    return exchange.layout, sums, masks, len(places)
+
+
+WAYS = [
+    Case(0, 4, fp8=("use_fp8",), hook=True),
+    Case(1, 3, hook=True),
+    Case(2, 4, fp8=("use_fp8", "round_scale", "use_ue8m0"), zero_copy=True),
+    Case(3, 2, "full", zero_copy=True, hook=True),
+    Case(4, 4),
+]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "plan", "faults"),
+    [
+        # What was told in full before counts, though its hook was never called.
+        (2, {(1, 0): "receive_combine: begins"}, [(5, (0,))]),
+        (4, {(1, 0): "send_dispatch: writes", (1, 3): "receive_dispatch: begins"}, None),
+        (4, {(1, 2): "send_combine: has told one", (2, 1): "send_combine: writes"}, [(5, (2,)), (6, (1,))]),
+        (3, {(2, 0): "send_dispatch: has told one", (3, 1): "receive_combine: begins"}, None),
+    ],
+)
+def test_ranks_die_at_every_point(on_ranks, world_size, plan, faults):
+    outcomes = on_ranks(world_size, _lose_some, plan, check=False)
+    lost = {rank for _, rank in plan}
+    values = {o.rank: o.value for o in outcomes if o.rank not in lost}
+    assert "".join(o.error for o in outcomes if o.rank not in lost) == ""
+    assert len({str(value[2]) for value in values.values()}) == 1
+    for rank, (layout, sums, (mask, found), num_places) in values.items():
+        assert mask == [int(r in lost) for r in range(world_size)]
+        assert faults is None or found == faults
+        assert num_places == 1
+        for number, (case, total) in enumerate(zip(WAYS, sums, strict=True)):
+            masked = {r for call, ranks in found if call <= 2 * number + 2 for r in ranks}
+            given = as_experts_see(case, tokens_of(case, layout, rank)[0])
+            wanted_here = wanted_sum(case, layout, rank, given, masked=masked)
+            assert total == wanted_here.float().tolist(), (number, found)
+
+
+def _late_stores(member):
+    """Rank 2 writes its rows in fp8 when the others exchange others in the same half, in bfloat16."""
+    exchange = make(member, num_experts=6)
+    exchange.masks.on_timeout = "mask"
+    case = STALE
+    if member.rank == 2:
+        others_first = exchange._engine._others_first
+        exchange._engine._others_first = lambda: member.meet("write now") or others_first()
+        x, topk_idx, _ = tokens_of(case, exchange.layout, member.rank)
+        with pytest.raises(PeerTimeoutError, match="have gone on without this rank, 2, since call #1"):
+            exchange.dispatch(x, topk_idx)
+        exchange._engine._others_first = others_first
+        member.meet("written")
+        member.meet("rank 0 is alone")
+        exchange.masks.clean()
+        return exchange.layout, None, None, sum_of(exchange, case)
+    exchange.workspace.timeout = 0.3 + 10 * member.rank
+    sum_of(exchange, case)
+    exchange.workspace.timeout = 20.0
+    x, topk_idx, _ = tokens_of(LATER, exchange.layout, member.rank)
+    rows, counts, _, hook = exchange.dispatch(x, topk_idx, use_fp8=False, return_recv_hook=True)
+    member.meet("write now")
+    member.meet("written")
+    hook()
+    found = [one[:n].tolist() for one, n in zip(rows, counts, strict=True)]
+    # Then all of the others are late.
+    if member.rank == 0:
+        exchange.workspace.timeout = 0.3
+        alone = sum_of(exchange, LATER)
+    member.meet("rank 0 is alone")
+    if member.rank == 1:
+        with pytest.raises(PeerTimeoutError, match="have gone on without this rank, 1, since call #4"):
+            exchange.dispatch(x, topk_idx)
+        alone = None
+    exchange.workspace.timeout = 20.0
+    exchange.masks.clean()
+    return exchange.layout, found, alone, sum_of(exchange, case)
+
+
+STALE, LATER = Case(5, 4, "full", fp8=("use_fp8",)), Case(6, 4, "full")
+
+
+def test_late_stores_of_a_masked_rank_hit_nobody(on_ranks):
+    outcomes = on_ranks(3, _late_stores)
+    for rank, (layout, _, _, total) in enumerate(outcomes):
+        given = as_experts_see(STALE, tokens_of(STALE, layout, rank)[0])
+        assert total == wanted_sum(STALE, layout, rank, given).float().tolist()
+    assert outcomes[0][2] == wanted(LATER, outcomes[0][0], 0, {1, 2})
+    for rank, (layout, rows, _, _) in enumerate(outcomes[:2]):
+        sent = [tokens_of(LATER, layout, source)[0] for source in range(3)]
+        wanted_here = wanted_rows(LATER, layout, rank)
+        assert rows == [[sent[s][t].tolist() for s, t in one if s != 2] for one in wanted_here]
+
+
 def _by_hand(member):
     exchange = make(member, num_experts=6, timeout=10.0)
+    x, topk_idx, _ = tokens_of(CASES[0], exchange.layout, member.rank)
     masks, told = exchange.masks, []
     for chosen in ("mask", "raise"):
         masks.on_timeout = chosen
         assert masks.on_timeout == chosen
+    if member.rank == 1:
+        masks.on_timeout = "mask"
+    with pytest.raises(CollectiveMismatchError, match=r"rank 1: low_latency_dispatch.*on_timeout=mask"):
+        exchange.dispatch(x, topk_idx)
+    masks.on_timeout = "raise"
+    member.meet("all know what the others called")
     with pytest.raises(ConfigError, match="give another rank, 0 to 2"):
         masks.update(member.rank, True)
     with pytest.raises(ConfigError, match="give another rank"):
@@ -136,18 +301,25 @@ def _by_hand(member):
     with pytest.raises(ConfigError, match=r"give int32 \[3\]"):
         masks.query(torch.zeros(2, dtype=torch.int32))
     if member.rank < 2:
+        hook = exchange.dispatch(x, topk_idx, return_recv_hook=True)[-1]
         masks.update(2, True)
+        hook()
         out = torch.full((3,), 7, dtype=torch.int32)
         assert masks.query(out) is out
         told = [out.tolist(), bool(masks.query_fault()), sum_of(exchange, CASES[2])]
     member.meet("masked")
     if member.rank < 2:
-        with pytest.raises(ConfigError, match=r"rank 2 has completed call #0 and this rank #2.*clean_mask"):
+        with pytest.raises(ConfigError, match=r"rank 2 has completed call #1 and this rank #4.*clean_mask"):
             masks.update(2, False)
     masks.clean()
     told += [masks.query().tolist(), sum_of(exchange, CASES[3])]
+    hook = exchange.dispatch(x, topk_idx, return_recv_hook=True)[-1]
     masks.update((member.rank + 1) % 3, True)
     member.meet("all have completed their calls")
+    with pytest.raises(UsageError, match=r"a call is open, in which rank . has no part; call its hook"):
+        masks.update((member.rank + 1) % 3, False)
+    hook()
+    member.meet("all have completed that call")
     masks.update((member.rank + 1) % 3, False)
     told.append(sum_of(exchange, CASES[4]))
     exchange.close()
@@ -176,6 +348,8 @@ def _masked_and_dead(member):
     x, topk_idx, _ = tokens_of(CASES[0], exchange.layout, member.rank)
     with pytest.raises(PeerLostError) as caught:
         exchange.dispatch(x, topk_idx)
+    with pytest.raises(PeerLostError, match="was given up at call #1"):
+        exchange.masks.clean()
     return caught.value.peers
 
 

@@ -49,10 +49,12 @@ def _in_two_halves(member):
     told = []
     for turn in range(6):
         hook, found = _give(space, 10 * turn + member.rank)
+        assert space.is_open
         if (turn + member.rank) % 3:
             hook()
         if turn == 4:
             hook()
+        assert space.is_open == (not hook.is_done)
         told.append((hook, found))
     space.run(space.drain)
     done = [hook.is_done for hook, _ in told]
