@@ -13,9 +13,7 @@ from tests.kernels.virtual_arenas import device_of
 
 
 @triton.jit
-def _quantise_kernel(
-    x_ptr, q_ptr, scale_ptr, word_ptr, ROUND: tl.constexpr, BY_INSTRUCTION: tl.constexpr
-):
+def _quantise_kernel(x_ptr, q_ptr, scale_ptr, word_ptr, ROUND: tl.constexpr, BY_INSTRUCTION: tl.constexpr):
     groups = tl.program_id(0) * 8 + tl.arange(0, 8)
     offs = groups[:, None] * 128 + tl.arange(0, 128)[None, :]
     scaled, scale, exponent = scaled_groups(tl.load(x_ptr + offs).to(tl.float32), ROUND)

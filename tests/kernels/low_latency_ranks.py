@@ -10,7 +10,16 @@ from tcomm.memory.layout import StagingLayout
 from tcomm.memory.moe_slots import RowFormat, SlotLayout
 from tcomm.signature import CallDescription
 from tests.groups.moe.low_latency_cases import Case, tokens_of
-from tests.kernels.virtual_arenas import arena_of_half, device_of, same_bits, settle, sums_of_products_are_exact
+from tests.kernels.virtual_arenas import (
+    arena_of_half,
+    device_of,
+    failure_of,
+    leave_out,
+    same_bits,
+    settle,
+    sums_of_products_are_exact,
+)
+from tests.virtual_worlds import count_different
 
 CALL = CallDescription("low_latency", "bfloat16")
 PLAIN = (False, False, False)
@@ -43,6 +52,7 @@ class VirtualExchange:
         self.ranges = torch.zeros(world_size, experts, world_size, dtype=torch.int64, **at)
         self.received = torch.zeros(world_size, experts, dtype=torch.int32, **at)
         self.stats = torch.ones(world_size, experts, dtype=torch.int32, **at)
+        self.out = torch.zeros_like(self.x)
         self.factors = (torch.arange(world_size * experts, **at) % 3 + 1).view(world_size, experts, 1, 1)
 
     def tokens(self, seed):
@@ -73,7 +83,7 @@ class VirtualExchange:
         )  # fmt: skip
 
     def results(self):
-        """What experts make of all rows, those that nobody sent among them: expert e takes e % 3 + 1 times x."""
+        """What experts make of all rows, also of those that nobody sent: expert e makes e % 3 + 1 times x."""
         rows = self.rows.view(self.form.wire_dtype)
         if self.form.use_fp8:
             rows = dequantise(rows, self.scales.view(self.form.scale_dtype).transpose(2, 3))
@@ -81,9 +91,7 @@ class VirtualExchange:
 
     def combine(self, results, out, idx=None, lent=None):
         """Sum up into `out`; idx in place of that of the dispatch, lent: memory in which results lie."""
-        epoch = send_rows(
-            self.arena, CALL, 20.0, self.layout, results, self.ranges, 1, lent is not None
-        )
+        epoch = send_rows(self.arena, CALL, 20.0, self.layout, results, self.ranges, 1, lent is not None)
         sum_rows(
             self.arena, CALL, 20.0, epoch, self.layout, out, self.idx if idx is None else idx, self.weights,
             self.slots, self.counts, lent,
@@ -105,6 +113,11 @@ class VirtualExchange:
             term = (given * (experts % 3 + 1).unsqueeze(2)).to(x.dtype).float()
             total += torch.where(is_there.unsqueeze(2), weights[:, :, j].unsqueeze(2) * term, 0.0)
         return total.to(x.dtype)
+
+    def run(self):
+        """Dispatch, experts, combine into `out`: nothing of it awaits the device."""
+        self.dispatch()
+        self.combine(self.results(), self.out)
 
     def lent_memory(self):
         """Two halves on each rank, and the second one of each as [El, R * M, H]."""
@@ -185,3 +198,32 @@ def check_any_weights(world, *sizes, **options):
     settle(ranks.arena)
     # All terms are positive, and each is rounded to 24 bits at most twice.
     assert torch.allclose(out.cpu(), wanted, rtol=2.0 ** (1 - 24) * 2 * weights.shape[2], atol=0.0)
+
+
+class Rounds:
+    """An exchange whose tokens change between calls, in the same memory."""
+
+    def __init__(self, world, *sizes, seeds=3, **options):
+        self.exchange = VirtualExchange(world, *sizes, **options)
+        self.arena, self.run = self.exchange.arena, self.exchange.run
+        self._given = [self.exchange.tokens(seed) for seed in range(seeds)]
+        self._wanted = [self.exchange.sums(*given).to(self.arena.device) for given in self._given]
+        self._given = [[each.to(self.arena.device) for each in given] for given in self._given]
+
+    def put(self, seed):
+        self.exchange.put(*self._given[seed])
+        self.exchange.out.fill_(7)
+
+    def count_wrong(self, seed):
+        """Elements of the sums, as a tensor on their device."""
+        return count_different(self.exchange.out, self._wanted[seed])
+
+
+def check_missing_rank(world, missing, device="cpu", timeout=1.0):
+    """A rank that never comes is named by the others within the deadline."""
+    ranks = VirtualExchange(world, device=device, mode="streams")
+    ranks.dispatch()
+    settle(ranks.arena)
+    leave_out(ranks.arena, missing)
+    error = failure_of(ranks.arena, lambda: ranks.dispatch(timeout))
+    assert tuple(error.peers) == (missing,)

@@ -1,7 +1,8 @@
-"""Memory of virtual ranks on any device, for bodies of tests that are interpreted on a CPU and compiled on a GPU."""
+"""Memory of virtual ranks, for bodies of tests that are interpreted on a CPU and compiled on a GPU."""
 
 import torch
 
+from tcomm.errors import PeerTimeoutError
 from tcomm.memory.layout import StagingLayout
 from tcomm.memory.virtual import VirtualArena
 
@@ -22,8 +23,35 @@ def settle(arena):
     arena.channel.raise_recorded()
 
 
+def leave_out(arena, missing):
+    """Take the launches of a rank away: it never comes. Of ranks in streams."""
+    arena.launch_parts = tuple(part for part in arena.launch_parts if part.rank != missing)
+
+
+def failure_of(arena, run):
+    """What a call raises: at once when interpreted, and when it is asked for when compiled."""
+    try:
+        run()
+        settle(arena)
+    except PeerTimeoutError as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def check_rounds(rounds, run=None, times=6):
+    """New tokens in the same memory come out right, however they are run."""
+    run = run or rounds.run
+    wrong = torch.zeros((), dtype=torch.int64, device=rounds.arena.device)
+    for index in range(times):
+        rounds.put(index % 3)
+        run()
+        wrong += rounds.count_wrong(index % 3)
+    settle(rounds.arena)
+    assert int(wrong) == 0
+
+
 def sums_of_products_are_exact(device):
-    """Whether numbers have to be chosen so: a GPU multiplies and adds with one rounding, the interpreter with two."""
+    """Whether numbers are chosen so: a GPU multiplies and adds with one rounding, the interpreter with 2."""
     return torch.device(device).type != "cpu"
 
 

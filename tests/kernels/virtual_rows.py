@@ -22,9 +22,7 @@ def _routed(device, world, turn, num_tokens, top_k, num_experts):
     return Routes(*map(torch.stack, tables)), [destinations(one, world, num_experts) for one in ids]
 
 
-def check_one_sided(
-    device, world, mode, most=6, hidden=16, dtype=torch.float32, top_k=3, local=4, turns=3
-):
+def check_one_sided(device, world, mode, most=6, hidden=16, dtype=torch.float32, top_k=3, local=4, turns=3):
     """Rows come to the ranks that use them, and go back as sums in the order of a token's ranks."""
     device, experts = device_of(device), local * world
     combine_at = FIRST + world * most * hidden * dtype.itemsize

@@ -16,7 +16,8 @@ from tests.groups.moe.exact_moves import (
     make_rows,
     make_weights,
 )
-from tests.kernels.virtual_arenas import device_of, same_bits, settle
+from tests.kernels.virtual_arenas import device_of, failure_of, leave_out, same_bits, settle
+from tests.virtual_worlds import count_different
 
 DISPATCH, COMBINE = CallDescription("dispatch", "int64"), CallDescription("combine", "int64")
 
@@ -34,7 +35,7 @@ class VirtualTokens:
     def __init__(self, rows, idx, weights, num_experts, mode="grid", staging_bytes=1 << 18):
         self.world, self.num_tokens = rows.shape[:2]
         self.rows, self.idx, self.weights = rows, idx, weights
-        self.num_experts = num_experts
+        self.num_experts, self.timeout = num_experts, 60.0
         self.arena = VirtualArena(self.world, rows.device, staging_bytes, mode)
         self.width = min(idx.shape[2], self.world)
 
@@ -54,11 +55,11 @@ class VirtualTokens:
         self.row_slots = words.new_full((self.world, num_rows), -1)
         fetched = words.new_zeros(self.world, self.world)
         for first in range(0, max(self.num_tokens, 1), regions.num_tokens):
-            epoch = stage_tokens(tokens, self.arena, DISPATCH, 60.0, regions, first)
-            heads = fetch_heads(self.arena, DISPATCH, 60.0, epoch, regions)
+            epoch = stage_tokens(tokens, self.arena, DISPATCH, self.timeout, regions, first)
+            heads = fetch_heads(self.arena, DISPATCH, self.timeout, epoch, regions)
             gather_rows(
-                rows, facts, self.row_slots, heads, fetched, self.arena, DISPATCH, 60.0, epoch, regions,
-                self.width, first,
+                rows, facts, self.row_slots, heads, fetched, self.arena, DISPATCH, self.timeout, epoch,
+                regions, self.width, first,
             )  # fmt: skip
             # Of rank r, what each source sent it in this piece.
             fetched += heads[:, :, self.world : 2 * self.world].diagonal(dim1=0, dim2=2).t()
@@ -75,10 +76,12 @@ class VirtualTokens:
         summed = weights.new_zeros(self.world, self.num_tokens, weights.shape[2])
         for first in range(0, max(self.num_tokens, 1), regions.num_tokens):
             epoch = return_rows(
-                words, self.row_slots, weights.view(torch.int32), self.matrix, self.arena, COMBINE, 60.0,
-                regions, first,
+                words, self.row_slots, weights.view(torch.int32), self.matrix, self.arena, COMBINE,
+                self.timeout, regions, first,
             )  # fmt: skip
-            sum_places(out, summed, self.slots, terms, self.arena, COMBINE, 60.0, epoch, regions, first)
+            sum_places(
+                out, summed, self.slots, terms, self.arena, COMBINE, self.timeout, epoch, regions, first
+            )
         return out, summed
 
 
@@ -108,13 +111,6 @@ class TokensCase:
     def exchange(self, device, mode="grid", staging_bytes=1 << 18):
         given = [torch.stack(each).to(device_of(device)) for each in (self.rows, self.idx, self.weights)]
         return VirtualTokens(*given, self.num_experts, mode, staging_bytes)
-
-    def put(self, exchange):
-        """Give the exchange these tokens in place of those that it has."""
-        for there, each in (
-            (exchange.rows, self.rows), (exchange.idx, self.idx), (exchange.weights, self.weights),
-        ):  # fmt: skip
-            there.copy_(torch.stack(each))
 
     def check_dispatched(self, exchange, got, ids, told):
         """Check what a dispatch gave, of which nobody has waited."""
@@ -180,6 +176,65 @@ def check_combine(
             assert same_bits(out[rank], wanted[rank])
             idx = case.idx[rank]
             assert torch.equal(summed[rank].cpu(), case.weights[rank].masked_fill(idx < 0, 0))
+
+
+class Rounds:
+    """An exchange whose tokens change between calls, in the same memory, with room for as much as can come.
+
+    What rank r makes of a row is r + 1 times as much.
+    """
+
+    def __init__(
+        self, device, world, mode, tokens, hidden, dtype, num_topk=3, local=4, staging=1 << 18, seeds=3
+    ):  # fmt: skip
+        cases = [TokensCase(world, tokens, hidden, dtype, num_topk, local * world, s) for s in range(seeds)]
+        self._exchange = cases[0].exchange(device, mode, staging)
+        self.arena, self._num_rows = self._exchange.arena, world * tokens
+        device = self._exchange.rows.device
+        self._ranks, self._local = torch.arange(world, device=device).view(-1, 1, 1), local
+        self._given = [
+            [torch.stack(each).to(device) for each in (case.rows, case.idx, case.weights)] for case in cases
+        ]
+        self._wanted = [[x.to(device) for x in self._meaning(case)] for case in cases]
+
+    def _meaning(self, case):
+        """Sums of rows, and of weights."""
+        results = [one[1] * (rank + 1) for rank, one in enumerate(case.come)]
+        places = [one[0] for one in case.come]
+        sums = [expect_combine(r, case.idx, case.num_experts, results, places) for r in range(case.world)]
+        weights = torch.stack(case.weights).masked_fill(torch.stack(case.idx) < 0, 0)
+        return torch.stack(sums), weights
+
+    def run(self):
+        rows, ids, told = self._exchange.dispatch(self._num_rows)
+        # Each rank gives back the weights of its own experts.
+        told = told.masked_fill(ids // self._local != self._ranks, 0)
+        self._out = self._exchange.combine(rows * (self._ranks + 1).to(rows.dtype), told)
+
+    def put(self, seed):
+        exchange = self._exchange
+        for there, given in zip(
+            (exchange.rows, exchange.idx, exchange.weights), self._given[seed], strict=True
+        ):
+            there.copy_(given)
+
+    def count_wrong(self, seed):
+        """Elements of both sums, as a tensor on their device."""
+        return sum(
+            count_different(got, want) for got, want in zip(self._out, self._wanted[seed], strict=True)
+        )
+
+
+def check_missing_rank(device, world, missing, timeout=1.0):
+    """A rank that never comes is named by the others within the deadline."""
+    case = TokensCase(world, 4, 16, torch.float32, 2, 2 * world, 0)
+    exchange = case.exchange(device, "streams")
+    exchange.dispatch(case.most)
+    settle(exchange.arena)
+    leave_out(exchange.arena, missing)
+    exchange.timeout = timeout
+    error = failure_of(exchange.arena, lambda: exchange.dispatch(case.most))
+    assert tuple(error.peers) == (missing,)
 
 
 def check_places(device, worlds=(1, 3, 8, 16), step=7):
