@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.gpu(1), pytest.mark.timeout(240)]
 every_mode = pytest.mark.parametrize("mode", MODES)
 every_world = pytest.mark.parametrize("world", [2, 4, 8], ids="{}ranks".format)
 every_scaling = pytest.mark.parametrize("scaling", SCALINGS, ids=("plain", "fp8", "rounded", "ue8m0"))
-STAGING = 32 << 20
+STAGING = 40 << 20
 """Bytes a rank, of the exchange with exact sizes: room for 128 tokens of 8 places."""
 
 
