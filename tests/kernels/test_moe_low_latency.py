@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-from tcomm.cpu.moe_quantise import quantise
 from tests.groups.moe.low_latency_cases import KINDS, Case, has_the_same_bits_twice, make, mistakes_of
 from tests.groups.moe.test_low_latency import FP8
-from tests.kernels.low_latency_ranks import VirtualExchange
+from tests.kernels.low_latency_ranks import check_dispatch, check_missing_rank
 
 
 def _identities(member, dtype, hidden, number):
@@ -27,25 +26,8 @@ def test_kernels_do_what_the_definition_says(on_ranks, world, dtype, hidden, num
 
 @pytest.mark.parametrize(("world", "scaling"), [(8, (False, False, False)), (3, (True, True, True))])
 def test_virtual_ranks_dispatch(world, scaling):
-    ranks = VirtualExchange(world, hidden=128 if world == 8 else 640, scaling=scaling)
-    ranks.dispatch()
-    rows, words = ranks.x, None
-    if ranks.form.use_fp8:
-        rows, words = quantise(ranks.x, round_scale=True, use_ue8m0=True)
-    for rank in range(world):
-        for expert in range(2):
-            wanted = ranks.wanted(rank, expert)
-            count = len(wanted)
-            assert int(ranks.received[rank, expert]) == int(ranks.stats[rank, expert]) - 1 == count
-            assert ranks.src_info[rank, expert, :count].tolist() == [token for _, token in wanted]
-            assert ranks.src_info[rank, expert, count:].eq(-1).all()
-            given = ranks.rows[rank, expert, :count].view(ranks.form.wire_dtype)
-            for line, (source, token) in enumerate(wanted):
-                assert torch.equal(given[line].view(torch.uint8), rows[source, token].view(torch.uint8))
-                if words is not None:
-                    assert ranks.scales[rank, expert, :, line].tolist() == words[source, token].tolist()
-            counts = [sum(s == source for s, _ in wanted) for source in range(world)]
-            told = [(int(r) >> 32, int(r) & 0xFFFFFFFF) for r in ranks.ranges[rank, expert]]
-            assert told == [(sum(counts[:source]), counts[source]) for source in range(world)]
-    assert (ranks.slots[2, 1, 2], ranks.slots[0, 0, 0]) == (-1, -1)
-    assert torch.equal(ranks.slots[1, :, 0], ranks.slots[1, :, 1])
+    check_dispatch(world, hidden=128 if world == 8 else 640, scaling=scaling)
+
+
+def test_a_virtual_rank_that_never_comes_is_named():
+    check_missing_rank(3, 1, timeout=0.3)

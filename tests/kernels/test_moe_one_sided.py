@@ -5,13 +5,12 @@ import torch
 
 from tcomm.cpu import moe_one_sided as twin
 from tcomm.errors import PeerTimeoutError
-from tcomm.groups.moe.routes import Routes, as_word_rows, make_routes
+from tcomm.groups.moe.routes import make_routes
 from tcomm.kernels import moe_counts, moe_one_sided
 from tcomm.kernels.launch import launches
-from tcomm.memory.virtual import VirtualArena
 from tcomm.signature import CallDescription
 from tests.groups.moe import test_one_sided as exchange
-from tests.groups.moe.routings import content, destinations, ids_of, in_order_sum, same_bytes
+from tests.kernels.virtual_rows import check_one_sided
 
 CALL = CallDescription("turn", "rows")
 KERNELS = {
@@ -48,42 +47,9 @@ def test_what_is_out_of_place_is_told_with_kernels_too(on_ranks):
     assert first[1]
 
 
-def _routed(world, turn, num_tokens, top_k, num_experts):
-    """Routes of all virtual ranks in one, and the destinations of each token."""
-    ids = [ids_of("random", turn, rank, num_tokens, top_k, num_experts) for rank in range(world)]
-    routes = [make_routes(one, num_experts, world) for one in ids]
-    tables = zip(*(one.tables for one in routes), strict=True)
-    return Routes(*map(torch.stack, tables)), [destinations(one, world, num_experts) for one in ids]
-
-
 @pytest.mark.parametrize(("world", "mode"), [(8, "grid"), (3, "streams")])
 def test_virtual_ranks(world, mode):
-    experts, most, hidden = 4 * world, 6, 16
-    arena = VirtualArena(world, torch.device("cpu"), 256 << 10, mode)
-    combine_at = 64 << 10
-    for turn in range(3):
-        num_tokens, runtime_max = most - turn, most - turn % 2
-        routes, where = _routed(world, turn, num_tokens, 3, experts)
-        x = torch.stack([content(turn, r, num_tokens, (hidden,), torch.float32) for r in range(world)])
-        words = torch.stack([as_word_rows(one) for one in x])
-        received = moe_one_sided.dispatch([words], [1024], routes.tables, runtime_max, arena, CALL, 20.0)
-        base = arena.staging.layout.half(0)
-        made = torch.zeros(world, world, runtime_max, hidden)
-        for rank in range(world):
-            got = arena.staging.buffer.peer(rank, (world, runtime_max, hidden), torch.float32, base + 1024)
-            for source in range(world):
-                to_me = [t for t, ranks in enumerate(where[source]) if rank in ranks]
-                assert received[rank, source] == len(to_me)
-                assert same_bytes(got[source, : len(to_me)], x[source, to_me])
-            made[rank] = got * (rank + 1)
-        out = torch.empty(world, num_tokens, hidden)
-        moe_one_sided.combine(made, out, combine_at, routes.tables, received, runtime_max, arena, CALL, 20.0)
-        for rank in range(world):
-            rows = [
-                in_order_sum([x[rank, t] * (r + 1) for r in where[rank][t]], hidden, x.dtype)
-                for t in range(num_tokens)
-            ]
-            assert same_bytes(out[rank], torch.stack(rows))
+    check_one_sided("cpu", world, mode)
 
 
 def _examples(member):

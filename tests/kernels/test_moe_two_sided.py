@@ -11,7 +11,7 @@ from tcomm.memory.virtual import VirtualArena
 from tcomm.signature import CallDescription
 from tests.cpu import test_moe_two_sided as cpu
 from tests.groups.moe import test_two_sided as exchange
-from tests.groups.moe.routings import same_bytes
+from tests.kernels.virtual_rows import check_two_sided
 
 CALL = CallDescription("turn", "rows")
 KERNELS = {"_open_call_kernel", "_take_counts_kernel", "_stream_rows_kernel"}
@@ -62,29 +62,7 @@ def test_tables_that_do_not_fit_end(on_ranks):
 @pytest.mark.parametrize(("mode", "lanes"), [("grid", 1), ("streams", 2)])
 def test_virtual_ranks_and_several_lanes(mode, lanes):
     """The example of the docstring, on three ranks, by lanes that work side by side."""
-    world, capacity = 3, 9
-    arena = VirtualArena(world, torch.device("cpu"), 256 << 10, mode)
-    layout = RingLayout(world, lanes, 128)
-    sent = torch.tensor([[1, 9, 0], [2, 0, 3], [4, 5, 1]])
-    for turn in range(2):
-        received = moe_two_sided.announce(sent, arena, CALL, 20.0)
-        assert received.tolist() == sent.t().tolist()
-        rows = torch.arange(capacity)
-        given = (sent.cumsum(1) - sent)[:, :, None] + rows
-        taken = (received.cumsum(1) - received)[:, :, None] + rows
-        x = (
-            torch.arange(world)[:, None, None] * 1000
-            + torch.arange(16)[:, None] * 10
-            + torch.arange(4)
-            + turn
-        )
-        out = torch.full((world, 24, 4), -1)
-        moe_two_sided.exchange_rows(x, out, (given, sent), (taken, received), layout, arena, CALL, 20.0)
-        for rank in range(world):
-            first = sent[:, :rank].sum(1).tolist()
-            wanted = torch.cat([x[s, first[s] : first[s] + sent[s, rank]] for s in range(world)])
-            assert same_bytes(out[rank, : len(wanted)], wanted)
-            assert out[rank, len(wanted) :].eq(-1).all()
+    check_two_sided("cpu", [[1, 9, 0], [2, 0, 3], [4, 5, 1]], mode, lanes)
 
 
 def test_more_programs_than_the_device_holds_are_refused():
