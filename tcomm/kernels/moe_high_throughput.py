@@ -168,7 +168,7 @@ def _fetch_heads_kernel(
     WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
     VIRTUAL: tl.constexpr, HALF_BYTES: tl.constexpr, HEAD_LANES: tl.constexpr,
 ):  # fmt: skip
-    """out[s] = the counts of rank s, without the epoch that they come with; for one program.
+    """out[s] = the counts of rank s, without the epoch that they come with, or zeros; for one program.
 
     Example: W=2, rank 1 sends 3 and 4 rows of its 5 tokens in one piece -> out[1] = [3, 4, 3, 4, 5].
     """
@@ -179,14 +179,17 @@ def _fetch_heads_kernel(
     page = page_of(pad_ptrs, rank)
     word = open_word(page, signature)
     half = half_of(word, LANE_HALF_BYTES, HALF_BYTES)
+    offs = tl.arange(0, HEAD_LANES)
     if await_ranks(page, 0, word, budget, WORLD, LANES, ATOMIC_POLL) == 0:
-        offs = tl.arange(0, HEAD_LANES)
         for source in tl.static_range(WORLD):
             head = tl.load(pointer_to(staging_ptrs, source, half, tl.int64) + offs, mask=offs < HEAD, other=0)
             stale = (offs < HEAD) & ((head >> 32) != (word >> 32))
             if tl.sum(stale.to(tl.int32), axis=0) > 0:
                 record_late(page, source, word)
             tl.store(out_ptr + source * HEAD + offs, head & 0xFFFFFFFF, mask=offs < HEAD)
+    else:
+        for source in tl.static_range(WORLD):
+            tl.store(out_ptr + source * HEAD + offs, tl.full((HEAD_LANES,), 0, tl.int64), mask=offs < HEAD)
 
 
 def fetch_heads(
@@ -207,7 +210,8 @@ def fetch_heads(
     """
     size = regions.world_size
     shape = (size, regions.num_head_words)
-    heads = torch.zeros((size, *shape) if arena.is_virtual else shape, dtype=torch.int64, device=arena.device)
+    # Not zeroed here: ranks in streams of their own would not wait for that in the middle of a call.
+    heads = torch.empty((size, *shape) if arena.is_virtual else shape, dtype=torch.int64, device=arena.device)
     launch_part(
         _fetch_heads_kernel, 1, arena, call, timeout, epoch, heads, heads,
         HALF_BYTES=staging_of(arena).layout.half_bytes,

@@ -23,16 +23,16 @@ CALL = CallDescription("turn", "rows")
 @pytest.fixture
 def launched(driver, monkeypatch):  # noqa: F811
     """What was launched, where torch and the host's way to look at a GPU know of none."""
-    on_host = types.SimpleNamespace(zeros=_zeros_on_host, int64=torch.int64)
+    on_host = types.SimpleNamespace(empty=_empty_on_host, int64=torch.int64)
     monkeypatch.setattr(moe_high_throughput, "torch", on_host)
     monkeypatch.setattr(moe_low_latency, "has_e4m3", lambda device: True)
     monkeypatch.setattr(virtual_tokens, "find_layout", _no_layout)
     return FakeLauncher.launched
 
 
-def _zeros_on_host(*shape, device, **kwargs):
+def _empty_on_host(*shape, device, **kwargs):
     del device
-    return torch.zeros(*shape, **kwargs)
+    return torch.zeros(*shape, **kwargs)  # counts, which nobody writes here
 
 
 def _no_layout(idx, num_experts, world):
