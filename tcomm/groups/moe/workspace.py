@@ -12,6 +12,7 @@ import torch
 
 from tcomm.errors import CapabilityError, ConfigError, DecodeError
 from tcomm.groups.arguments import UNSET, Timeout, Unset
+from tcomm.groups.differences import refuse_differences
 from tcomm.groups.handle import SETUP_SECONDS, GroupHandle
 from tcomm.groups.setup import Membership
 from tcomm.interpret import why_not_runnable
@@ -61,9 +62,10 @@ class Hook:
 
 
 class _Verdict(msgspec.Struct, frozen=True):
-    """What a rank says of the memory that it would have to give."""
+    """What a rank says of the memory that it would have to give, and of what it is to be the same."""
 
     refusal: str
+    same: dict[str, str]
 
 
 class Workspace(GroupHandle):
@@ -84,7 +86,8 @@ class Workspace(GroupHandle):
         ConfigError: when an argument is wrong.
         CapabilityError: on every rank, when they share no memory, or the buffers would pass half of what is
             free on one of them; says needed and free bytes.
-        RendezvousError, GroupMismatchError: as `Communicator` does.
+        GroupMismatchError: on every rank, when they give different sizes, devices or engines.
+        RendezvousError: as `Communicator` does.
     """
 
     def __init__(
@@ -103,7 +106,7 @@ class Workspace(GroupHandle):
         self._start(members, timeout)
         nbytes = StagingLayout.for_half(half_nbytes, self.world_size)
         try:
-            self._refuse_the_dear(nbytes)
+            self._agree_on_memory(nbytes)
             self.arena = self._make_memory(nbytes)
         except BaseException as error:
             self._close(f"{type(error).__name__}: {error}")
@@ -115,8 +118,8 @@ class Workspace(GroupHandle):
         made = open_arena(self.name, exchange, self.config.shm_dir, self.config.spins or 1, SETUP_SECONDS)
         return (None, made.reason) if isinstance(made, NotShared) else (made, "")
 
-    def _refuse_the_dear(self, nbytes: int) -> None:
-        """Refuse buffers that leave too little to others, on all ranks if on one."""
+    def _agree_on_memory(self, nbytes: int) -> None:
+        """Refuse buffers that leave too little to others, or that differ, on all ranks if on one."""
         on_host = self.device.type == "cpu"
         needed = nbytes * self.world_size if on_host else nbytes
         free = _free_on_host(self.config.shm_dir) if on_host else torch.cuda.mem_get_info(self.device)[0]
@@ -127,8 +130,11 @@ class Workspace(GroupHandle):
                 f"rank {self.rank}: buffers of {nbytes} bytes a rank need {needed} bytes for {whose}, more "
                 f"than half of the {free} bytes that are free"
             )
-        told = self._members.exchange.all_gather(msgspec.msgpack.encode(_Verdict(refusal)), SETUP_SECONDS)
+        same = {"bytes a rank": str(nbytes), "device": self.device.type, "engine": self.engine}
+        verdict = msgspec.msgpack.encode(_Verdict(refusal, same))
+        told = self._members.exchange.all_gather(verdict, SETUP_SECONDS)
         verdicts = [msgspec.msgpack.decode(data, type=_Verdict) for data in told]
+        refuse_differences(self.name, [verdict.same for verdict in verdicts])
         if refusals := [verdict.refusal for verdict in verdicts if verdict.refusal]:
             raise CapabilityError("; ".join(refusals) + "; give fewer tokens a rank, or a smaller buffer")
 

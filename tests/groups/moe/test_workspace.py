@@ -8,6 +8,7 @@ from tcomm.errors import (
     CollectiveMismatchError,
     ConfigError,
     GroupClosedError,
+    GroupMismatchError,
     PeerTimeoutError,
 )
 from tcomm.groups.moe import workspace
@@ -109,6 +110,24 @@ def test_buffers_that_pass_half_of_the_free_memory_of_one_rank_are_refused_on_al
     assert first == second
     assert "rank 1: buffers of" in first
     assert f"more than half of the {64 << 20} bytes that are free" in first
+
+
+def _different(member):
+    found = []
+    for number, changes in enumerate([{"half_nbytes": 1 << 20}, {"engine": "triton"}]):
+        member.meet(f"different/{number}")
+        with pytest.raises(GroupMismatchError) as caught:
+            make(member, **(changes if member.rank == 1 else {}))
+        found.append(str(caught.value))
+    return found
+
+
+def test_ranks_that_want_different_memory_or_engines_are_told(on_ranks):
+    first, second = on_ranks(2, _different)
+    assert first == second
+    sizes, engines = first
+    assert "bytes a rank:" in sizes
+    assert "engine:\n    rank 0: 'cpu'\n    rank 1: 'triton'" in engines
 
 
 def test_free_memory_is_that_of_the_file_system_and_of_the_machine():
