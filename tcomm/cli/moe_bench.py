@@ -171,7 +171,8 @@ class _Input:
     def count_wrong(self, got: torch.Tensor, sums_experts: bool) -> int:
         """Elements that are not the token's times its weights, or times its number of ranks."""
         wanted = self.x * self._factors[sums_experts]
-        return int(((got - wanted).abs() > _TOLERANCE * wanted.abs()).sum())
+        # Not the other way round: a NaN is wrong.
+        return int((~((got - wanted).abs() <= _TOLERANCE * wanted.abs())).sum())
 
 
 class _Identity:

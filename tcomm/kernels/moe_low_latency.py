@@ -30,7 +30,9 @@ from tcomm.kernels.device import (
     started,
 )
 from tcomm.kernels.moe_quantise import e4m3, has_e4m3, pack_exponents, scaled_groups
-from tcomm.kernels.moe_slot_rows import copy_row, fresh_numbers, half_of, launch_of, own_part, row_block
+from tcomm.kernels.moe_row_tables import table_of
+from tcomm.kernels.moe_rows import half_of
+from tcomm.kernels.moe_slot_rows import copy_row, fresh_numbers, launch_of, row_block
 from tcomm.kernels.phases import await_ranks, open_word, publish_last
 from tcomm.memory.base import KernelArena
 from tcomm.memory.moe_slots import GROUP, RowFormat, SlotLayout
@@ -61,9 +63,9 @@ def _plan_kernel(
     counts [2, 1, 1, 1].
     """
     rank = launched_rank(rank)
-    idx_ptr = own_part(idx_ptr, num_tokens * TOPK, rank, VIRTUAL)
-    slots_ptr = own_part(slots_ptr, num_tokens * TOPK, rank, VIRTUAL)
-    counts_ptr = own_part(counts_ptr, WORLD * EXPERTS, rank, VIRTUAL)
+    idx_ptr = table_of(idx_ptr, num_tokens * TOPK, rank, VIRTUAL)
+    slots_ptr = table_of(slots_ptr, num_tokens * TOPK, rank, VIRTUAL)
+    counts_ptr = table_of(counts_ptr, WORLD * EXPERTS, rank, VIRTUAL)
     expert = tl.program_id(0)
     while expert < WORLD * EXPERTS:
         first = expert // EXPERTS * EXPERTS
@@ -144,9 +146,9 @@ def _send_copies_kernel(
     """
     rank = launched_rank(rank)
     rows_ptr = row_of(rows_ptr, num_tokens * HIDDEN, rank, VIRTUAL)
-    idx_ptr = own_part(idx_ptr, num_tokens * TOPK, rank, VIRTUAL)
-    slots_ptr = own_part(slots_ptr, num_tokens * TOPK, rank, VIRTUAL)
-    counts_ptr = own_part(counts_ptr, WORLD * EXPERTS, rank, VIRTUAL)
+    idx_ptr = table_of(idx_ptr, num_tokens * TOPK, rank, VIRTUAL)
+    slots_ptr = table_of(slots_ptr, num_tokens * TOPK, rank, VIRTUAL)
+    counts_ptr = table_of(counts_ptr, WORLD * EXPERTS, rank, VIRTUAL)
     page = page_of(pad_ptrs, rank)
     word = begin_call(page, pointer_to(staging_ptrs, rank, 0, tl.int64), signature, LANE_HALF_BYTES // 8)
     half = half_of(word, LANE_HALF_BYTES, HALF_BYTES)
@@ -237,8 +239,8 @@ def _receive_copies_kernel(
     """
     rank = launched_rank(rank)
     rows_ptr = row_of(rows_ptr, EXPERTS * CAPACITY * (ROW_BYTES // 4), rank, VIRTUAL)
-    scales_ptr = own_part(scales_ptr, EXPERTS * SCALE_WORDS * CAPACITY, rank, VIRTUAL)
-    info_ptr = own_part(info_ptr, EXPERTS * CAPACITY, rank, VIRTUAL)
+    scales_ptr = table_of(scales_ptr, EXPERTS * SCALE_WORDS * CAPACITY, rank, VIRTUAL)
+    info_ptr = table_of(info_ptr, EXPERTS * CAPACITY, rank, VIRTUAL)
     page = page_of(pad_ptrs, rank)
     word = open_word(page, signature)
     half = half_of(word, LANE_HALF_BYTES, HALF_BYTES)
@@ -261,17 +263,17 @@ def _receive_copies_kernel(
                 experts = tl.arange(0, EXPERT_LANES)
                 there = (ranks < WORLD)[:, None] & (experts < EXPERTS)[None, :]
                 offs = experts[None, :] * WORLD + ranks[:, None]
-                ranges_ptr = own_part(ranges_ptr, EXPERTS * WORLD, rank, VIRTUAL)
+                ranges_ptr = table_of(ranges_ptr, EXPERTS * WORLD, rank, VIRTUAL)
                 tl.store(ranges_ptr + offs, (begins.to(tl.int64) << 32) | told, mask=there)
                 received = tl.sum(counts, axis=0)
-                at = own_part(experts, EXPERTS, rank, VIRTUAL)
+                at = table_of(experts, EXPERTS, rank, VIRTUAL)
                 tl.store(received_ptr + at, received, mask=experts < EXPERTS)
                 if HAS_STATS:
                     before = tl.load(stats_ptr + at, mask=experts < EXPERTS, other=0)
                     tl.store(stats_ptr + at, before + received, mask=experts < EXPERTS)
                 if HAS_WAITS:
                     others = (ranks < WORLD) & (ranks != rank)
-                    waits_at = own_part(waits_ptr, WORLD, rank, VIRTUAL) + ranks
+                    waits_at = table_of(waits_ptr, WORLD, rank, VIRTUAL) + ranks
                     tl.store(waits_at, tl.load(waits_at, mask=others, other=0) + waited, mask=others)
     finish_call(page, word)
 

@@ -31,14 +31,9 @@ from tcomm.kernels.device import (
     rounded,
     row_of,
 )
-from tcomm.kernels.moe_slot_rows import (
-    copy_row,
-    fresh_numbers,
-    half_of,
-    launch_of,
-    own_part,
-    row_block,
-)
+from tcomm.kernels.moe_row_tables import table_of
+from tcomm.kernels.moe_rows import half_of
+from tcomm.kernels.moe_slot_rows import copy_row, fresh_numbers, launch_of, row_block
 from tcomm.kernels.phases import await_ranks, open_word, publish_last
 from tcomm.memory.base import KernelArena, Staging
 from tcomm.memory.moe_slots import LENT_SHIFT, SlotLayout
@@ -71,7 +66,7 @@ def _send_rows_kernel(
     """
     rank = launched_rank(rank)
     rows_ptr = row_of(rows_ptr, EXPERTS * CAPACITY * HIDDEN, rank, VIRTUAL)
-    ranges_ptr = own_part(ranges_ptr, EXPERTS * WORLD, rank, VIRTUAL)
+    ranges_ptr = table_of(ranges_ptr, EXPERTS * WORLD, rank, VIRTUAL)
     page = page_of(pad_ptrs, rank)
     word = begin_call(page, pointer_to(staging_ptrs, rank, 0, tl.int64), signature, LANE_HALF_BYTES // 8)
     half = half_of(word, LANE_HALF_BYTES, HALF_BYTES)
@@ -139,10 +134,10 @@ def _sum_rows_kernel(
     """
     rank = launched_rank(rank)
     out_ptr = row_of(out_ptr, num_tokens * HIDDEN, rank, VIRTUAL)
-    idx_ptr = own_part(idx_ptr, num_tokens * TOPK, rank, VIRTUAL)
-    weights_ptr = own_part(weights_ptr, num_tokens * TOPK, rank, VIRTUAL)
-    slots_ptr = own_part(slots_ptr, num_tokens * TOPK, rank, VIRTUAL)
-    counts_ptr = own_part(counts_ptr, WORLD * EXPERTS, rank, VIRTUAL)
+    idx_ptr = table_of(idx_ptr, num_tokens * TOPK, rank, VIRTUAL)
+    weights_ptr = table_of(weights_ptr, num_tokens * TOPK, rank, VIRTUAL)
+    slots_ptr = table_of(slots_ptr, num_tokens * TOPK, rank, VIRTUAL)
+    counts_ptr = table_of(counts_ptr, WORLD * EXPERTS, rank, VIRTUAL)
     dtype = out_ptr.dtype.element_ty
     page = page_of(pad_ptrs, rank)
     word = open_word(page, signature)

@@ -13,26 +13,11 @@ from tcomm.memory.base import KernelArena
 from tcomm.memory.moe_slots import SlotLayout
 from tcomm.signature import CallDescription
 
-__all__ = ["copy_row", "fresh_numbers", "half_of", "launch_of", "own_part", "row_block"]
+__all__ = ["copy_row", "fresh_numbers", "launch_of", "row_block"]
 
 _WORD_BYTES = 4
 _COMPILED_WORDS = 1024
 _LOW = tl.constexpr(0xFFFFFFFF)
-
-
-@triton.jit
-def own_part(ptr, stride, rank, VIRTUAL: tl.constexpr):
-    """Where a small tensor of `rank` begins; unlike `row_of` at any multiple of its elements."""
-    if VIRTUAL:
-        return ptr + rank * stride
-    else:
-        return ptr
-
-
-@triton.jit
-def half_of(word, LANE_HALF_BYTES: tl.constexpr, HALF_BYTES: tl.constexpr):
-    """Offset in staging of the half of a call."""
-    return 2 * LANE_HALF_BYTES + ((word >> 32) & 1) * HALF_BYTES
 
 
 @triton.jit

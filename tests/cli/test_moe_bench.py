@@ -6,8 +6,9 @@ from typer.testing import CliRunner
 
 from tcomm.cli.app import app
 from tcomm.cli.moe_baselines import DeduplicatedGloo, ExpandedGloo
-from tcomm.cli.moe_bench import MoeRequest, check_moe_request, moe_columns
+from tcomm.cli.moe_bench import MoeRequest, _Input, check_moe_request, moe_columns
 from tcomm.errors import ConfigError
+from tcomm.groups.moe.layers import MoeShape
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,18 @@ def _gloo(member):
 
 def test_the_baselines_bring_every_row_there_and_back(on_ranks):
     assert on_ranks(2, _gloo) == [[True, True]] * 2
+
+
+@pytest.mark.parametrize("sums_experts", [True, False])
+def test_each_wrong_element_is_counted_and_so_is_what_is_no_number(sums_experts):
+    data = _Input(MoeShape(4, 2, 8, 3, torch.bfloat16), 0, 2)
+    idx = data.idx // 2
+    factors = data.weights.sum(1) if sums_experts else 1 + (idx[:, 0] != idx[:, 1]).float()
+    right = (data.x.float() * factors[:, None]).to(torch.bfloat16)
+    assert data.count_wrong(right, sums_experts) == 0
+    right[0, 1] *= 1.1
+    right[1, 2:4] = float("nan")
+    assert data.count_wrong(right, sums_experts) == 3
 
 
 def test_bench_writes_a_row_for_each_backend_and_baseline(forked_ranks, tmp_path):

@@ -55,8 +55,9 @@ def _forward(member, kinds):
                 right = wanted(x.to(dtype).float(), idx, weights)
                 assert y.dtype == dtype
                 assert y.shape == right.shape
-                far = ((y.float() - right).abs() / (1 + right.abs())).flatten().tolist()
-                worst[name, str(dtype), use_fp8] = max([worst.get((name, str(dtype), use_fp8), 0.0), *far])
+                far = ((y.float() - right).abs() / (1 + right.abs())).nan_to_num(float("inf"))
+                key = (name, str(dtype), use_fp8)
+                worst[key] = max([worst.get(key, 0.0), *far.flatten().tolist()])
             moved = backend.wire_nbytes > 0
             assert moved == (member.world_size > 1), name
             backend.close()
