@@ -151,7 +151,7 @@ class Worker:
         return True
 
     def stop(self) -> None:
-        """End the thread. Not collective; may be called twice. Layers that were not switched stay as they are.
+        """End the thread. Not collective; may be called twice. Layers not switched yet stay as they are.
 
         Raises:
             CommError: when the thread is in a wait that does not end in time.
