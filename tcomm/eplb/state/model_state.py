@@ -226,7 +226,7 @@ class EplbModelState:
         counts = np.bincount(slots[slots >= 0], minlength=self.num_experts)
         if counts.max(initial=0) > places:
             raise ConfigError(
-                f"expert {counts.argmax()} of layer {layer} gets {counts.max()} slots; there are {places} places"
+                f"expert {counts.argmax()} of layer {layer} has {counts.max()} slots, and {places} places"
             )
         log2phy, counts = logical_maps(slots[None], self.num_experts, places)
         self.physical_to_logical_map[layer].copy_(torch.from_numpy(slots))

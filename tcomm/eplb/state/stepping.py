@@ -192,7 +192,7 @@ class Stepping(Rearranging):
             self._reserve()
 
     def drain_async(self) -> None:
-        """End what is under way beside the forward pass, with whole layers; nothing where there is nothing."""
+        """End what is under way beside the forward pass, with whole layers; nothing where nothing is."""
         if self.async_worker is not None:
             self.async_worker.stop()
 
