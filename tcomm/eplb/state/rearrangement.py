@@ -16,7 +16,7 @@ from tcomm.eplb.moving.mover import WeightMover
 from tcomm.eplb.plans import Plan, make_plan, plan_of
 from tcomm.eplb.shapes import FloatArray, IntArray
 from tcomm.eplb.state.elastic import RankChange, renumbered
-from tcomm.errors import ConfigError, TcommError
+from tcomm.errors import ConfigError
 
 if TYPE_CHECKING:
     from tcomm.eplb.state.model_state import EplbModelState
@@ -180,7 +180,9 @@ def carry_out(
                     mover = mover_of(state)
                     mover.prepare(layer, moves, weights)
                     mover.commit(layer, moves, weights)
-                except TcommError as error:
+                except BaseException as error:
+                    # What was under way is over for all; the next rearrangement begins with another mover.
+                    state.close()
                     error.add_note(_told(layer, done, state))
                     raise
             state.switch_layer(layer, move.after[layer])

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from tcomm.eplb.moving.making import make_mover
 from tcomm.eplb.moving.mover import WeightMover
 from tcomm.eplb.shapes import IntArray
 from tcomm.eplb.state.elastic import RankChange, SharedState, rank_change, share_state
@@ -62,9 +63,7 @@ class Rearranging(SingleModel):
             group: whose ranks.
             weights: of one layer, on this rank.
         """
-        from tcomm.eplb.moving.making import make_mover
-
-        return make_mover(group, weights)
+        return make_mover(group, weights, timeout=group.timeout)
 
     def _mover(self, state: EplbModelState) -> WeightMover:
         """Of the group of now; that of a group before is closed."""

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from tests.eplb.state.toy import ModelConfig, Toy, ToyState, config, expert_group, skewed_choices
+from tcomm.eplb.state.state import EplbState
+from tests.eplb.state.toy import ModelConfig, Toy, config, expert_group, skewed_choices
 
 
 def _runs_on(member, shape):
@@ -10,9 +11,9 @@ def _runs_on(member, shape):
         model = Toy(group, layers=3, experts=6, redundant=2)
         given = config(step_interval=4)
         if shape == "one model":
-            state = ToyState.build(model, torch.device("cpu"), given, ep_group=group)
+            state = EplbState.build(model, torch.device("cpu"), given, ep_group=group)
         else:
-            state = ToyState(given, torch.device("cpu"), ep_group=group)
+            state = EplbState(given, torch.device("cpu"), ep_group=group)
             state.add_model(model, ModelConfig())
         model.fill(state.physical_to_logical_map)
         addresses = [x.data_ptr() for x in (state.logical_to_physical_map, state.logical_replica_count)]

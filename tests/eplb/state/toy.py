@@ -24,7 +24,7 @@ def expert_weights(layer, expert):
 
 
 class Toy(nn.Module):
-    """L layers of E experts with redundant slots, evenly on G ranks. Experts that are not given are nowhere."""
+    """L layers of E experts with redundant slots, evenly on G ranks. At first no slot has weights."""
 
     def __init__(self, group=None, layers=2, experts=4, redundant=2, groups=1, num_ranks=None, rank=0):
         super().__init__()
