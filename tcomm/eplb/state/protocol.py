@@ -57,7 +57,6 @@ class MixtureOfExperts(Protocol):
             logical_to_physical_map: [L, E, X] int64, filled up with -1.
             logical_replica_count: [L, E] int64.
         """
-        ...
 
 
 def check_model(model: object, num_ranks: int) -> MixtureOfExperts:
