@@ -54,13 +54,9 @@ def _meets(member):
         told = meeting.agree(Errand.SHARE, UNKNOWN if joining else 4, UNKNOWN if joining else 2, 3)
         values = torch.tensor([rank, 10 * rank])
         total = meeting.total(values)
-        return (
-            seen,
-            [visit[1:4] for visit in told],
-            total.tolist(),
-            values.tolist(),
-            meeting.hand_out(values, 1),
-        )
+        kept = values.tolist()
+        handed = meeting.hand_out(values, 1).tolist()
+        return seen, [visit[1:4] for visit in told], total.tolist(), kept, handed
 
 
 def test_ranks_that_differ_are_named_and_can_go_on(on_ranks):
@@ -78,4 +74,4 @@ def test_ranks_that_differ_are_named_and_can_go_on(on_ranks):
         assert told == [(UNKNOWN, UNKNOWN, 3), (4, 2, 3), (4, 2, 3)]
         assert total == [3, 30]
         assert values == [rank, 10 * rank]
-        assert handed.tolist() == [1, 10]
+        assert handed == [1, 10]
