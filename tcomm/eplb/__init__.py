@@ -1,7 +1,8 @@
-"""Where the experts of a model go: planning, in numpy, without any communication.
+"""Where the experts of a model go: planning, in numpy, without any communication, and carrying it out.
 
 A load [L, E] says how many tokens chose each expert of each layer. A plan puts each expert into one or more
-of P slots, P / G of them on each GPU, so that no GPU has much more to do than the others.
+of P slots, P / G of them on each GPU, so that no GPU has much more to do than the others. `EplbState` counts
+loads while a model runs, plans, and has weights moved.
 """
 
 from tcomm.eplb.bound import balancedness_bound
@@ -20,6 +21,15 @@ from tcomm.eplb.policies import (
 )
 from tcomm.eplb.shapes import Shape
 from tcomm.eplb.split import split_tokens
+from tcomm.eplb.state import (
+    EplbLayerState,
+    EplbModelState,
+    EplbState,
+    EplbStats,
+    LoadStatistics,
+    MixtureOfExperts,
+    Rearrangement,
+)
 from tcomm.eplb.tensors import compute_logical_maps, rebalance_experts
 
 __all__ = [
@@ -28,10 +38,17 @@ __all__ = [
     "Copy",
     "CopyCosts",
     "DefaultEplbPolicy",
+    "EplbLayerState",
+    "EplbModelState",
+    "EplbState",
+    "EplbStats",
     "IncrementalEplbPolicy",
     "LayerMoves",
+    "LoadStatistics",
     "Migration",
+    "MixtureOfExperts",
     "Plan",
+    "Rearrangement",
     "SearchEplbPolicy",
     "Shape",
     "StepCosts",

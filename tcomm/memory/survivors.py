@@ -7,7 +7,6 @@ proposal of a round is the verdict of all, also of those who had everything.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
@@ -17,6 +16,7 @@ from typing import NoReturn
 from tcomm.errors import CommError, ConfigError, PeerTimeoutError
 from tcomm.memory.channel import Channel
 from tcomm.memory.control import EPOCH_MASK, FAULTS, Word, arrival_index
+from tcomm.memory.verdicts import Verdicts
 from tcomm.memory.wait import pause_since
 
 __all__ = ["Survivors"]
@@ -41,9 +41,8 @@ class Survivors:
     def __init__(self, channel: Channel, directory: str) -> None:
         self._channel = channel
         self._rank = channel.rank
-        nonce = channel.pages[0].words[Word.NONCE]
-        self._prefix = f"{directory}/tcomm-{os.getuid()}-verdict-{nonce:x}"
-        self._verdicts: list[tuple[int, str]] = []
+        self._verdicts = Verdicts(channel, directory)
+        self._prefix = self._verdicts.prefix
         self.masked: set[int] = set()
         """Ranks that are not waited for, and get nothing."""
         self.faults: list[tuple[int, tuple[int, ...]]] = []
@@ -144,13 +143,11 @@ class Survivors:
                 continue
             pause_since(began)
         self._refuse_other_calls(word, heard_of)
-        self._drop_verdicts(epoch)
+        self._verdicts.drop(epoch)
 
     def close(self) -> None:
         """Remove what nobody will read any more."""
-        pages = self._channel.pages
-        others = [pages[peer].words[Word.EPOCH] for peer in self.active if not self._channel.is_gone(peer)]
-        self._drop_verdicts(min(others, default=1 << 32) + 1)
+        self._verdicts.close(self.active)
 
     def _show_masked(self) -> None:
         self._channel.words[Word.LEFT_OUT] = _bits(self.masked)
@@ -210,10 +207,7 @@ class Survivors:
         # Who is a call ahead may have opened a round there since, and keeps one word for both.
         ahead = epoch + 1 & EPOCH_MASK
         is_ahead = any(a >> _ROUND_SHIFT == ahead for a in asked)
-        return is_ahead and os.path.lexists(self._path(epoch, number))
-
-    def _path(self, epoch: int, number: int) -> str:
-        return f"{self._prefix}-{epoch}-{number}"
+        return is_ahead and self._verdicts.exists(epoch, number)
 
     def _open(self, epoch: int, number: int, late: list[int]) -> None:
         channel = self._channel
@@ -233,23 +227,20 @@ class Survivors:
         self, epoch: int, number: int, heard_of: set[int], patience: _Patience
     ) -> tuple[set[int], set[int]]:
         """(masked, heard of) of a round: what the first proposal says, which may be this rank's."""
-        path = self._path(epoch, number)
         began = time.monotonic()
         is_mine = self._channel.words[FAULTS + self._rank] == epoch << _ROUND_SHIFT | number + 1
         while True:
             self._refuse_the_end()
-            with contextlib.suppress(FileNotFoundError):
-                masked, heard = (int(part, 16) for part in os.readlink(path).split("."))
-                self._verdicts.append((epoch, path))
-                return self._ranks(masked), self._ranks(heard)
-            if is_mine or time.monotonic() - began > _SECONDS_FOR_A_PROPOSAL:
+            told = self._verdicts.find(epoch, number)
+            if told is None and (is_mine or time.monotonic() - began > _SECONDS_FOR_A_PROPOSAL):
                 late = set(self._late(epoch, heard_of, patience))
                 known = {peer for peer in late if self._is_known(peer, epoch)}
-                # Made at once and with its contents, or not at all: the first one counts.
-                with contextlib.suppress(FileExistsError):
-                    os.symlink(f"{_bits(late - known):x}.{_bits(known):x}", path)
-            else:
-                pause_since(began)
+                proposal = f"{_bits(late - known):x}.{_bits(known):x}"
+                told = self._verdicts.propose(proposal, epoch, number)
+            if told is not None:
+                masked, heard = (int(part, 16) for part in told.split("."))
+                return self._ranks(masked), self._ranks(heard)
+            pause_since(began)
 
     def _is_known(self, peer: int, epoch: int) -> bool:
         """Whether anybody has heard of `peer`: then all that it gave is there, for everybody."""
@@ -287,13 +278,6 @@ class Survivors:
             [self._rank],
         )
         raise error
-
-    def _drop_verdicts(self, epoch: int) -> None:
-        """Remove the verdicts of calls before `epoch`, which all who take part have completed."""
-        for _, path in (verdict for verdict in self._verdicts if verdict[0] < epoch):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-        self._verdicts = [verdict for verdict in self._verdicts if verdict[0] >= epoch]
 
 
 class _Patience:

@@ -330,6 +330,42 @@ EPLB = {
     "init_logger": "(name)",
 }
 
+_JOINING = "global_expert_load=None, old_global_expert_indices=None, rank_mapping=None"
+EPLB_STATE = {
+    "EplbState": NAME,
+    **{
+        f"EplbState.{name}": NAME
+        for name in (
+            "expert_load_pass",
+            "expert_load_window",
+            "logical_replica_count",
+            "logical_to_physical_map",
+            "physical_to_logical_map",
+        )
+    },
+    "EplbState.add_model": f"(self, model, model_config, {_JOINING})",
+    "EplbState.build": f"(cls, model, device, parallel_config, {_JOINING})",
+    "EplbState.build_initial_global_physical_to_logical_map": "(num_routed_experts, num_redundant_experts)",
+    "EplbState.drain_async": "(self)",
+    "EplbState.get_eep_state": "(cls, parallel_config)",
+    "EplbState.prepare_forward": "(self, model_config, num_unpadded_tokens, ubatch_slices=None)",
+    "EplbState.rearrange": (
+        "(self, model=OTHER, is_profile=False, execute_shuffle=True, global_expert_load=None,"
+        " rank_mapping=None)"
+    ),
+    "EplbState.recv_state": "()",
+    "EplbState.start_async_loop": "(self, rank_mapping=None, is_profile=False)",
+    "EplbState.step": "(self, model=OTHER, is_dummy=False, is_profile=False, log_stats=False)",
+    "EplbState.validate_ep_configuration": "(self, new_model)",
+    "EplbLayerState": NAME,
+    "EplbModelState": NAME,
+    "EplbStats": "(global_expert_load_window, num_replicas, num_groups, num_nodes, num_gpus)",
+    "MixtureOfExperts": NAME,
+    "MixtureOfExperts.set_eplb_state": (
+        "(self, expert_load_view, logical_to_physical_map, logical_replica_count)"
+    ),
+}
+
 SIGNATURES: dict[str, dict[str, str]] = {
     "parallel_state": {**PARALLEL_STATE, **COORDINATOR, "StatelessProcessGroup": NAME},
     "communication_op": COMMUNICATION_OP,
@@ -339,7 +375,8 @@ SIGNATURES: dict[str, dict[str, str]] = {
     "device_communicators.cpu_communicator": _device_communicator("CpuCommunicator"),
     "device_communicators.shm_broadcast": MESSAGE_QUEUE,
     "device_communicators.all2all": ALL2ALL,
-    "eplb": {**EPLB, **REBALANCE},
+    "eplb": {**EPLB, **REBALANCE, **EPLB_STATE},
+    "eplb.eplb_state": EPLB_STATE,
     "eplb.rebalance_algo": REBALANCE,
     "eplb.policy": {"EPLB_POLICIES": NAME, "AbstractEplbPolicy": NAME, "DefaultEplbPolicy": NAME, **_PLAN},
     "": {

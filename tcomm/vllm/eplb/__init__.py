@@ -1,6 +1,10 @@
-"""`vllm.distributed.eplb`: planning, and what it takes from other modules. State is not there yet."""
+"""`vllm.distributed.eplb`: planning, the state of balancing, and what it takes from other modules."""
 
 from tcomm.eplb.policies import EPLB_POLICIES, AbstractEplbPolicy, DefaultEplbPolicy
+from tcomm.eplb.state.model_state import EplbLayerState, EplbModelState
+from tcomm.eplb.state.protocol import MixtureOfExperts
+from tcomm.eplb.state.state import EplbState
+from tcomm.eplb.state.statistics import EplbStats
 from tcomm.eplb.tensors import compute_logical_maps, rebalance_experts
 from tcomm.groups.helpers.loggers import init_logger
 from tcomm.groups.parallel.eplb_config import EPLBConfig
@@ -17,6 +21,11 @@ __all__ = [
     "AbstractEplbPolicy",
     "DefaultEplbPolicy",
     "EPLBConfig",
+    "EplbLayerState",
+    "EplbModelState",
+    "EplbState",
+    "EplbStats",
+    "MixtureOfExperts",
     "ParallelConfig",
     "StatelessProcessGroup",
     "compute_logical_maps",

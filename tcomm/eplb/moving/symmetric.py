@@ -1,0 +1,146 @@
+"""Moving weights through memory that the ranks of one node share. Protocol: `docs/eplb/moving.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tcomm.eplb.migration import Copy, LayerMoves
+from tcomm.eplb.moving.rows import LayerRows, rows_to_give, write_rows
+from tcomm.errors import CollectiveMismatchError, CommError, PeerTimeoutError, UsageError
+from tcomm.groups.arguments import UNSET, Timeout, Unset
+from tcomm.groups.moe.workspace import Workspace
+from tcomm.groups.setup import Membership
+from tcomm.memory.arena import Arena
+from tcomm.memory.control import PoisonCode
+from tcomm.memory.verdicts import Verdicts
+from tcomm.signature import CallDescription
+
+__all__ = ["SymmetricMover"]
+
+_COMMIT = "commit"
+
+
+class SymmetricMover:
+    """A `WeightMover` whose ranks read one another's rows where they lie. **Collective** to create.
+
+    Args:
+        members: who takes part.
+        weights: of one layer on this rank, in host memory.
+        timeout: of waits: seconds, a profile, or None: as long as the peers live.
+
+    Attributes:
+        space: the memory, and how much was read from others in it.
+
+    Raises:
+        ConfigError: when the weights are none that can be moved.
+        CapabilityError: on every rank, when they share no memory, or have too little.
+        GroupMismatchError, RendezvousError: as `Workspace` does.
+    """
+
+    def __init__(
+        self, members: Membership, weights: Sequence[torch.Tensor], *, timeout: Timeout | Unset = UNSET
+    ) -> None:
+        self._rows = LayerRows.of(weights)
+        # Rows lie across both halves: a layer takes two calls, and uses the memory once.
+        self.space = Workspace(members, -(-self._rows.nbytes // 2), timeout=timeout)
+        assert isinstance(self.space.arena, Arena)
+        self._channel = self.space.arena.channel
+        self._verdicts = Verdicts(self._channel, self.space.config.shm_dir)
+        self._prepared: tuple[int, LayerMoves] | None = None
+        ranks = range(self.space.world_size)
+        self._staged = [self._rows_of(rank) for rank in ranks]
+
+    def _rows_of(self, rank: int) -> list[torch.Tensor]:
+        """[slots, bytes of a row] of each weight, in the memory of `rank`."""
+        sizes = zip(self._rows.offsets, self._rows.row_nbytes, strict=True)
+        return [
+            self.space.view(rank, 0, offset, (self._rows.num_slots, nbytes), torch.uint8)
+            for offset, nbytes in sizes
+        ]
+
+    def prepare(self, layer: int, moves: LayerMoves, weights: Sequence[torch.Tensor]) -> None:
+        """See `WeightMover.prepare`. **Collective.**"""
+        rows = self._rows.bytes_of(weights)
+        self.space.run(lambda: self._prepare(layer, moves, rows))
+
+    def _prepare(self, layer: int, moves: LayerMoves, rows: list[torch.Tensor]) -> None:
+        space = self.space
+        self._prepared = None
+        taken = self._rows.call("take_experts", layer, moves, "shared")
+        self._meet(taken)
+        for row in rows_to_give(moves, space.rank, self._rows.num_slots):
+            for staged, weight in zip(self._staged[space.rank], rows, strict=True):
+                staged[row].copy_(weight[row])
+        self._agree(self._rows.call("give_experts", layer, moves, "shared"))
+        self._prepared = layer, moves
+
+    def _meet(self, call: CallDescription) -> None:
+        """Wait until nobody reads the last layer's rows any more, and all are to move the same."""
+        epoch = self.space.begin(call, self.space.timeout)
+        self.space.publish(epoch, call)
+        self.space.await_peers(epoch, call)
+        self._verdicts.drop(epoch)
+        self.space.finish(epoch)
+
+    def _agree(self, call: CallDescription) -> None:
+        """Tell that the rows are there, and return or raise as all others do."""
+        space = self.space
+        epoch = space.begin(call, space.timeout)
+        space.publish(epoch, call)
+        try:
+            space.await_peers(epoch, call)
+        except CollectiveMismatchError:
+            # Then nobody has seen equal calls of all, and nobody can have agreed.
+            raise
+        except CommError as error:
+            told = self._proposal(error)
+            if self._verdicts.propose(told, epoch) == told:
+                raise
+        except BaseException:
+            self._verdicts.propose(f"{PoisonCode.INTERRUPTED:d}.{space.rank}", epoch)
+            raise
+        else:
+            self._verdicts.propose(_COMMIT, epoch)
+        verdict = self._verdicts.find(epoch)
+        assert verdict is not None
+        if verdict != _COMMIT:
+            code, culprit = map(int, verdict.split("."))
+            raise self._channel.poisoned(PoisonCode(code), culprit, epoch)
+        space.finish(epoch)
+
+    @staticmethod
+    def _proposal(error: CommError) -> str:
+        code = PoisonCode.PEER_TIMEOUT if isinstance(error, PeerTimeoutError) else PoisonCode.PEER_LOST
+        return f"{code:d}.{error.peers[0]}"
+
+    def commit(self, layer: int, moves: LayerMoves, weights: Sequence[torch.Tensor]) -> None:
+        """See `WeightMover.commit`. Local."""
+        if self._prepared != (layer, moves):
+            raise UsageError(f"commit of layer {layer}, which was not prepared; prepare it first")
+        write_rows(weights, self._rows.bytes_of(weights), moves, self.space.rank, self._brought)
+        self._prepared = None
+
+    def _brought(self, copy: Copy) -> list[torch.Tensor]:
+        size = self._rows.num_slots
+        if copy.source // size != self.space.rank:
+            self.space.traffic.wire_nbytes += sum(self._rows.row_nbytes)
+        return [staged[copy.source % size] for staged in self._staged[copy.source // size]]
+
+    def reserve(self, weights: Sequence[torch.Tensor]) -> None:
+        """See `WeightMover.reserve`. **Collective.**"""
+        self._rows.bytes_of(weights)
+        self.space.run(self._reserve)
+
+    def _reserve(self) -> None:
+        self._prepared = None
+        self._meet(self._rows.call("reserve_experts", -1, LayerMoves((), (), (), ()), "shared"))
+        for staged in self._staged[self.space.rank]:
+            staged.zero_()
+
+    def close(self) -> None:
+        """See `WeightMover.close`."""
+        peers = [peer for peer in self._channel.peers if not self._channel.is_gone(peer)]
+        self.space.close()
+        self._verdicts.close(peers)

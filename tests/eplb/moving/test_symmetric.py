@@ -1,0 +1,136 @@
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from tcomm.eplb.migration import migration
+from tcomm.eplb.moving.rearrange import has_moves
+from tcomm.eplb.moving.symmetric import SymmetricMover
+from tcomm.groups.setup import from_store
+from tcomm.groups.stateless.group import StatelessProcessGroup
+from tcomm.memory.verdicts import Verdicts
+from tests.eplb.moving.failures import LAYER, SECONDS, around_publish, die, move, stop
+from tests.eplb.moving.weights import ROW_NBYTES, Layers, random_maps
+
+
+def _mover(member, weights, timeout=20):
+    members = from_store(member.store, member.rank, member.world_size, "experts")
+    return SymmetricMover(members, weights, timeout=timeout)
+
+
+def _random(member, cases, size):
+    """What is wrong after each of some moves by one mover; and the bytes and waits that they took."""
+    generator = np.random.default_rng(member.world_size)
+    wrong, taken, needed, mover = [], [], [], None
+    for _ in range(cases):
+        old, new = random_maps(generator, 3, member.world_size, size)
+        layers = Layers.filled(old, member.rank, size)
+        mover = mover or _mover(member, layers.weights[0])
+        before = mover.space.traffic.wire_nbytes, mover.space.traffic.num_phases
+        moves = migration(old, new, member.world_size).layers
+        for layer, each in enumerate(moves):
+            if has_moves(each):
+                mover.prepare(layer, each, layers.weights[layer])
+                mover.commit(layer, each, layers.weights[layer])
+        after = mover.space.traffic.wire_nbytes, mover.space.traffic.num_phases
+        taken.append((after[0] - before[0], after[1] - before[1]))
+        copies = [copy for each in moves for round_ in each.rounds for copy in round_]
+        mine = sum(copy.target // size == member.rank for copy in copies)
+        needed.append((mine * ROW_NBYTES, 2 * sum(map(has_moves, moves))))
+        wrong += [layers.wrong(layer, old[layer], new[layer]) for layer in range(3)]
+    nbytes = mover.space.arena.staging.buffer.nbytes
+    mover.close()
+    mover.close()
+    return wrong, taken, needed, nbytes
+
+
+def test_random_maps_move_byte_exactly_and_each_expert_once(on_ranks):
+    for world, cases in ((2, 8), (3, 6)):
+        for wrong, taken, needed, _ in on_ranks(world, _random, cases, 4):
+            assert wrong == [[]] * (3 * cases)
+            assert taken == needed
+
+
+def _tell_rank_0_alone(space):
+    space._channel._peer_words = space._channel._peer_words[:1]
+
+
+POINTS = {
+    "before": (die, None),
+    "after": (None, die),
+    "told one, who is slow": (_tell_rank_0_alone, die),
+    "told one, others are slow": (_tell_rank_0_alone, die),
+    "before, stopped": (stop, None),
+    "after, stopped": (None, stop),
+    "told one, stopped": (_tell_rank_0_alone, stop),
+}
+"""What the last rank does before and after it tells that its rows are there."""
+SLOW = {"told one, who is slow": 0, "told one, others are slow": 1}
+"""Who takes long to propose a verdict."""
+
+
+def _propose_slowly():
+    propose = Verdicts.propose
+
+    def patched(self, told, epoch, number=0):
+        time.sleep(0.4)
+        return propose(self, told, epoch, number)
+
+    Verdicts.propose = patched
+
+
+def _failing(member, point):
+    """The last rank dies or stops at a point; what the others find, and a second move by the same mover."""
+    is_victim = member.rank == member.world_size - 1
+    on_layer = _die_after_the_layer if is_victim and point == "between" else None
+    if is_victim and point in POINTS:
+        around_publish(*POINTS[point])
+    elif member.rank == SLOW.get(point):
+        _propose_slowly()
+    member.store.set(f"pid {member.rank}", str(os.getpid()))
+    group = StatelessProcessGroup(member.rank, member.world_size, member.store, None)
+    made = []
+
+    def mover(weights):
+        made[:] = made or [_mover(member, weights, SECONDS)]
+        return made[0]
+
+    first = move(member, mover, group, on_layer)
+    if not is_victim and point.endswith("stopped"):
+        os.kill(int(member.store.get(f"pid {member.world_size - 1}")), signal.SIGCONT)
+    second = move(member, mover, group)
+    made[0].close()
+    return first, second[0], second[2][:2]
+
+
+def _die_after_the_layer(layer):
+    if layer == LAYER:
+        die()
+
+
+@pytest.mark.parametrize(
+    ("world", "point", "kind", "news"),
+    [
+        (3, "before", "PeerLostError", [0]),
+        (3, "after", "PeerLostError", [0, 1]),
+        (4, "between", "PeerLostError", [0, 1]),
+        (3, "told one, who is slow", "PeerLostError", [0]),
+        (3, "told one, others are slow", "PeerLostError", [0, 1]),
+        (3, "before, stopped", "PeerTimeoutError", [0]),
+        (4, "after, stopped", "PeerTimeoutError", [0, 1]),
+        (3, "told one, stopped", "PeerTimeoutError", [0, 1]),
+    ],
+)
+def test_who_dies_or_stops_is_named_and_all_agree_on_what_is_new(on_ranks, world, point, kind, news):
+    outcomes = on_ranks(world, _failing, point, check=False)
+    ends = [outcome.value for outcome in outcomes if outcome.value is not None]
+    assert len(ends) == world - (kind == "PeerLostError"), [o.error for o in outcomes]
+    for (done, wrong, (found, peers, text), took), again, then in ends:
+        assert done == news
+        assert wrong == [[]] * 3
+        assert (found, peers) == (kind, (world - 1,))
+        assert f"layers 0 to {len(news) - 1} have their new experts" in text
+        assert took < 2 * SECONDS + 1
+        assert (again, then) == ([], (kind, (world - 1,)))
