@@ -35,6 +35,12 @@ class Errand(enum.IntEnum):
     """What is the load, and where are experts? For ranks that join."""
     PROFILE = 5
     """How much memory does it take?"""
+    SWITCH = 6
+    """Whose layers are ready?"""
+
+
+_COMPARED = 4
+"""Leading numbers of a visit in which ranks must not differ."""
 
 
 class Visit(NamedTuple):
@@ -50,6 +56,8 @@ class Visit(NamedTuple):
     """Fingerprint of the loads and maps that it goes by."""
     host: int
     """The same for ranks on one node."""
+    num_ready: int = 0
+    """How far its worker is; not compared, as the host is not."""
 
     def __str__(self) -> str:
         """One line of the table in an error."""
@@ -62,7 +70,7 @@ class Visit(NamedTuple):
         """Whether both are at the same place, as far as both know."""
         return all(
             mine == theirs or UNKNOWN in {mine, theirs}
-            for mine, theirs in zip(self[:-1], other[:-1], strict=True)
+            for mine, theirs in zip(self[:_COMPARED], other[:_COMPARED], strict=True)
         )
 
 
@@ -91,7 +99,9 @@ class Meeting:
         self.rank = group.rank_in_group
         self.num_ranks = group.world_size
 
-    def agree(self, errand: Errand, step: int, num_models: int = 1, facts: int = 0) -> list[Visit]:
+    def agree(
+        self, errand: Errand, step: int, num_models: int = 1, facts: int = 0, num_ready: int = 0
+    ) -> list[Visit]:
         """Compare where the ranks are. **Collective.**
 
         Args:
@@ -99,15 +109,16 @@ class Meeting:
             step: how often it has stepped; or `UNKNOWN`, as each of the following.
             num_models: models that it balances.
             facts: fingerprint of the loads and maps that it goes by.
+            num_ready: how far its worker is; may differ.
 
         Returns:
             What each rank said.
 
         Raises:
-            CollectiveMismatchError: on every rank, when they differ in anything but the host.
+            CollectiveMismatchError: on every rank, when they differ in anything that is compared.
             PeerLostError, PeerTimeoutError: when a rank did not come; names it.
         """
-        mine = Visit(errand, step, num_models, facts, zlib.crc32(host_identity().encode()))
+        mine = Visit(errand, step, num_models, facts, zlib.crc32(host_identity().encode()), num_ready)
         row = torch.tensor(mine, dtype=torch.int64, device="cpu")
         control = self.group.control
         gathered = row if control is None else control.all_gather_single(row)

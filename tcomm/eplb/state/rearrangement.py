@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tcomm.eplb.state.model_state import EplbModelState
     from tcomm.eplb.state.statistics import EplbStats
 
-__all__ = ["PlannedMove", "Rearrangement", "carry_out", "plan_move"]
+__all__ = ["LayerSwitch", "PlannedMove", "Rearrangement", "carry_out", "plan_move", "switches_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +151,56 @@ def _plan(old: IntArray, stats: EplbStats, policy: str) -> Plan:
     )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerSwitch:
+    """The change of one layer: its weights, then its map."""
+
+    state: EplbModelState
+    """Of the model."""
+    layer: int
+    moves: LayerMoves
+    slots: IntArray
+    """[P], the expert in each slot afterwards."""
+    mover: WeightMover | None
+    """What moves the weights; None where none has to move."""
+
+    def prepare(self) -> None:
+        """Bring the weights to this rank. **Collective** where some move; see `WeightMover.prepare`."""
+        if self.mover is not None:
+            with torch.no_grad():
+                self.mover.prepare(self.layer, self.moves, self._weights)
+
+    def commit(self) -> None:
+        """Write weights and map. Local; waits for nobody."""
+        if self.mover is not None:
+            with torch.no_grad():
+                self.mover.commit(self.layer, self.moves, self._weights)
+        self.state.switch_layer(self.layer, self.slots)
+
+    @property
+    def _weights(self) -> list[torch.Tensor]:
+        assert self.state.model is not None
+        return list(self.state.model.expert_weights[self.layer])
+
+
+def switches_of(
+    state: EplbModelState, move: PlannedMove, mover_of: Callable[[EplbModelState], WeightMover]
+) -> list[LayerSwitch]:
+    """What has to be done, layer after layer.
+
+    Args:
+        state: of the model.
+        move: where its experts go, the same on all ranks.
+        mover_of: gives what moves its weights; called where some have to move, **collective** there.
+    """
+    parts = [(layer, move.migration.layers[layer]) for layer in move.layers]
+    mover = mover_of(state) if any(_has_copies(moves) for _, moves in parts) else None
+    return [
+        LayerSwitch(state, layer, moves, move.after[layer], mover if _has_copies(moves) else None)
+        for layer, moves in parts
+    ]
+
+
 def carry_out(
     state: EplbModelState, move: PlannedMove, mover_of: Callable[[EplbModelState], WeightMover]
 ) -> float:
@@ -159,7 +209,7 @@ def carry_out(
     Args:
         state: of the model.
         move: what to do, the same on all ranks.
-        mover_of: gives what moves its weights; called where some have to move.
+        mover_of: as for `switches_of`.
 
     Returns:
         Seconds that it took.
@@ -168,25 +218,17 @@ def carry_out(
         CommError: what the mover raised. Layers that were moved have their new map, the others the old one.
     """
     start = time.perf_counter()
-    model = state.model
-    assert model is not None
     done: list[int] = []
-    with torch.no_grad():
-        for layer in move.layers:
-            moves = move.migration.layers[layer]
-            if _has_copies(moves):
-                weights = list(model.expert_weights[layer])
-                try:
-                    mover = mover_of(state)
-                    mover.prepare(layer, moves, weights)
-                    mover.commit(layer, moves, weights)
-                except BaseException as error:
-                    # What was under way is over for all; the next rearrangement begins with another mover.
-                    state.close()
-                    error.add_note(_told(layer, done, state))
-                    raise
-            state.switch_layer(layer, move.after[layer])
-            done.append(layer)
+    for switch in switches_of(state, move, mover_of):
+        try:
+            switch.prepare()
+            switch.commit()
+        except BaseException as error:
+            # What was under way is over for all; the next rearrangement begins with another mover.
+            state.close()
+            error.add_note(_told(switch.layer, done, state))
+            raise
+        done.append(switch.layer)
     return time.perf_counter() - start
 
 

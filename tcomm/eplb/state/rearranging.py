@@ -13,7 +13,7 @@ from tcomm.eplb.shapes import IntArray
 from tcomm.eplb.state.elastic import RankChange, SharedState, rank_change, share_state
 from tcomm.eplb.state.meeting import UNKNOWN, Errand, Meeting, Visit, fingerprint
 from tcomm.eplb.state.model_state import EplbModelState
-from tcomm.eplb.state.rearrangement import carry_out, plan_move
+from tcomm.eplb.state.rearrangement import PlannedMove, carry_out, plan_move
 from tcomm.eplb.state.single import SingleModel
 from tcomm.eplb.state.statistics import EplbStats, LoadStatistics, rank_loads
 from tcomm.groups.parallel.coordinator import GroupCoordinator
@@ -132,12 +132,9 @@ class Rearranging(SingleModel):
             joins: whether this rank is new, and cannot know how often the others stepped.
         """
         meeting = Meeting(self.ep_group)
-        change = rank_change(mapping, state.num_ranks, meeting.num_ranks)
-        state.check_room(change.num_ranks * state.slots_per_rank)
         step = UNKNOWN if joins else self.num_steps
-        before = state.phy2log()
-        visits = meeting.agree(Errand.PLAN, step, facts=fingerprint(before, load.numpy()))
-        state.eplb_stats = self._stats(state, load, change, visits)
+        before, change = self._consult(meeting, state, load, mapping, step)
+        assert state.eplb_stats is not None
         move = plan_move(before, state.eplb_stats, self.policy_name, change)
         meeting.agree(Errand.MOVE, step, facts=fingerprint(move.after))
         if not change.is_none and not change.is_before:
@@ -145,9 +142,29 @@ class Rearranging(SingleModel):
         seconds = carry_out(state, move, self._mover)
         if not change.is_none:
             _settle(state, move.plan.phy2log, change.is_before)
-        state.last_expert_load = load
+        self._report(state, move, seconds)
+
+    def _consult(
+        self,
+        meeting: Meeting,
+        state: EplbModelState,
+        load: torch.Tensor,
+        mapping: Mapping[int, int] | None,
+        step: int,
+    ) -> tuple[IntArray, RankChange]:
+        """Agree on what a plan is made from; gives the map in force and what becomes of the ranks."""
+        change = rank_change(mapping, state.num_ranks, meeting.num_ranks)
+        state.check_room(change.num_ranks * state.slots_per_rank)
+        before = state.phy2log()
+        visits = meeting.agree(Errand.PLAN, step, facts=fingerprint(before, load.numpy()))
+        state.eplb_stats = self._stats(state, load, change, visits)
+        return before, change
+
+    def _report(self, state: EplbModelState, move: PlannedMove, seconds: float) -> None:
+        assert state.eplb_stats is not None
+        state.last_expert_load = load = state.eplb_stats.global_expert_load_window
         state.last_rearrangement = report = move.report(load.numpy(), seconds)
-        if meeting.rank == 0:
+        if self.ep_group.rank_in_group == 0:
             logger.info("experts of %srearranged at step %d: %s", state.title, self.num_steps, report)
 
     def _stats(

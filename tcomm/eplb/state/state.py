@@ -15,7 +15,7 @@ from tcomm.eplb.state.meeting import Meeting
 from tcomm.eplb.state.model_state import EplbModelState
 from tcomm.eplb.state.protocol import MixtureOfExperts, check_model, check_weights
 from tcomm.eplb.state.stepping import Stepping, checked_load
-from tcomm.errors import CapabilityError, ConfigError
+from tcomm.errors import ConfigError
 from tcomm.groups.parallel.coordinator import GroupCoordinator
 from tcomm.groups.parallel.eplb_config import EPLBConfig
 from tcomm.groups.parallel.parallel_config import ParallelConfig
@@ -79,13 +79,12 @@ class EplbState(Stepping):
         should_record_tensor: bool [] on the device: False while what is counted would be forgotten before
             it is looked at.
         is_async: whether experts are rearranged beside the forward pass.
-        async_worker: what does that; None otherwise.
-        rearrange_event: set when it is to begin.
+        async_worker: what does that, once it has begun.
+        rearrange_event: set while one is under way there.
         cuda_device_index: of the device; None on a host.
 
     Raises:
         ConfigError: when an argument makes no sense; names it.
-        CapabilityError: when it is to rearrange beside the forward pass.
     """
 
     @overload
@@ -125,8 +124,6 @@ class EplbState(Stepping):
         if not isinstance(parallel_config, ParallelConfig):
             raise ConfigError(f"{parallel_config!r} is no ParallelConfig, and no tensor with a map")
         config = parallel_config.eplb_config
-        if config.use_async:
-            raise CapabilityError("experts cannot be rearranged beside the forward pass; set use_async=False")
         self.parallel_config: ParallelConfig | None = parallel_config
         self._prepare(config, torch.device(device))
         interval = config.step_interval
@@ -365,6 +362,7 @@ class EplbState(Stepping):
         Raises:
             ConfigError: when it is no such map.
         """
+        self._refuse_while_busy("update_mapping")
         state = self._state_of(model_config)
         given = physical_to_logical_map.cpu().numpy()
         num_layers, num_slots = len(state.logical_replica_count), given.shape[-1]
@@ -379,9 +377,12 @@ class EplbState(Stepping):
 
     def close(self) -> None:
         """End what runs beside, and give back what moves weights. Not collective; may be called twice."""
-        self.drain_async()
-        for state in self.model_states.values():
-            state.close()
+        try:
+            if self.async_worker is not None:
+                self.async_worker.stop()
+        finally:
+            for state in self.model_states.values():
+                state.close()
 
 
 _NUMBERS = (

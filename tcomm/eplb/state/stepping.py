@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from tcomm.eplb.policies import policy_named
-from tcomm.eplb.state.background import BackgroundWorker
+from tcomm.eplb.state.background import Background
 from tcomm.eplb.state.model_state import EplbLayerState, EplbModelState
 from tcomm.eplb.state.protocol import MixtureOfExperts
-from tcomm.eplb.state.rearranging import Rearranging
 from tcomm.eplb.state.single import without_model
 from tcomm.errors import ConfigError, UsageError
 from tcomm.groups.parallel.eplb_config import EPLBConfig
@@ -23,7 +22,7 @@ __all__ = ["Stepping", "checked_load"]
 Loads = torch.Tensor | Sequence[torch.Tensor] | None
 
 
-class Stepping(Rearranging):
+class Stepping(Background):
     """What a state does in each step. Attributes are those of `EplbState`."""
 
     parallel_config: ParallelConfig | None
@@ -39,7 +38,7 @@ class Stepping(Rearranging):
         self.num_steps = 0
         self.is_async = config.use_async
         self.rearrange_event = threading.Event()
-        self.async_worker: BackgroundWorker | None = None
+        self.async_worker = None
         self.cuda_device_index = device.index if device.type == "cuda" else None
         with torch.inference_mode(False):
             self.should_record_tensor = torch.ones((), dtype=torch.bool, device=device)
@@ -101,13 +100,11 @@ class Stepping(Rearranging):
         self._count_step()
 
     def _count_step(self) -> None:
-        worker = self.async_worker
-        if worker is not None:
-            worker.on_step(self)
+        self._step_beside()
         self.num_steps += 1
         self.expert_rearrangement_step += 1
         is_due = self.expert_rearrangement_step >= self.expert_rearrangement_step_interval
-        if is_due and (worker is None or not worker.is_busy()):
+        if is_due and not self._is_busy:
             self.expert_rearrangement_step = 0
             self._update_recording()
             self.rearrange()
@@ -157,6 +154,7 @@ class Stepping(Rearranging):
             model, is_profile, execute_shuffle, global_expert_load, rank_mapping
         )
         self._use(model)
+        self._refuse_while_busy("rearrange")
         if is_profile:
             self._reserve()
             return None
@@ -170,31 +168,14 @@ class Stepping(Rearranging):
             return shared[0] if self._is_single else shared
         if loads is None:
             loads = self._gather_loads()
+        if self.is_async and rank_mapping is None:
+            self._begin_beside(loads)
+            return None
         for state, load in zip(self.model_states.values(), loads, strict=True):
             self._rearrange_model(state, load, rank_mapping)
         if rank_mapping is not None:
             self._begin_anew()
         return None
-
-    def start_async_loop(
-        self, rank_mapping: Mapping[int, int] | None = None, is_profile: bool = False
-    ) -> None:
-        """Begin to rearrange beside the forward pass; nothing for a state that does not.
-
-        Args:
-            rank_mapping: not looked at: ranks come and go while nothing is under way.
-            is_profile: only take the memory that a rearrangement takes. **Collective.**
-        """
-        del rank_mapping
-        if self.async_worker is not None and not is_profile:
-            self.async_worker.start()
-        elif self.async_worker is not None:
-            self._reserve()
-
-    def drain_async(self) -> None:
-        """End what is under way beside the forward pass, with whole layers; nothing where nothing is."""
-        if self.async_worker is not None:
-            self.async_worker.stop()
 
     def prepare_forward(
         self, model_config: Any, num_unpadded_tokens: int, ubatch_slices: Sequence[Any] | None = None

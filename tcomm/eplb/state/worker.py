@@ -100,6 +100,13 @@ class Worker:
         """The thread, once there was something to do."""
         return self._thread
 
+    def launch(self) -> threading.Thread:
+        """Start the thread, if it does not run yet; `start` does so too."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=f"eplb-{self._name}", daemon=True)
+            self._thread.start()
+        return self._thread
+
     def start(self, plan: Callable[[], Sequence[Switch]]) -> None:
         """Begin a rearrangement, on all ranks in the same step. Returns at once.
 
@@ -115,9 +122,7 @@ class Worker:
         with self._changed:
             self._job = _Job(plan)
             self._changed.notify_all()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=f"eplb-{self._name}", daemon=True)
-            self._thread.start()
+        self.launch()
 
     def on_step(self) -> bool:
         """Switch the next layer, if it is ready on all ranks. **Collective** while `is_busy`.

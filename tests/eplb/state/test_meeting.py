@@ -26,7 +26,7 @@ def test_alone_everybody_agrees():
         meeting = Meeting(group)
         values = torch.tensor([1, 2])
         [visit] = meeting.agree(Errand.SHARE, 5, 2, 9)
-        assert visit[:-1] == (Errand.SHARE, 5, 2, 9)
+        assert visit[:4] == (Errand.SHARE, 5, 2, 9)
         assert meeting.total(values).tolist() == [1, 2]
         assert meeting.total(values) is not values
         assert meeting.hand_out(values, 0).tolist() == [1, 2]
