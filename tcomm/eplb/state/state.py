@@ -255,6 +255,7 @@ class EplbState(Stepping):
         load = None if joining.load is None else checked_load(joining.load, state)
         model.set_eplb_state(state.counted, state.logical_to_physical_map, state.logical_replica_count)
         check_weights(model, model.num_moe_layers, model.num_local_physical_experts)
+        state.own_rank = self.ep_group.rank_in_group if load is None else None
         self.model_states[key] = state
         if load is not None:
             self._rearrange_model(state, load, joining.rank_mapping, joins=True)
