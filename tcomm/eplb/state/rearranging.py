@@ -95,7 +95,7 @@ class Rearranging(SingleModel):
             if meeting.rank == 0:
                 logger.info(
                     "expert load of %sstep %d: avg_tokens=%.2f, max_tokens=%d, balancedness=%.4f",
-                    state.title, self.num_steps, statistics.avg_tokens, statistics.max_tokens,
+                    state.title, self.num_steps + 1, statistics.avg_tokens, statistics.max_tokens,
                     statistics.balancedness,
                 )  # fmt: skip
 

@@ -13,7 +13,7 @@ from tcomm.eplb.state.background import BackgroundWorker
 from tcomm.eplb.state.model_state import EplbLayerState, EplbModelState
 from tcomm.eplb.state.protocol import MixtureOfExperts
 from tcomm.eplb.state.rearranging import Rearranging
-from tcomm.eplb.state.single import without_model
+from tcomm.eplb.state.single import model_may_be_left_out
 from tcomm.errors import ConfigError, UsageError
 from tcomm.groups.parallel.eplb_config import EPLBConfig
 from tcomm.groups.parallel.parallel_config import ParallelConfig
@@ -60,6 +60,7 @@ class Stepping(Rearranging):
             self._is_recording = wanted
             self.should_record_tensor.fill_(wanted)
 
+    @model_may_be_left_out
     def step(
         self,
         model: MixtureOfExperts | bool | None = None,
@@ -82,7 +83,6 @@ class Stepping(Rearranging):
             CollectiveMismatchError: on every rank, when one has stepped more often than another; names it.
             CommError: as `rearrange` does.
         """
-        model, is_dummy, is_profile, log_stats = without_model(model, is_dummy, is_profile, log_stats)
         self._use(model)
         if is_profile:
             self._reserve()
@@ -114,6 +114,7 @@ class Stepping(Rearranging):
         else:
             self._update_recording()
 
+    @model_may_be_left_out
     def rearrange(
         self,
         model: MixtureOfExperts | bool | None = None,
@@ -153,16 +154,12 @@ class Stepping(Rearranging):
             PeerLostError, PeerTimeoutError: when a rank is gone or late; names it, and says which layers are
                 new.
         """
-        model, is_profile, execute_shuffle, given, rank_mapping = without_model(
-            model, is_profile, execute_shuffle, global_expert_load, rank_mapping
-        )
+        given = global_expert_load if global_expert_loads is None else global_expert_loads
         self._use(model)
         if is_profile:
             self._reserve()
             return None
-        loads = self._given_loads(
-            given if global_expert_loads is None else global_expert_loads, use_last_expert_load
-        )
+        loads = self._given_loads(given, use_last_expert_load)
         if not execute_shuffle:
             if loads is not None:
                 raise UsageError("a load was given, and is not needed with execute_shuffle=False")
