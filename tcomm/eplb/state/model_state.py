@@ -56,6 +56,8 @@ class EplbModelState:
     """P / G; stays as it is when ranks come and go."""
     counts_own_slots: bool
     """Whether loads are counted for this rank's slots alone."""
+    own_rank: int | None = None
+    """Whose slots they are, by the numbers of the map in force; None: not known yet."""
     model: MixtureOfExperts | None = None
     model_name: str = ""
     physical_to_logical_map_buffer: torch.Tensor | None = None
@@ -164,10 +166,18 @@ class EplbModelState:
         self.expert_load_pass.zero_()
 
     def expert_loads(self, rank: int) -> torch.Tensor:
-        """Tokens of each expert over the window, that this rank counted: [L, E] int64, on the host."""
+        """Tokens of each expert over the window, as far as this rank counted them.
+
+        Args:
+            rank: this one, as long as nothing else is known.
+
+        Returns:
+            [L, E] int64 in host memory.
+        """
         slots = self.physical_to_logical_map
         if self.counts_own_slots:
-            slots = slots[:, rank * self.slots_per_rank : (rank + 1) * self.slots_per_rank]
+            first = (rank if self.own_rank is None else self.own_rank) * self.slots_per_rank
+            slots = slots[:, first : first + self.slots_per_rank]
         return of_experts(self.expert_load_window, slots, self.num_experts)
 
     def check_room(self, num_slots: int) -> None:

@@ -9,7 +9,6 @@ import torch
 
 from tcomm.eplb.moving.making import make_mover
 from tcomm.eplb.moving.mover import WeightMover
-from tcomm.eplb.shapes import IntArray
 from tcomm.eplb.state.elastic import RankChange, SharedState, rank_change, share_state
 from tcomm.eplb.state.meeting import UNKNOWN, Errand, Meeting, Visit, fingerprint
 from tcomm.eplb.state.model_state import EplbModelState
@@ -53,8 +52,12 @@ class Rearranging(SingleModel):
 
     @property
     def ep_group(self) -> GroupCoordinator:
-        """The group that was given, or the expert parallel group of now."""
+        """The group that was given, or the expert parallel group of now. Assign the next one to it."""
         return get_ep_group() if self._group is None else self._group
+
+    @ep_group.setter
+    def ep_group(self, group: GroupCoordinator) -> None:
+        self._group = group
 
     def make_mover(self, group: GroupCoordinator, weights: Sequence[torch.Tensor]) -> WeightMover:
         """What moves the weights of a model; a subclass may know better. **Collective.**
@@ -84,8 +87,7 @@ class Rearranging(SingleModel):
 
     def _tell_statistics(self) -> None:
         """Find out how even the load of this pass is; rank 0 logs it. **Collective.**"""
-        meeting, states = Meeting(self.ep_group), list(self.model_states.values())
-        meeting.agree(Errand.STATISTICS, self.num_steps, len(states))
+        meeting, states = self._meet(Errand.STATISTICS)
         for state in states:
             own_rank = meeting.rank if state.counts_own_slots else None
             loads = meeting.total(rank_loads(state.expert_load_pass, meeting.num_ranks, own_rank))
@@ -93,22 +95,28 @@ class Rearranging(SingleModel):
             if meeting.rank == 0:
                 logger.info(
                     "expert load of %sstep %d: avg_tokens=%.2f, max_tokens=%d, balancedness=%.4f",
-                    state.title, self.num_steps, statistics.avg_tokens, statistics.max_tokens,
+                    state.title, self.num_steps + 1, statistics.avg_tokens, statistics.max_tokens,
                     statistics.balancedness,
                 )  # fmt: skip
 
     def _gather_loads(self) -> list[torch.Tensor]:
         """Of each model: [L, E], over all ranks and the steps of the window. **Collective.**"""
-        meeting, states = Meeting(self.ep_group), list(self.model_states.values())
-        meeting.agree(Errand.LOADS, self.num_steps, len(states))
+        meeting, states = self._meet(Errand.LOADS)
         return [meeting.total(state.expert_loads(meeting.rank)) for state in states]
+
+    def _meet(self, errand: Errand) -> tuple[Meeting, list[EplbModelState]]:
+        """Meet the ranks that the experts are on."""
+        meeting, states = Meeting(self.ep_group), list(self.model_states.values())
+        for state in states:
+            rank_change(None, state.num_ranks, meeting.num_ranks)
+        meeting.agree(errand, self.num_steps, len(states))
+        return meeting, states
 
     def _share(self, is_single: bool) -> list[torch.Tensor]:
         """Tell ranks that join; returns the loads. **Collective** with `recv_state`."""
         meeting, states = Meeting(self.ep_group), list(self.model_states.values())
-        rank = meeting.rank
         mine = SharedState(
-            loads=[state.expert_loads(rank if rank < state.num_ranks else 0) for state in states],
+            loads=[state.expert_loads(meeting.rank) for state in states],
             maps=[torch.from_numpy(state.phy2log()) for state in states],
             slots_per_rank=states[0].slots_per_rank if states else 0,
             is_single=is_single,
@@ -139,9 +147,10 @@ class Rearranging(SingleModel):
         meeting.agree(Errand.MOVE, step, facts=fingerprint(move.after))
         if not change.is_none and not change.is_before:
             state.adopt(move.before)
+            state.own_rank = meeting.rank
         seconds = carry_out(state, move, self._mover)
         if not change.is_none:
-            _settle(state, move.plan.phy2log, change.is_before)
+            self._settle(state, move, meeting.rank)
         self._report(state, move, seconds)
 
     def _consult(
@@ -183,11 +192,13 @@ class Rearranging(SingleModel):
         num_slots = change.num_ranks * state.slots_per_rank
         return EplbStats(load, num_slots, num_groups, num_nodes, change.num_ranks)
 
-
-def _settle(state: EplbModelState, phy2log: IntArray, is_before: bool) -> None:
-    """Go by the new ranks from now on, and tell the model how many slots there are."""
-    if is_before:
-        state.adopt(phy2log)
-    tell = getattr(state.model, "update_physical_experts_metadata", None)
-    if tell is not None:
-        tell(phy2log.shape[1], state.slots_per_rank)
+    @staticmethod
+    def _settle(state: EplbModelState, move: PlannedMove, rank: int) -> None:
+        """Go by the new ranks from now on, and tell the model how many slots there are."""
+        phy2log = move.plan.phy2log
+        if move.change.is_before:
+            state.adopt(phy2log)
+            state.own_rank = move.change.new_ranks[rank]
+        tell = getattr(state.model, "update_physical_experts_metadata", None)
+        if tell is not None:
+            tell(phy2log.shape[1], state.slots_per_rank)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from tcomm.eplb.state.model_state import EplbModelState
 from tcomm.errors import UsageError
 
-__all__ = ["SingleModel", "without_model"]
+__all__ = ["SingleModel", "model_may_be_left_out"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class SingleModel:
@@ -51,11 +56,17 @@ class SingleModel:
         return next(iter(self.model_states.values()))
 
 
-def without_model(*arguments: Any) -> tuple[Any, ...]:
-    """Arguments whose first is a model, from those given, which may begin with the second: a bool.
+def model_may_be_left_out(method: Callable[P, R]) -> Callable[P, R]:
+    """A method whose first argument is a model; where the second, a bool, comes first, there is no model.
 
-    Example:
-        >>> without_model(True, False, None)
-        (None, True, False)
+    Example: with `step(model=None, is_dummy=False)`, `step(True)` is a dummy step.
     """
-    return (None, *arguments[:-1]) if isinstance(arguments[0], bool) else arguments
+
+    @functools.wraps(method)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if len(args) > 1 and isinstance(args[1], bool):
+            shifted: Any = (args[0], None, *args[1:])
+            return method(*shifted, **kwargs)
+        return method(*args, **kwargs)
+
+    return called

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self, overload
 
-import numpy as np
 import torch
 
-from tcomm.eplb.shapes import IntArray, Shape, checked_map
+from tcomm.eplb.shapes import Shape, checked_map
 from tcomm.eplb.state.elastic import receive_state
+from tcomm.eplb.state.joining import Joining, build_initial_global_physical_to_logical_map
 from tcomm.eplb.state.meeting import Meeting
 from tcomm.eplb.state.model_state import EplbModelState
 from tcomm.eplb.state.protocol import MixtureOfExperts, check_model, check_weights
@@ -26,35 +25,6 @@ __all__ = ["EpConfigurationError", "EplbState"]
 
 class EpConfigurationError(ConfigError, RuntimeError):
     """A model is not like the one that the state balances. A `RuntimeError` too, which callers may catch."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Joining:
-    """What a rank that joins was told; all None for one that does not."""
-
-    load: torch.Tensor | None
-    old_indices: torch.Tensor | None
-    rank_mapping: Mapping[int, int] | None
-
-    def first_map(self, model: MixtureOfExperts) -> IntArray:
-        """The map in force: [L, P], with the slots of the old ranks where this rank joins."""
-        if self.load is None:
-            if self.old_indices is not None or self.rank_mapping is not None:
-                raise ConfigError("an old map and a rank_mapping go with a global_expert_load; give that too")
-            first = EplbState.build_initial_global_physical_to_logical_map(
-                model.num_routed_experts, model.num_redundant_experts
-            )
-            return np.tile(np.array(first, np.int64), (model.num_moe_layers, 1))
-        if not isinstance(self.old_indices, torch.Tensor):
-            raise ConfigError("a global_expert_load goes with old_global_expert_indices; give that map too")
-        local = model.num_local_physical_experts
-        num_ranks = (
-            model.num_physical_experts // local if self.rank_mapping is None else len(self.rank_mapping)
-        )
-        shape = Shape(model.num_logical_experts, num_ranks * local, num_gpus=num_ranks)
-        return checked_map(
-            "old_global_expert_indices", self.old_indices.cpu().numpy(), model.num_moe_layers, shape
-        )
 
 
 class EplbState(Stepping):
@@ -155,14 +125,7 @@ class EplbState(Stepping):
         self.expert_rearrangement_step_interval = expert_rearrangement_step_interval
         self._update_recording()
 
-    @staticmethod
-    def build_initial_global_physical_to_logical_map(
-        num_routed_experts: int, num_redundant_experts: int
-    ) -> list[int]:
-        """Which expert is in each slot at first: each of them, then the first ones again."""
-        return [
-            *range(num_routed_experts), *(slot % num_routed_experts for slot in range(num_redundant_experts))
-        ]  # fmt: skip
+    build_initial_global_physical_to_logical_map = staticmethod(build_initial_global_physical_to_logical_map)
 
     @classmethod
     def build(
@@ -194,7 +157,7 @@ class EplbState(Stepping):
         """
         state = cls(parallel_config, device, ep_group=ep_group)
         state._is_single = True
-        joining = _Joining(global_expert_load, old_global_expert_indices, rank_mapping)
+        joining = Joining(global_expert_load, old_global_expert_indices, rank_mapping)
         state._add("", "", model, joining, max_physical_experts)
         return state
 
@@ -230,11 +193,11 @@ class EplbState(Stepping):
             CommError: as `rearrange` does.
         """
         name = str(getattr(model_config, "model", "")) if model_name is None else model_name
-        joining = _Joining(global_expert_load, old_global_expert_indices, rank_mapping)
+        joining = Joining(global_expert_load, old_global_expert_indices, rank_mapping)
         self._add(str(model_config.compute_hash()), name, model, joining, max_physical_experts)
 
     def _add(
-        self, key: str, name: str, model: MixtureOfExperts, joining: _Joining, most_slots: int | None
+        self, key: str, name: str, model: MixtureOfExperts, joining: Joining, most_slots: int | None
     ) -> None:
         if key in self.model_states:
             raise ConfigError(f"a model with hash {key!r} was added before; each needs a config of its own")
@@ -252,6 +215,7 @@ class EplbState(Stepping):
         load = None if joining.load is None else checked_load(joining.load, state)
         model.set_eplb_state(state.counted, state.logical_to_physical_map, state.logical_replica_count)
         check_weights(model, model.num_moe_layers, model.num_local_physical_experts)
+        state.own_rank = self.ep_group.rank_in_group if load is None else None
         self.model_states[key] = state
         if load is not None:
             self._rearrange_model(state, load, joining.rank_mapping, joins=True)

@@ -12,7 +12,7 @@ from tcomm.eplb.policies import policy_named
 from tcomm.eplb.state.background import Background
 from tcomm.eplb.state.model_state import EplbLayerState, EplbModelState
 from tcomm.eplb.state.protocol import MixtureOfExperts
-from tcomm.eplb.state.single import without_model
+from tcomm.eplb.state.single import model_may_be_left_out
 from tcomm.errors import ConfigError, UsageError
 from tcomm.groups.parallel.eplb_config import EPLBConfig
 from tcomm.groups.parallel.parallel_config import ParallelConfig
@@ -59,6 +59,7 @@ class Stepping(Background):
             self._is_recording = wanted
             self.should_record_tensor.fill_(wanted)
 
+    @model_may_be_left_out
     def step(
         self,
         model: MixtureOfExperts | bool | None = None,
@@ -81,7 +82,6 @@ class Stepping(Background):
             CollectiveMismatchError: on every rank, when one has stepped more often than another; names it.
             CommError: as `rearrange` does.
         """
-        model, is_dummy, is_profile, log_stats = without_model(model, is_dummy, is_profile, log_stats)
         self._use(model)
         if is_profile:
             self._reserve()
@@ -111,6 +111,7 @@ class Stepping(Background):
         else:
             self._update_recording()
 
+    @model_may_be_left_out
     def rearrange(
         self,
         model: MixtureOfExperts | bool | None = None,
@@ -150,17 +151,13 @@ class Stepping(Background):
             PeerLostError, PeerTimeoutError: when a rank is gone or late; names it, and says which layers are
                 new.
         """
-        model, is_profile, execute_shuffle, given, rank_mapping = without_model(
-            model, is_profile, execute_shuffle, global_expert_load, rank_mapping
-        )
+        given = global_expert_load if global_expert_loads is None else global_expert_loads
         self._use(model)
         self._refuse_while_busy("rearrange")
         if is_profile:
             self._reserve()
             return None
-        loads = self._given_loads(
-            given if global_expert_loads is None else global_expert_loads, use_last_expert_load
-        )
+        loads = self._given_loads(given, use_last_expert_load)
         if not execute_shuffle:
             if loads is not None:
                 raise UsageError("a load was given, and is not needed with execute_shuffle=False")

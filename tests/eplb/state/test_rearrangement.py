@@ -74,19 +74,11 @@ def test_who_leaves_gives_and_gets_nothing():
 def test_who_joins_gets_experts_and_those_that_stay_keep_their_slots():
     move = plan_move(FIRST, _stats(slots=9, gpus=3), "default", rank_change({0: 0, 1: 2}, 2, 3))
     assert move.before[0].tolist() == [0, 1, 2, -1, -1, -1, 3, 0, 1]
-    assert (move.after >= 0).all()
-    assert (move.after[:, 6] == 3).all() or (move.after[0] == 3).any()
+    # Of layer 0 experts 0, 2 and 1 stay on their ranks, and keep slots 0, 2 and 8.
+    assert move.after.tolist() == [[0, 3, 2, 2, 2, 0, 2, 2, 1], [0, 1, 2, 3, 0, 1, 3, 0, 2]]
     assert move.report(LOAD.numpy(), 0.0).before is None
     assert "balancedness unknown -> " in str(move.report(LOAD.numpy(), 0.0))
     assert move.plan.reason.endswith("; other ranks")
-    # Each rank that was there keeps each slot whose expert it still has.
-    for rank in (0, 2):
-        own = slice(3 * rank, 3 * rank + 3)
-        for before, after in zip(move.before[:, own], move.after[:, own], strict=True):
-            for slot, expert in enumerate(before):
-                assert after[slot] == expert or (after == expert).sum() < (before == expert).sum() + (
-                    expert not in after
-                )
 
 
 def test_an_expert_that_nobody_has_any_more_is_named():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tcomm.eplb.state.single import without_model
+from tcomm.eplb.state.single import model_may_be_left_out
 from tcomm.eplb.state.state import EplbState
 from tcomm.errors import UsageError
 from tests.eplb.state.toy import ModelConfig, Toy, config, lone_group
@@ -26,7 +26,17 @@ def test_maps_of_the_only_model_are_attributes():
             _ = state.logical_replica_count
 
 
+class _Called:
+    @model_may_be_left_out
+    def call(self, model=None, flag=False, other=None, *, last=0):
+        """Say what it was given."""
+        return model, flag, other, last
+
+
 def test_a_model_may_be_left_out_in_front():
-    assert without_model(True, False, None) == (None, True, False)
-    assert without_model("model", True, None) == ("model", True, None)
-    assert without_model(None, True) == (None, True)
+    called = _Called()
+    assert called.call() == (None, False, None, 0)
+    assert called.call(True, 1, last=2) == (None, True, 1, 2)
+    assert called.call("model", True) == ("model", True, None, 0)
+    assert called.call(flag=True) == (None, True, None, 0)
+    assert _Called.call.__doc__ == "Say what it was given."
