@@ -9,6 +9,7 @@ import torch
 
 from tcomm.eplb.moving.making import make_mover
 from tcomm.eplb.moving.mover import WeightMover
+from tcomm.eplb.shapes import IntArray
 from tcomm.eplb.state.elastic import RankChange, SharedState, rank_change, share_state
 from tcomm.eplb.state.meeting import UNKNOWN, Errand, Meeting, Visit, fingerprint
 from tcomm.eplb.state.model_state import EplbModelState
