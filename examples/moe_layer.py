@@ -60,9 +60,9 @@ class GatedExperts:
     """[E, H, F]."""
 
     @classmethod
-    def random(cls, hidden: int) -> GatedExperts:
+    def random(cls, hidden: int, seed: int = 1) -> GatedExperts:
         """All of them, the same on every rank."""
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(seed)
 
         def weights(rows: int, columns: int) -> Tensor:
             return torch.randn(NUM_EXPERTS, rows, columns, generator=generator) / columns**0.5
