@@ -99,16 +99,18 @@ class Rearranging(SingleModel):
                     statistics.balancedness,
                 )  # fmt: skip
 
-    def _gather_loads(self) -> list[torch.Tensor]:
+    def _gather_loads(self, mapping: Mapping[int, int] | None) -> list[torch.Tensor]:
         """Of each model: [L, E], over all ranks and the steps of the window. **Collective.**"""
-        meeting, states = self._meet(Errand.LOADS)
+        meeting, states = self._meet(Errand.LOADS, mapping)
         return [meeting.total(state.expert_loads(meeting.rank)) for state in states]
 
-    def _meet(self, errand: Errand) -> tuple[Meeting, list[EplbModelState]]:
+    def _meet(
+        self, errand: Errand, mapping: Mapping[int, int] | None = None
+    ) -> tuple[Meeting, list[EplbModelState]]:
         """Meet the ranks that the experts are on."""
         meeting, states = Meeting(self.ep_group), list(self.model_states.values())
         for state in states:
-            rank_change(None, state.num_ranks, meeting.num_ranks)
+            rank_change(mapping, state.num_ranks, meeting.num_ranks)
         meeting.agree(errand, self.num_steps, len(states))
         return meeting, states
 

@@ -166,7 +166,7 @@ class Stepping(Rearranging):
             shared = self._share(self._is_single)
             return shared[0] if self._is_single else shared
         if loads is None:
-            loads = self._gather_loads()
+            loads = self._gather_loads(rank_mapping)
         for state, load in zip(self.model_states.values(), loads, strict=True):
             self._rearrange_model(state, load, rank_mapping)
         if rank_mapping is not None:

@@ -177,6 +177,51 @@ def test_ranks_come_and_go(on_ranks, is_single):
     assert is_single or counted == [0, 3 * choices, 3 * choices]
 
 
+def _goes_on_without(member, lost):
+    """What the two others are told that go on without a rank; and whether tokens come out the same."""
+    member.process_group()
+    left = [rank for rank in range(3) if rank != lost]
+    everybody, some = (
+        GroupCoordinator(rows, member.rank, "gloo", True, group_name="ep", timeout=20)
+        for rows in ([[0, 1, 2]], [[lost], left])
+    )
+    # Two slots each: 0 1 | 2 3 | 0 1.
+    model = Toy(everybody, layers=3)
+    state = EplbState.build(model, CPU, config(), ep_group=everybody)
+    model.fill(state.physical_to_logical_map)
+    given, told = _tokens(member.rank, experts=4), ""
+    before = model(*given).tolist()
+    if member.rank == lost:
+        return before, before, told, None
+    state.ep_group = model.group = some
+    model.rank = some.rank_in_group
+    mapping = {rank: left.index(rank) if rank in left else -1 for rank in range(3)}
+    state.expert_load_window[0, 0] = 1
+    try:
+        state.rearrange(rank_mapping=mapping)
+    except ConfigError as error:
+        told, found = str(error), torch.tensor([[0, 1, 2, 3]] * 3)
+        model.update_physical_experts_metadata(4, 2)
+        model.fill(found)
+        state.update_mapping(found)
+        state.expert_load_window[0, 0] = 1
+        state.rearrange()
+    assert _agrees(model, state)
+    after = model(*given).tolist()
+    some.destroy()
+    return before, after, told, state._only.last_expert_load[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"), [(0, ""), (1, "no rank has expert 2 of layer 0 any more; load its")]
+)
+def test_a_rank_that_is_lost_is_gone_on_without(on_ranks, lost, said):
+    for rank, (before, after, told, load) in enumerate(on_ranks(3, _goes_on_without, lost)):
+        assert before == after
+        assert rank == lost or (said in told and bool(said) == bool(told))
+        assert rank == lost or load == [1, 1, 1, 1]
+
+
 class _Dies:
     """Moves weights, until layer 1 is prepared."""
 
