@@ -77,6 +77,17 @@ class LayerRows:
         """Of a buffer for one layer's weights of a rank."""
         return self.offsets[-1] + self.num_slots * self.row_nbytes[-1]
 
+    def views_of(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """[slots, bytes of a row] uint8 for each weight, in a buffer.
+
+        Args:
+            buffer: [nbytes] uint8 or more.
+        """
+        sizes = zip(self.offsets, self.row_nbytes, strict=True)
+        return [
+            buffer[at : at + self.num_slots * nbytes].view(self.num_slots, nbytes) for at, nbytes in sizes
+        ]
+
     def bytes_of(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """[slots, bytes of a row] uint8 for each weight, over its own memory.
 
