@@ -44,19 +44,17 @@ class EplbCommunicator(abc.ABC):
             PeerLostError, PeerTimeoutError: when a peer is dead or late; names it. Not to be used again then.
         """
 
-    def set_transfer_context(self, old_indices: object, layer_idx: int) -> None:
+    def set_transfer_context(self, old_indices: object, layer_idx: int) -> None:  # noqa: B027
         """Told before the sends of a layer. Nothing to do, unless a communicator says so.
 
         Args:
             old_indices: [P], the map in force; None where only the moves are known.
             layer_idx: number of the layer.
         """
-        del old_indices, layer_idx
 
-    def set_stream(self, stream: torch.cuda.Stream | None) -> None:
+    def set_stream(self, stream: torch.cuda.Stream | None) -> None:  # noqa: B027
         """Told on which stream the rows are written and read. Nothing to do where that is the current one.
 
         Args:
             stream: None: the current one.
         """
-        del stream

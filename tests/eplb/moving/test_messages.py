@@ -1,18 +1,15 @@
 import os
 import signal
-import time
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 
 from tcomm.eplb.migration import migration
 from tcomm.eplb.moving.creation import create_eplb_communicator
 from tcomm.eplb.moving.meeting import Meeting
 from tcomm.eplb.moving.messages import MessageMover
-from tcomm.eplb.moving.rearrange import has_moves, rearrange_expert_weights_inplace
-from tcomm.errors import CollectiveMismatchError
+from tcomm.eplb.moving.rearrange import rearrange_expert_weights_inplace
 from tcomm.groups.setup import from_process_group
 from tests.eplb.moving.failures import LAYER, SECONDS, die, move, stop
 from tests.eplb.moving.weights import KINDS, ROW_NBYTES, Layers, random_maps
@@ -72,18 +69,33 @@ def _random(member, cases, size):
         needed.append((sum(len(each.rounds) for each in moves), True))
         assert sum(received for _, received in counting.rounds) == mine
         wrong += [layers.wrong(layer, old[layer], new[layer]) for layer in range(3)]
-    changed = [layers.weights[0][:-1], layers.weights[0]][member.rank == 0]
-    refused = told(mover.prepare, 0, moves[1], changed)
+    refused = [
+        told(mover.prepare, 0, moves[1], layers.weights[0][:-1]),
+        told(mover.reserve, layers.weights[0][:-1]),
+        told(mover.commit, 0, moves[1], layers.weights[0]),
+        # They have other weights for the same place, and are told so at once; the mover stays usable.
+        told(mover.prepare, member.rank, moves[1], layers.weights[0]),
+        told(mover.reserve, layers.weights[0]),
+    ]
     mover.close()
-    closed = told(mover.prepare, 0, moves[1], layers.weights[0])
-    return wrong, rounds, needed, mover.buffer.numel(), refused, closed
+    refused.append(told(mover.prepare, 0, moves[1], layers.weights[0]))
+    return wrong, rounds, needed, mover.buffer.numel(), [text for _, text in refused]
 
 
 def test_random_maps_move_byte_exactly_in_rounds(on_ranks):
     for world, cases in ((2, 4), (3, 4)):
-        for wrong, rounds, needed, nbytes, refused, closed in on_ranks(world, _random, cases, 4):
+        for wrong, rounds, needed, nbytes, refused in on_ranks(world, _random, cases, 4):
             assert wrong == [[]] * (3 * cases)
             assert rounds == [[(1, 1)], *needed]
+            expected = [
+                "and those of the first layer",
+                "and those of the first layer",
+                "layer 0, which was not prepared",
+                "the ranks are to move different things\n  rank 0: move_experts",
+                "",
+                "over since it was closed",
+            ]
+            assert [part in text for part, text in zip(expected, refused, strict=True)] == [True] * 6
             assert 4 * ROW_NBYTES <= nbytes <= 4 * ROW_NBYTES + 16 * len(KINDS)
 
 
