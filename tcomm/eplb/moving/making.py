@@ -14,7 +14,7 @@ from tcomm.eplb.moving.messages import MessageMover
 from tcomm.eplb.moving.mover import WeightMover
 from tcomm.eplb.moving.rows import LayerRows
 from tcomm.eplb.moving.symmetric import SymmetricMover
-from tcomm.errors import CapabilityError
+from tcomm.errors import CapabilityError, ConfigError
 from tcomm.groups.arguments import UNSET, Timeout, Unset
 from tcomm.groups.setup import Membership
 
@@ -53,7 +53,12 @@ def make_mover(
             logger.info("group %r moves experts through memory that its ranks share", members.name)
             return made
         reason = made
-        communicator = create_eplb_communicator(group, None, weights, timeout=timeout)
+        try:
+            communicator = create_eplb_communicator(group, None, weights, timeout=timeout)
+        except (CapabilityError, ConfigError) as error:
+            raise CapabilityError(
+                f"nothing moves experts in group {members.name!r}: {reason}; {error}"
+            ) from None
     how = type(communicator).__name__
     logger.info("group %r moves experts by messages of %s: %s", members.name, how, reason)
     return MessageMover(members, weights, communicator, seconds_of(timeout))

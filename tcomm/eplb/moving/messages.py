@@ -17,7 +17,7 @@ from tcomm.errors import CollectiveMismatchError, CommError, PeerLostError, Usag
 from tcomm.groups.setup import Membership
 from tcomm.signature import CallDescription, decode_description
 
-__all__ = ["MessageMover"]
+__all__ = ["MessageMover", "bring_rows"]
 
 _LOOK_SECONDS = 0.02
 _CLOSING_SECONDS = 2.0
@@ -61,7 +61,10 @@ class MessageMover:
         rows = self._rows.bytes_of(weights)
         self._prepared = None
         call = self._rows.call("move_experts", layer, moves, "messages")
-        self._agree(call, lambda: self._bring(layer, moves, rows))
+        self._communicator.set_transfer_context(None, layer)
+        self._agree(
+            call, lambda: bring_rows(self._communicator, moves, rows, self._brought, self._meeting.rank)
+        )
         self._prepared = layer, moves
 
     def _agree(self, call: CallDescription, run: Callable[[], None]) -> None:
@@ -117,23 +120,6 @@ class MessageMover:
             self._meeting.refuse_verdict()
         done.result()
 
-    def _bring(self, layer: int, moves: LayerMoves, rows: Sequence[torch.Tensor]) -> None:
-        """Send what others need and receive what this rank needs, round by round."""
-        rank, size = self._meeting.rank, self._rows.num_slots
-        self._communicator.set_transfer_context(None, layer)
-        for copy in moves.local:
-            if copy.target // size == rank:
-                for new, row in zip(self._rows_for(copy), rows, strict=True):
-                    new.copy_(row[copy.source % size])
-        for round_ in moves.rounds:
-            for copy in round_:
-                if copy.source // size == rank:
-                    given = [row[copy.source % size] for row in rows]
-                    self._communicator.add_send(given, copy.target // size, copy.expert)
-                if copy.target // size == rank:
-                    self._communicator.add_recv(self._rows_for(copy), copy.source // size, copy.expert)
-            self._communicator.execute()
-
     def _rows_for(self, copy: Copy) -> list[torch.Tensor]:
         """Where the rows of a copy wait for `commit`."""
         return [brought[copy.target % self._rows.num_slots] for brought in self._brought]
@@ -167,3 +153,38 @@ class MessageMover:
         self._end = self._end or "it was closed"
         if self._thread is not None:
             self._thread.join(_CLOSING_SECONDS)
+
+
+def bring_rows(
+    communicator: EplbCommunicator,
+    moves: LayerMoves,
+    rows: Sequence[torch.Tensor],
+    brought: Sequence[torch.Tensor],
+    rank: int,
+) -> None:
+    """Send what others need, and put what this rank needs where it waits to be written. **Collective.**
+
+    Args:
+        communicator: what sends and receives, round by round.
+        moves: what the layer needs.
+        rows: [slots, bytes] of each weight.
+        brought: the same of a buffer; the row of a slot comes in the row of that slot.
+        rank: this one.
+
+    Raises:
+        PeerLostError, PeerTimeoutError: from the communicator.
+    """
+    size = len(rows[0])
+    for copy in moves.local:
+        if copy.target // size == rank:
+            for new, row in zip(brought, rows, strict=True):
+                new[copy.target % size].copy_(row[copy.source % size])
+    for round_ in moves.rounds:
+        for copy in round_:
+            if copy.source // size == rank:
+                given = [row[copy.source % size] for row in rows]
+                communicator.add_send(given, copy.target // size, copy.expert)
+            if copy.target // size == rank:
+                taken = [new[copy.target % size] for new in brought]
+                communicator.add_recv(taken, copy.source // size, copy.expert)
+        communicator.execute()

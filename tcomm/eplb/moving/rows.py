@@ -14,7 +14,7 @@ from tcomm.errors import ConfigError
 from tcomm.groups.arguments import check_tensor, dtype_name, is_plain
 from tcomm.signature import CallDescription
 
-__all__ = ["LayerRows", "rows_to_give", "write_rows"]
+__all__ = ["LayerRows", "rows_to_give", "write_rows", "writing"]
 
 _ALIGNMENT = 16
 
@@ -137,7 +137,7 @@ def write_rows(
         brought: the row of each weight for a copy, round by round and then those within the rank.
     """
     size = len(rows[0])
-    with torch.inference_mode(any(weight.is_inference() for weight in weights)):
+    with writing(weights):
         for copy in [*(copy for round_ in moves.rounds for copy in round_), *moves.local]:
             if copy.target // size == rank:
                 for row, new in zip(rows, brought(copy), strict=True):
@@ -146,3 +146,8 @@ def write_rows(
             if copy.target // size == rank:
                 for row in rows:
                     row[copy.target % size].copy_(row[copy.source % size])
+
+
+def writing(weights: Sequence[torch.Tensor]) -> torch.inference_mode:
+    """A context in which weights may be written, also those that were made in inference mode."""
+    return torch.inference_mode(any(weight.is_inference() for weight in weights))
