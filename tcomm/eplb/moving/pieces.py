@@ -7,8 +7,8 @@ and not on others. `WeightMover` is what moves layers on all ranks or on none.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -220,7 +220,7 @@ def move_from_buffer(
                     weight[slot].copy_(buffer[source])
 
 
-async def transfer_layer(
+def transfer_layer(
     old_global_expert_indices: torch.Tensor | npt.ArrayLike,
     new_global_expert_indices: torch.Tensor | npt.ArrayLike,
     expert_weights: Sequence[Iterable[torch.Tensor]],
@@ -230,8 +230,8 @@ async def transfer_layer(
     layer: int = 0,
     cuda_stream: torch.cuda.Stream | None = None,
     rank_mapping: Mapping[int, int] | None = None,
-) -> tuple[BoolArray, BoolArray, RecvMetadata]:
-    """`move_to_buffer` of one layer, from the maps of all. **Collective.** Does not yield while it waits.
+) -> Coroutine[Any, Any, tuple[BoolArray, BoolArray, RecvMetadata]]:
+    """`move_to_buffer` of one layer, from the maps of all. **Collective.** To be awaited; does not yield.
 
     Args:
         old_global_expert_indices: [L, P], the map in force.
@@ -258,11 +258,16 @@ async def transfer_layer(
             f"layer {layer} of maps {list(old.shape)} and {list(new.shape)} with weights of "
             f"{len(expert_weights)} layers; give as many layers and slots of each"
         )
-    if is_profile:
-        new = old
-        for buffer in expert_weights_buffer:
-            buffer.zero_()
-    return move_to_buffer(
-        old.shape[1] // world_size, old[layer], new[layer], expert_weights[layer], expert_weights_buffer,
-        cuda_stream, ep_group,
-    )  # fmt: skip
+
+    after = (old if is_profile else new)[layer]
+    size = old.shape[1] // world_size
+
+    async def transfer() -> tuple[BoolArray, BoolArray, RecvMetadata]:
+        if is_profile:
+            for buffer in expert_weights_buffer:
+                buffer.zero_()
+        return move_to_buffer(
+            size, old[layer], after, expert_weights[layer], expert_weights_buffer, cuda_stream, ep_group
+        )
+
+    return transfer()

@@ -75,7 +75,7 @@ def _by_pieces(member):
     refused = [
         told(move_to_buffer, 3, old[0][:6], new[0][:6], weights[0], buffers, None, group)[1],
         told(move_to_buffer, size, old[0], new[0], weights[0], buffers[:-1], None, group)[1],
-        told(lambda: asyncio.run(transfer_layer(old, new, weights, buffers, group, layer=2)))[1],
+        told(transfer_layer, old, new, weights, buffers, group, layer=2)[1],
     ]
     return wrong, kept, bool(stays), touched, moved[2].recv_count, refused
 
