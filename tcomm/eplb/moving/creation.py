@@ -55,9 +55,7 @@ def create_eplb_communicator(
         raise ConfigError(f"backend={backend!r} of create_eplb_communicator is none of {known}")
     devices = {tensor.device.type for tensor in [*expert_weights, *expert_buffer]}
     if len(devices) != 1:
-        raise ConfigError(
-            f"weights and buffers of experts are on {sorted(devices)}; give those of one device"
-        )
+        raise ConfigError(f"weights and buffers of experts are on {sorted(devices)}; give one device")
     if isinstance(group_coordinator, StatelessProcessGroup):
         raise ConfigError(
             f"backend={backend!r} cannot serve a StatelessProcessGroup, which sends no weights; give a "
@@ -65,23 +63,25 @@ def create_eplb_communicator(
         )
     if backend not in {None, "torch_gloo", "torch_nccl"}:
         raise NotOfferedError(f"{backend} is not offered here; use torch_gloo or torch_nccl")
-    is_by_nccl = backend == "torch_nccl" and devices == {"cuda"}
-    return _create(group_coordinator, is_by_nccl, backend, seconds_of(timeout))
+    order = ["torch_gloo"] if devices == {"cpu"} else [backend] if backend else ["torch_gloo", "torch_nccl"]
+    return _create(group_coordinator, order, seconds_of(timeout))
 
 
 def _create(
-    group: GroupCoordinator | dist.ProcessGroup, is_by_nccl: bool, backend: str | None, seconds: float | None
+    group: GroupCoordinator | dist.ProcessGroup, order: Sequence[str], seconds: float | None
 ) -> EplbCommunicator:
+    """The first in the order that the group has."""
     on_host, on_device = (
         (group.cpu_group, group.device_group) if isinstance(group, GroupCoordinator) else (group, group)
     )
-    if not is_by_nccl and _backend_of(on_host, "cpu") == "gloo":
-        return TorchGlooCommunicator(on_host, seconds)
-    if (is_by_nccl or backend is None) and _backend_of(on_device, "cuda") == "nccl":
-        return TorchNcclCommunicator(on_device, seconds)
+    for backend in order:
+        if backend == "torch_gloo" and _backend_of(on_host, "cpu") == "gloo":
+            return TorchGlooCommunicator(on_host, seconds)
+        if backend == "torch_nccl" and _backend_of(on_device, "cuda") == "nccl":
+            return TorchNcclCommunicator(on_device, seconds)
     raise NotOfferedError(
-        f"{backend or 'send and recv'} for experts: the group has {dist.get_backend_config(on_device)}; make "
-        "it with backend 'cpu:gloo,cuda:nccl'"
+        f"no {' or '.join(order)} for experts: the group has {dist.get_backend_config(on_device)}; make it "
+        "with backend 'cpu:gloo,cuda:nccl'"
     )
 
 
