@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from tcomm.eplb.moving.creation import create_eplb_communicator
 from tcomm.eplb.moving.making import make_mover
 from tcomm.eplb.moving.mover import WeightMover
 from tcomm.eplb.state.elastic import RankChange, SharedState, rank_change, share_state
@@ -16,6 +17,7 @@ from tcomm.eplb.state.rearrangement import PlannedMove, carry_out, plan_move
 from tcomm.eplb.state.single import SingleModel
 from tcomm.eplb.state.statistics import EplbStats, LoadStatistics, rank_loads
 from tcomm.groups.parallel.coordinator import GroupCoordinator
+from tcomm.groups.parallel.eplb_config import EPLBConfig
 from tcomm.groups.parallel.parallel_state import get_ep_group
 
 __all__ = ["Rearranging", "count_nodes"]
@@ -49,6 +51,7 @@ class Rearranging(SingleModel):
     policy_name: str
     num_steps: int
     _group: GroupCoordinator | None
+    _config: EPLBConfig
 
     @property
     def ep_group(self) -> GroupCoordinator:
@@ -60,13 +63,22 @@ class Rearranging(SingleModel):
         self._group = group
 
     def make_mover(self, group: GroupCoordinator, weights: Sequence[torch.Tensor]) -> WeightMover:
-        """What moves the weights of a model; a subclass may know better. **Collective.**
+        """What moves the weights of a model, by `eplb_config.communicator`; a subclass may know better.
+
+        **Collective.**
 
         Args:
             group: whose ranks.
             weights: of one layer, on this rank.
+
+        Raises:
+            NotOfferedError: when there is no such communicator here.
+            ConfigError, CapabilityError, RendezvousError: as `make_mover` of `tcomm.eplb.moving` does.
         """
-        return make_mover(group, weights, timeout=group.timeout)
+        backend, communicator = self._config.communicator, None
+        if backend is not None:
+            communicator = create_eplb_communicator(group, backend, weights, timeout=group.timeout)
+        return make_mover(group, weights, timeout=group.timeout, communicator=communicator)
 
     def _mover(self, state: EplbModelState) -> WeightMover:
         """Of the group of now; that of a group before is closed."""
