@@ -151,13 +151,19 @@ def _is_host(topk_idx: torch.Tensor, engine: str) -> bool:
 def _check(
     name: str, x: torch.Tensor, shape: list[int], dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> None:
-    wanted = f"{' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} {shape} on {device}"
+    is_like = isinstance(x, torch.Tensor) and list(x.shape) == shape and x.dtype in dtypes
+    if is_like and x.device == device and x.is_contiguous():
+        return
+    wanted = f"{' or '.join(map(_name_of, dtypes))} {shape} on {device}"
     if not isinstance(x, torch.Tensor):
         raise ConfigError(f"{name} is {type(x).__name__}; give a tensor: {wanted}")
-    if list(x.shape) != shape or x.dtype not in dtypes or x.device != device or not x.is_contiguous():
-        gaps = "" if x.is_contiguous() else ", not contiguous"
-        given = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}{gaps}"
-        raise ConfigError(f"{name} is {given}; give {wanted}, contiguous")
+    gaps = "" if x.is_contiguous() else ", not contiguous"
+    given = f"{_name_of(x.dtype)} {list(x.shape)} on {x.device}{gaps}"
+    raise ConfigError(f"{name} is {given}; give {wanted}, contiguous")
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_one(name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
