@@ -16,7 +16,7 @@ from tcomm.interpret import is_interpreted
 from tcomm.kernels.launch import refuse_host_memory
 from tcomm.memory.expert_slots import CHOICES_A_BLOCK, GOLDEN, SHARE_BITS, SlotCounter
 
-__all__ = ["choose_slots"]
+__all__ = ["block_constants", "choose_slots"]
 
 _RUNTIME = [
     "num_choices", "num_counted", "topk", "num_experts", "width", "stride", "salt", "first_slot", "num_slots",
@@ -105,9 +105,8 @@ def _choose_slots_kernel(
         local = slot - first_slot
         counts = (offs < num) & (slot >= 0) & (local >= 0) & (local < num_slots)
         found = tl.histogram(tl.where(counts, local, 0), BINS, mask=counts)
-        bins = tl.arange(0, BINS)
         added = found.to(load_ptr.dtype.element_ty)
-        tl.atomic_add(load_ptr + bins, added, mask=(bins < num_slots) & (found > 0), sem="relaxed")
+        tl.atomic_add(load_ptr + tl.arange(0, BINS), added, mask=found > 0, sem="relaxed")
 
 
 def choose_slots(

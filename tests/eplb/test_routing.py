@@ -54,12 +54,21 @@ def test_no_tokens(engine):
 
 @every_engine
 def test_a_map_may_be_the_first_places_of_a_wider_one(engine):
-    routing = random_routing(5, 60, 4, 20)
+    routing = random_routing(5, 60, 4, 20, shares=True)
     wide = torch.full((20, 50), 7)
     wide[:, : routing.slots.shape[1]] = routing.slots
     view = wide[:, : routing.slots.shape[1]]
-    out = choose_slots(routing.topk, view, routing.count, engine=engine)
-    assert torch.equal(out, choose_slots(routing.topk, routing.slots, routing.count, engine="cpu"))
+    for share in (None, routing.share):
+        out = choose_slots(routing.topk, view, routing.count, share=share, engine=engine)
+        plain = choose_slots(routing.topk, routing.slots, routing.count, share=share, engine="cpu")
+        assert torch.equal(out, plain)
+
+
+@every_engine
+def test_ranks_with_a_choice_each_begin_at_different_replicas(engine):
+    given = torch.tensor([[0]]), torch.tensor([[4, 5, 6]]), torch.tensor([3])
+    found = [int(choose_slots(*given, salt=rank, engine=engine)) for rank in range(6)]
+    assert found == [4, 5, 6] * 2
 
 
 def test_the_example_of_thresholds():
@@ -67,6 +76,8 @@ def test_the_example_of_thresholds():
     table = share_thresholds(np.array([0.25, 1, 0.75]), slots, count)
     assert table.tolist() == [[16384, 65536], [65536, 65536]]
     assert table.dtype == torch.int32
+    # To nearest, and of whatever sum.
+    assert share_thresholds(np.array([4.0, 1, 2]), slots, count)[0].tolist() == [43691, 65536]
     layers = share_thresholds(
         np.array([[0.25, 1, 0.75], [1.0, 1, 0]]), torch.stack([slots, slots]), torch.stack([count, count])
     )

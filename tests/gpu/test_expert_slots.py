@@ -12,9 +12,10 @@ from tests.kernels import slot_choices
 pytestmark = [pytest.mark.gpu(1), pytest.mark.timeout(240)]
 
 
-def test_the_example_and_what_is_no_expert():
+def test_the_example_and_the_edges():
     slot_choices.check_example("cuda")
     slot_choices.check_out_of_range("cuda")
+    slot_choices.check_thresholds("cuda")
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7, 33, 1000, 8192])

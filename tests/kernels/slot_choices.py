@@ -109,18 +109,32 @@ def check_kernel(
     assert torch.equal(out.cpu(), wanted)
 
 
+def _check_both(device, topk, slots, count, share, wanted):
+    given = [torch.tensor(x, device=device) for x in (topk, slots, count)]
+    share = None if share is None else torch.tensor(share, dtype=torch.int32, device=device)
+    out = torch.empty_like(given[0])
+    load = torch.zeros(3, dtype=torch.int64, device=device)
+    choose_slots(*given, share, 0, out, SlotCounter(load, 0, None, None))
+    assert out.tolist() == wanted
+    assert load.tolist() == [sum(row.count(slot) for row in wanted) for slot in range(3)]
+    on_host = torch.empty_like(out, device="cpu")
+    choose_on_host(*(x.cpu() for x in given), None if share is None else share.cpu(), 0, on_host)
+    assert on_host.tolist() == wanted
+
+
 def check_out_of_range(device="cpu"):
     """What is no expert gets -1 and is not numbered, also what would be one when cut to 32 bits."""
     device = device_of(device)
-    topk = torch.tensor([[3, 1 << 32, -5, 0, (1 << 32) + 1, 0, -1, 1]], device=device)
-    slots, count = (
-        torch.tensor([[0, 2], [1, -1], [-1, -1]], device=device),
-        torch.tensor([2, 1, 0], device=device),
-    )
-    out, load = torch.empty_like(topk), torch.zeros(3, dtype=torch.int64, device=device)
-    choose_slots(topk, slots, count, None, 0, out, SlotCounter(load, 0, None, None))
-    assert out.tolist() == [[-1, -1, -1, 0, -1, 2, -1, 1]]
-    assert load.tolist() == [1, 1, 1]
-    on_host = torch.empty_like(topk, device="cpu")
-    choose_on_host(topk.cpu(), slots.cpu(), count.cpu(), None, 0, on_host)
-    assert torch.equal(on_host, out.cpu())
+    topk = [[3, 1 << 32, -5, 0, (1 << 32) + 1, 0, -1, 1, 2]]
+    # An expert without replicas, whatever is in its row.
+    slots, wanted = [[0, 2], [1, -1], [2, -1]], [[-1, -1, -1, 0, -1, 2, -1, 1, -1]]
+    _check_both(device, topk, slots, [2, 1, 0], None, wanted)
+    # No more replicas than there is room for.
+    _check_both(device, [[0, 0, 0, 1]], [[0, 2], [1, -1]], [3, 1], None, [[0, 2, 0, 1]])
+
+
+def check_thresholds(device="cpu"):
+    """A value that is a threshold goes on to the next replica, and none goes beyond the last."""
+    device = device_of(device)
+    _check_both(device, [[0, 0, 0]], [[0, 1, 2]], [3], [[0, 40503, 65536]], [[1, 2, 1]])
+    _check_both(device, [[0, 1, 0]], [[0, 1, 2], [0, 1, 2]], [3, 2], [[0, 0, 0]] * 2, [[2, 1, 2]])

@@ -33,6 +33,10 @@ def test_what_is_no_expert_gets_none():
     slot_choices.check_out_of_range()
 
 
+def test_thresholds_belong_to_the_next_replica():
+    slot_choices.check_thresholds()
+
+
 def test_bins_hold_every_slot_and_nothing_is_counted_without_a_counter():
     assert [block_constants(n)["BINS"] for n in (0, 1, 9, 32, 33, 288, 320)] == [0, 32, 32, 32, 64, 512, 512]
 
