@@ -29,7 +29,8 @@ _GOLDEN = tl.constexpr(GOLDEN)
 _LEVELS = tl.constexpr((1 << SHARE_BITS) - 1)
 _COMPILED_TILE = 16
 _LEAST_BINS = 32
-_NUM_WARPS = 8
+# A thread for each choice of a block.
+_NUM_WARPS = CHOICES_A_BLOCK // (32 if torch.version.hip is None else 64)
 
 
 @triton.jit
