@@ -1,4 +1,4 @@
-"""Where the experts of a model go: planning, in numpy, without any communication, and carrying it out.
+"""Where the experts of a model go: planning, in numpy, without communication; and what goes by the plans.
 
 A load [L, E] says how many tokens chose each expert of each layer. A plan puts each expert into one or more
 of P slots, P / G of them on each GPU, so that no GPU has much more to do than the others. `EplbState` counts
@@ -19,6 +19,7 @@ from tcomm.eplb.policies import (
     SearchEplbPolicy,
     register_policy,
 )
+from tcomm.eplb.routing import choose_slots, share_thresholds
 from tcomm.eplb.shapes import Shape
 from tcomm.eplb.split import split_tokens
 from tcomm.eplb.state import (
@@ -55,6 +56,7 @@ __all__ = [
     "balancedness",
     "balancedness_bound",
     "choose",
+    "choose_slots",
     "compute_logical_maps",
     "gpu_loads",
     "initial_map",
@@ -64,5 +66,6 @@ __all__ = [
     "rebalance_experts",
     "register_policy",
     "replan",
+    "share_thresholds",
     "split_tokens",
 ]

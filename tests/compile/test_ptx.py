@@ -12,6 +12,7 @@ from tests.compile.cases import (
     discovered_kernels,
     parameters_of,
 )
+from tests.compile.eplb_cases import EPLB_KERNELS
 from tests.compile.moe_exchange_cases import EXCHANGE_KERNELS
 from tests.compile.moe_high_throughput_cases import EXACT_KERNELS
 from tests.compile.moe_low_latency_cases import LOW_LATENCY_KERNELS
@@ -33,7 +34,7 @@ def lane_spins_of(case):
 
 
 def test_every_kernel_has_a_case():
-    tokens = {*EXACT_KERNELS, *EXCHANGE_KERNELS, *LOW_LATENCY_KERNELS}
+    tokens = {*EPLB_KERNELS, *EXACT_KERNELS, *EXCHANGE_KERNELS, *LOW_LATENCY_KERNELS}
     assert discovered_kernels().keys() == PROTOCOLS.keys() | {*MAILBOX_KERNELS, *NODE_KERNELS} | tokens
 
 

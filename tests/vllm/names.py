@@ -320,6 +320,36 @@ _PLAN = {
     for policy in ("Abstract", "Default")
 }
 
+_MAPS = "old_global_expert_indices, new_global_expert_indices, expert_weights"
+_LAYER_MAPS = "num_local_experts, old_indices, new_indices"
+MOVING = {
+    "MigrationFlow": "(src_rank, dst_rank, expert_ids)",
+    "RecvMetadata": "(recv_primary_mask, recv_count, recv_expert_ids, recv_dst_rows)",
+    "TransferMetadata": NAME,
+    "get_ep_ranks_with_experts_batch": "(expert_ids, num_local_experts, old_indices, new_indices)",
+    "move_from_buffer": (
+        "(expert_weights, expert_weights_buffers, is_unchanged, is_received_locally, recv_metadata,"
+        " new_indices, ep_rank)"
+    ),
+    "move_to_buffer": f"({_LAYER_MAPS}, expert_weights, expert_weights_buffers, cuda_stream, ep_group)",
+    "rearrange_expert_weights_inplace": f"({_MAPS}, ep_group, is_profile=False, rank_mapping=None)",
+    "schedule_migration_batches": f"({_LAYER_MAPS})",
+    "schedule_migration_batches_for_layers": f"({_LAYER_MAPS})",
+    "transfer_layer": (
+        f"({_MAPS}, expert_weights_buffer, ep_group, is_profile=False, layer=0, cuda_stream=None,"
+        " rank_mapping=None)"
+    ),
+}
+EPLB_COMMUNICATOR = {
+    "EplbCommunicator.add_recv": "(self, tensors, src_rank, expert_id)",
+    "EplbCommunicator.add_send": "(self, tensors, dst_rank, expert_id)",
+    "EplbCommunicator.execute": "(self)",
+    "EplbCommunicator.needs_profile_buffer_reservation": NAME,
+    "EplbCommunicator.set_stream": "(self, stream)",
+    "EplbCommunicator.set_transfer_context": "(self, old_indices, layer_idx)",
+    "create_eplb_communicator": "(group_coordinator, backend, expert_weights, expert_buffer=OTHER)",
+}
+
 EPLB = {
     **PARALLEL_CONFIG,
     **STATELESS,
@@ -378,6 +408,8 @@ SIGNATURES: dict[str, dict[str, str]] = {
     "eplb": {**EPLB, **REBALANCE, **EPLB_STATE},
     "eplb.eplb_state": EPLB_STATE,
     "eplb.rebalance_algo": REBALANCE,
+    "eplb.rebalance_execute": MOVING,
+    "eplb.eplb_communicator": EPLB_COMMUNICATOR,
     "eplb.policy": {"EPLB_POLICIES": NAME, "AbstractEplbPolicy": NAME, "DefaultEplbPolicy": NAME, **_PLAN},
     "": {
         **PARALLEL_STATE,

@@ -10,7 +10,7 @@ from tcomm.groups.parallel.coordinator import GroupCoordinator
 from tcomm.groups.setup import Membership
 from tcomm.groups.stateless.group import StatelessProcessGroup
 
-__all__ = ["ExpertGroup", "members_that_move", "size_of"]
+__all__ = ["ExpertGroup", "members_that_move", "rank_of", "size_of"]
 
 ExpertGroup = GroupCoordinator | dist.ProcessGroup | StatelessProcessGroup
 """An expert parallel group."""
@@ -30,6 +30,18 @@ def size_of(group: ExpertGroup) -> int:
         f"{group!r} is no expert parallel group of this rank; give a GroupCoordinator, a process group or a "
         "StatelessProcessGroup"
     )
+
+
+def rank_of(group: ExpertGroup) -> int:
+    """This process, in the group.
+
+    Raises:
+        ConfigError: as `size_of` does.
+    """
+    size_of(group)
+    if isinstance(group, GroupCoordinator):
+        return group.rank_in_group
+    return group.rank if isinstance(group, StatelessProcessGroup) else group.rank()
 
 
 def members_that_move(group: ExpertGroup) -> Membership:

@@ -8,11 +8,15 @@ from collections.abc import Sequence
 import torch
 
 from tcomm.eplb.moving.communicator import EplbCommunicator
+from tcomm.eplb.moving.creation import create_eplb_communicator, seconds_of
 from tcomm.eplb.moving.groups import ExpertGroup, members_that_move
+from tcomm.eplb.moving.messages import MessageMover
 from tcomm.eplb.moving.mover import WeightMover
 from tcomm.eplb.moving.rows import LayerRows
 from tcomm.eplb.moving.symmetric import SymmetricMover
+from tcomm.errors import CapabilityError, ConfigError
 from tcomm.groups.arguments import UNSET, Timeout, Unset
+from tcomm.groups.setup import Membership
 
 __all__ = ["make_mover"]
 
@@ -40,8 +44,33 @@ def make_mover(
         GroupMismatchError: on every rank, when their weights differ.
         RendezvousError: when a rank did not come in time.
     """
-    LayerRows.of(weights)
+    rows = LayerRows.of(weights)
     members = members_that_move(group)
-    mover = SymmetricMover(members, weights, timeout=timeout)
-    logger.info("group %r moves experts through memory that its ranks share", members.name)
-    return mover
+    reason = "the caller gave a communicator"
+    if communicator is None:
+        made = _symmetric(members, weights, rows, timeout)
+        if not isinstance(made, str):
+            logger.info("group %r moves experts through memory that its ranks share", members.name)
+            return made
+        reason = made
+        try:
+            communicator = create_eplb_communicator(group, None, weights, timeout=timeout)
+        except (CapabilityError, ConfigError) as error:
+            raise CapabilityError(
+                f"nothing moves experts in group {members.name!r}: {reason}; {error}"
+            ) from None
+    how = type(communicator).__name__
+    logger.info("group %r moves experts by messages of %s: %s", members.name, how, reason)
+    return MessageMover(members, weights, communicator, seconds_of(timeout))
+
+
+def _symmetric(
+    members: Membership, weights: Sequence[torch.Tensor], rows: LayerRows, timeout: Timeout | Unset
+) -> SymmetricMover | str:
+    """What moves in shared memory, or why nothing can; the same on every rank."""
+    if rows.device.type != "cpu":
+        return f"weights on {rows.device.type} are not read by peers where they lie"
+    try:
+        return SymmetricMover(members, weights, timeout=timeout)
+    except CapabilityError as error:
+        return str(error)

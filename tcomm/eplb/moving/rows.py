@@ -14,7 +14,7 @@ from tcomm.errors import ConfigError
 from tcomm.groups.arguments import check_tensor, dtype_name, is_plain
 from tcomm.signature import CallDescription
 
-__all__ = ["LayerRows", "rows_to_give", "write_rows"]
+__all__ = ["LayerRows", "rows_to_give", "write_rows", "writing"]
 
 _ALIGNMENT = 16
 
@@ -77,6 +77,17 @@ class LayerRows:
         """Of a buffer for one layer's weights of a rank."""
         return self.offsets[-1] + self.num_slots * self.row_nbytes[-1]
 
+    def views_of(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """[slots, bytes of a row] uint8 for each weight, in a buffer.
+
+        Args:
+            buffer: [nbytes] uint8 or more.
+        """
+        sizes = zip(self.offsets, self.row_nbytes, strict=True)
+        return [
+            buffer[at : at + self.num_slots * nbytes].view(self.num_slots, nbytes) for at, nbytes in sizes
+        ]
+
     def bytes_of(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """[slots, bytes of a row] uint8 for each weight, over its own memory.
 
@@ -126,7 +137,7 @@ def write_rows(
         brought: the row of each weight for a copy, round by round and then those within the rank.
     """
     size = len(rows[0])
-    with torch.inference_mode(any(weight.is_inference() for weight in weights)):
+    with writing(weights):
         for copy in [*(copy for round_ in moves.rounds for copy in round_), *moves.local]:
             if copy.target // size == rank:
                 for row, new in zip(rows, brought(copy), strict=True):
@@ -135,3 +146,8 @@ def write_rows(
             if copy.target // size == rank:
                 for row in rows:
                     row[copy.target % size].copy_(row[copy.source % size])
+
+
+def writing(weights: Sequence[torch.Tensor]) -> torch.inference_mode:
+    """A context in which weights may be written, also those that were made in inference mode."""
+    return torch.inference_mode(any(weight.is_inference() for weight in weights))

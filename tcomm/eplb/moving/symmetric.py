@@ -49,16 +49,8 @@ class SymmetricMover:
         self._channel = self.space.arena.channel
         self._verdicts = Verdicts(self._channel, self.space.config.shm_dir)
         self._prepared: tuple[int, LayerMoves] | None = None
-        ranks = range(self.space.world_size)
-        self._staged = [self._rows_of(rank) for rank in ranks]
-
-    def _rows_of(self, rank: int) -> list[torch.Tensor]:
-        """[slots, bytes of a row] of each weight, in the memory of `rank`."""
-        sizes = zip(self._rows.offsets, self._rows.row_nbytes, strict=True)
-        return [
-            self.space.view(rank, 0, offset, (self._rows.num_slots, nbytes), torch.uint8)
-            for offset, nbytes in sizes
-        ]
+        whole = ((rank, 0, 0, (self._rows.nbytes,), torch.uint8) for rank in range(self.space.world_size))
+        self._staged = [self._rows.views_of(self.space.view(*each)) for each in whole]
 
     def prepare(self, layer: int, moves: LayerMoves, weights: Sequence[torch.Tensor]) -> None:
         """See `WeightMover.prepare`. **Collective.**"""

@@ -54,4 +54,4 @@ class Joining:
         num_ranks = model.num_physical_experts // local if mapping is None else len(mapping)
         shape = Shape(model.num_logical_experts, num_ranks * local, num_gpus=num_ranks)
         given = self.old_indices.cpu().numpy()
-        return checked_map("old_global_expert_indices", given, model.num_moe_layers, shape)
+        return checked_map("old_global_expert_indices", given, model.num_moe_layers, shape, whole=False)

@@ -82,8 +82,7 @@ class PlannedMove:
         mean = gpu_loads(plan.phy2log, load, plan.shape.num_gpus).mean(axis=1)
         old = None
         if (self.before >= 0).all():
-            num_ranks = len(self.change.new_ranks)
-            old = _evenness(*_extremes(gpu_loads(self.before, load, num_ranks)))
+            old = _evenness(*_extremes(gpu_loads(self.before, load, self.change.moving_size)))
         return Rearrangement(
             policy=plan.policy,
             reason=plan.reason,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from tcomm.eplb.moving.creation import create_eplb_communicator
 from tcomm.eplb.moving.making import make_mover
 from tcomm.eplb.moving.mover import WeightMover
 from tcomm.eplb.shapes import IntArray
@@ -17,6 +18,7 @@ from tcomm.eplb.state.rearrangement import PlannedMove, carry_out, plan_move
 from tcomm.eplb.state.single import SingleModel
 from tcomm.eplb.state.statistics import EplbStats, LoadStatistics, rank_loads
 from tcomm.groups.parallel.coordinator import GroupCoordinator
+from tcomm.groups.parallel.eplb_config import EPLBConfig
 from tcomm.groups.parallel.parallel_state import get_ep_group
 
 __all__ = ["Rearranging", "count_nodes"]
@@ -50,6 +52,7 @@ class Rearranging(SingleModel):
     policy_name: str
     num_steps: int
     _group: GroupCoordinator | None
+    _config: EPLBConfig
 
     @property
     def ep_group(self) -> GroupCoordinator:
@@ -61,13 +64,22 @@ class Rearranging(SingleModel):
         self._group = group
 
     def make_mover(self, group: GroupCoordinator, weights: Sequence[torch.Tensor]) -> WeightMover:
-        """What moves the weights of a model; a subclass may know better. **Collective.**
+        """What moves the weights of a model, by `eplb_config.communicator`; a subclass may know better.
+
+        **Collective.**
 
         Args:
             group: whose ranks.
             weights: of one layer, on this rank.
+
+        Raises:
+            NotOfferedError: when there is no such communicator here.
+            ConfigError, CapabilityError, RendezvousError: as `make_mover` of `tcomm.eplb.moving` does.
         """
-        return make_mover(group, weights, timeout=group.timeout)
+        backend, communicator = self._config.communicator, None
+        if backend is not None:
+            communicator = create_eplb_communicator(group, backend, weights, timeout=group.timeout)
+        return make_mover(group, weights, timeout=group.timeout, communicator=communicator)
 
     def _mover(self, state: EplbModelState) -> WeightMover:
         """Of the group of now; that of a group before is closed."""
@@ -100,16 +112,18 @@ class Rearranging(SingleModel):
                     statistics.balancedness,
                 )  # fmt: skip
 
-    def _gather_loads(self) -> list[torch.Tensor]:
+    def _gather_loads(self, mapping: Mapping[int, int] | None) -> list[torch.Tensor]:
         """Of each model: [L, E], over all ranks and the steps of the window. **Collective.**"""
-        meeting, states = self._meet(Errand.LOADS)
+        meeting, states = self._meet(Errand.LOADS, mapping)
         return [meeting.total(state.expert_loads(meeting.rank)) for state in states]
 
-    def _meet(self, errand: Errand) -> tuple[Meeting, list[EplbModelState]]:
+    def _meet(
+        self, errand: Errand, mapping: Mapping[int, int] | None = None
+    ) -> tuple[Meeting, list[EplbModelState]]:
         """Meet the ranks that the experts are on."""
         meeting, states = Meeting(self.ep_group), list(self.model_states.values())
         for state in states:
-            rank_change(None, state.num_ranks, meeting.num_ranks)
+            rank_change(mapping, state.num_ranks, meeting.num_ranks)
         meeting.agree(errand, self.num_steps, len(states))
         return meeting, states
 

@@ -338,6 +338,7 @@ class EplbState(Stepping):
                     f"physical_to_logical_map has no slot with expert {min(lost)} in layer {layer}"
                 )
         state.adopt(phy2log)
+        state.own_rank = None
 
     def close(self) -> None:
         """End what runs beside, and give back what moves weights. Not collective; may be called twice."""

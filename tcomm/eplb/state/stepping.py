@@ -164,7 +164,7 @@ class Stepping(Background):
             shared = self._share(self._is_single)
             return shared[0] if self._is_single else shared
         if loads is None:
-            loads = self._gather_loads()
+            loads = self._gather_loads(rank_mapping)
         if self.is_async and rank_mapping is None:
             self._begin_beside(loads)
             return None

@@ -7,12 +7,15 @@ import pytest
 
 from tcomm.eplb.migration import migration
 from tcomm.eplb.moving.rearrange import has_moves
+from tcomm.eplb.moving.rows import LayerRows
 from tcomm.eplb.moving.symmetric import SymmetricMover
 from tcomm.groups.setup import from_store
 from tcomm.groups.stateless.group import StatelessProcessGroup
+from tcomm.memory.layout import StagingLayout
 from tcomm.memory.verdicts import Verdicts
 from tests.eplb.moving.failures import LAYER, SECONDS, around_publish, die, move, stop
-from tests.eplb.moving.weights import ROW_NBYTES, Layers, random_maps
+from tests.eplb.moving.weights import KINDS, ROW_NBYTES, Layers, random_maps
+from tests.groups.all2all.worlds import told
 
 
 def _mover(member, weights, timeout=20):
@@ -41,16 +44,57 @@ def _random(member, cases, size):
         needed.append((mine * ROW_NBYTES, 2 * sum(map(has_moves, moves))))
         wrong += [layers.wrong(layer, old[layer], new[layer]) for layer in range(3)]
     nbytes = mover.space.arena.staging.buffer.nbytes
+    names = _verdicts(mover)
+    told = _refused(member, mover, layers.weights[0], old[:1], new[:1])
     mover.close()
     mover.close()
-    return wrong, taken, needed, nbytes
+    member.meet("closed")
+    return wrong, taken, needed, nbytes, len(names), told, _verdicts(mover)
+
+
+def _verdicts(mover):
+    """Names in the memory file system that belong to the mover."""
+    prefix = os.path.basename(mover._verdicts.prefix)
+    return [name for name in os.listdir(mover.space.config.shm_dir) if name.startswith(prefix)]
+
+
+def _refused(member, mover, weights, old, new):
+    """What the mover says to calls out of place, with other weights and of other layers; and to none."""
+    moves = migration(old, new, member.world_size).layers[0]
+    told_of = [
+        told(mover.prepare, 0, moves, weights[:-1])[1],
+        told(mover.reserve, weights[:-1])[1],
+        told(mover.commit, 0, moves, weights)[1],
+        # They have other moves for the same layer; then the mover goes on.
+        told(mover.prepare, 5 + member.rank, moves, weights)[1],
+    ]
+    mover.prepare(0, moves, weights)
+    mover.reserve(weights)
+    staged = [int(row.abs().max()) for row in mover._staged[member.rank] if row.numel()]
+    told_of.append(told(mover.commit, 0, moves, weights)[1])
+    return told_of, staged
 
 
 def test_random_maps_move_byte_exactly_and_each_expert_once(on_ranks):
-    for world, cases in ((2, 8), (3, 6)):
-        for wrong, taken, needed, _ in on_ranks(world, _random, cases, 4):
+    size = 4
+    layer = LayerRows.of(Layers.filled([range(size)], 0, size).weights[0])
+    assert size * ROW_NBYTES <= layer.nbytes < size * ROW_NBYTES + 16 * len(KINDS)
+    for world, cases in ((2, 5), (3, 4), (4, 4), (8, 1)):
+        for wrong, taken, needed, nbytes, names, refused, left in on_ranks(world, _random, cases, size):
             assert wrong == [[]] * (3 * cases)
             assert taken == needed
+            assert nbytes == StagingLayout.for_half(-(-layer.nbytes // 2), world)
+            assert (names, left) == (1, [])
+            texts, staged = refused
+            expected = [
+                "and those of the first layer",
+                "and those of the first layer",
+                "layer 0, which was not prepared",
+                "the ranks called different things\n  rank 0: take_experts rows [5, 4]",
+                "layer 0, which was not prepared",
+            ]
+            assert [part in text for part, text in zip(expected, texts, strict=True)] == [True] * 5
+            assert staged == [0] * 6
 
 
 def _tell_rank_0_alone(space):

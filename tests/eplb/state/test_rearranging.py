@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from tcomm.eplb import AbstractEplbPolicy, register_policy
-from tcomm.eplb.moving.mover import WeightMover
+from tcomm.eplb.moving.messages import MessageMover
+from tcomm.eplb.moving.symmetric import SymmetricMover
 from tcomm.eplb.state import meeting, rearranging
 from tcomm.eplb.state.rearranging import count_nodes
 from tcomm.eplb.state.state import EplbState
-from tcomm.errors import CollectiveMismatchError, ConfigError, UsageError
+from tcomm.errors import CollectiveMismatchError, ConfigError, NotOfferedError, UsageError
 from tests.eplb.state.toy import ModelConfig, Toy, ToyState, config, expert_group, lone_group
 
 
@@ -41,12 +42,16 @@ def test_the_group_is_that_given_or_that_of_now(monkeypatch):
         assert state.ep_group is other
 
 
-def test_what_moves_weights_suits_the_group():
+def test_what_moves_weights_suits_the_group_and_the_config():
     with lone_group() as group:
-        state = EplbState(config(), "cpu", ep_group=group)
-        mover = state.make_mover(group, [torch.zeros(3, 2)])
-        assert isinstance(mover, WeightMover)
-        mover.close()
+        weights = [torch.zeros(3, 2)]
+        for communicator, kind in ((None, SymmetricMover), ("torch_gloo", MessageMover)):
+            state = EplbState(config(communicator=communicator), "cpu", ep_group=group)
+            mover = state.make_mover(group, weights)
+            assert type(mover) is kind
+            mover.close()
+        with pytest.raises(NotOfferedError, match="nixl is not offered here"):
+            EplbState(config(communicator="nixl"), "cpu", ep_group=group).make_mover(group, weights)
 
 
 def _lines(call):

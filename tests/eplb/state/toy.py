@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tcomm.eplb.routing import choose_slots
 from tcomm.eplb.state.state import EplbState
 from tcomm.errors import PeerLostError
 from tcomm.groups.parallel.coordinator import GroupCoordinator
@@ -75,23 +76,25 @@ class Toy(nn.Module):
     def forward(self, tokens, choices):
         """Every layer's experts of `choices` [T, L, k] on `tokens` [T, H], computed where they are."""
         for layer in range(self.num_moe_layers):
-            chosen = choices[:, layer]
-            counts, rows = self.logcnt[layer][chosen], self.log2phy[layer][chosen]
-            spread = torch.arange(len(tokens))[:, None] % counts
-            slots = rows.gather(2, spread[:, :, None])[:, :, 0]
+            slots = self._slots(layer, choices[:, layer].contiguous())
             tokens = tokens + self._computed(layer, tokens, slots).sum(dim=1)
         return tokens
 
+    def _slots(self, layer, chosen):
+        """[T, k]: where choices go. They are counted here when all slots are."""
+        counts_all = self.load.shape[1] > self.num_local_physical_experts or self.group.world_size == 1
+        load = self.load[layer] if counts_all else None
+        maps = self.log2phy[layer], self.logcnt[layer]
+        slots = choose_slots(chosen, *maps, expert_load=load, salt=self.rank)
+        for slot in [] if counts_all else self._gathered(slots).view(-1).tolist():
+            if slot // self.num_local_physical_experts == self.rank:
+                self.load[layer, slot % self.num_local_physical_experts] += 1
+        return slots
+
     def _computed(self, layer, tokens, slots):
-        """[T, k, H]: each by the rank that has the slot; counts tokens of slots, as the load asks for."""
-        size, num_ranks = self.num_local_physical_experts, self.group.world_size
-        counts_all = self.load.shape[1] > size or num_ranks == 1
+        """[T, k, H]: each by the rank that has the slot."""
+        size = self.num_local_physical_experts
         everything, asked = (self._gathered(x) for x in (tokens, slots))
-        for slot in (slots if counts_all else asked).view(-1).tolist():
-            if counts_all:
-                self.load[layer, slot] += 1
-            elif slot // size == self.rank:
-                self.load[layer, slot % size] += 1
         results = torch.zeros(*asked.shape, HIDDEN)
         for token, row in enumerate(asked.tolist()):
             for choice, slot in enumerate(row):
