@@ -77,7 +77,8 @@ class Model:
         self.num_local_physical_experts = NUM_SLOTS // world_size
         self.expert_weights: list[list[Tensor]] = []
         whole = [GatedExperts.random(x.shape[1], seed) for seed in range(NUM_LAYERS)]
-        self.expected = self._computed_whole(whole)
+        # Picked once: the last bit of a sum must not decide between two experts.
+        self.routed, self.expected = self._computed_whole(whole)
         first = EplbState.build_initial_global_physical_to_logical_map(NUM_EXPERTS, NUM_REDUNDANT)
         mine = first[self.rank * self.num_local_physical_experts :][: self.num_local_physical_experts]
         self.shares = [GatedExperts(*(w[mine] for w in layer.parameters())) for layer in whole]
@@ -89,18 +90,19 @@ class Model:
         self.load, self.log2phy, self.logcnt = load, log2phy, logcnt
         self.expert_weights = [share.parameters() for share in self.shares]
 
-    def _computed_whole(self, whole: Sequence[GatedExperts]) -> Tensor:
-        x = self.x
+    def _computed_whole(self, whole: Sequence[GatedExperts]) -> tuple[list[Tokens], Tensor]:
+        """What each layer gets, with its routes, and the outcome, without any communication."""
+        x, routed = self.x, []
         for layer, experts in enumerate(whole):
-            routed = routes(layer, x)
-            x = after_layer(x, experts.flat(x, routed.idx, routed.weights))
-        return x
+            routed.append(routes(layer, x))
+            x = after_layer(x, experts.flat(x, routed[-1].idx, routed[-1].weights))
+        return routed, x
 
     def forward(self) -> Tensor:
         """The outcome for this rank's tokens. **Collective.**"""
         x = self.x
         for layer, share in enumerate(self.shares):
-            routed = routes(layer, x)
+            routed = self.routed[layer]
             slots = choose_slots(
                 routed.idx, self.log2phy[layer], self.logcnt[layer],
                 expert_load=self.load[layer], salt=self.rank,
@@ -213,8 +215,9 @@ def show(course: Course, report: str) -> None:
     """Print what happened; in plain ASCII where the output is no terminal."""
     terminal = sys.stdout.isatty()
     console = Console(width=None if terminal else 110, markup=False, highlight=False, emoji=False)
-    title = f"top {TOP_K} of {NUM_EXPERTS} experts in {NUM_SLOTS} slots on {dist.get_world_size()} ranks"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE if terminal else box.ASCII)
+    ranks = dist.get_world_size()
+    console.print(f"top {TOP_K} of {NUM_EXPERTS} experts in {NUM_SLOTS} slots on {ranks} ranks")
+    table = Table(box=box.SIMPLE if terminal else box.ASCII)
     for column in ("layer", "busiest rank before", "after"):
         table.add_column(column)
     rows = zip(busiest(course.before), busiest(course.after) if course.after else [], strict=False)
