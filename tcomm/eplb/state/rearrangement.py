@@ -170,7 +170,8 @@ def carry_out(
     model = state.model
     assert model is not None
     done: list[int] = []
-    with torch.no_grad():
+    # An engine steps in inference mode; what is made here is used outside of it, too.
+    with torch.inference_mode(False), torch.no_grad():
         for layer in move.layers:
             moves = move.migration.layers[layer]
             if _has_copies(moves):

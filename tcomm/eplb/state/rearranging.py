@@ -93,9 +93,10 @@ class Rearranging(SingleModel):
     def _reserve(self) -> None:
         """Take the memory that a rearrangement takes, and rearrange nothing. **Collective.**"""
         Meeting(self.ep_group).agree(Errand.PROFILE, self.num_steps, len(self.model_states))
-        for state in self.model_states.values():
-            if state.model is not None and len(state.model.expert_weights):
-                self._mover(state).reserve(list(state.model.expert_weights[0]))
+        with torch.inference_mode(False), torch.no_grad():
+            for state in self.model_states.values():
+                if state.model is not None and len(state.model.expert_weights):
+                    self._mover(state).reserve(list(state.model.expert_weights[0]))
 
     def _tell_statistics(self) -> None:
         """Find out how even the load of this pass is; rank 0 logs it. **Collective.**"""

@@ -53,14 +53,19 @@ def _runs_on(member, shape):
         addresses = [x.data_ptr() for x in (state.logical_to_physical_map, state.logical_replica_count)]
         given = _tokens(member.rank)
         before, old = model(*given), state.physical_to_logical_map.clone()
-        state.step()
+        # As an engine steps; and then once more as a test does.
+        with torch.inference_mode():
+            state.step(is_profile=True)
+            state.step(log_stats=True)
         after, new = model(*given), state.physical_to_logical_map
         assert addresses == [x.data_ptr() for x in (model.log2phy, model.logcnt)]
         assert _agrees(model, state)
-        [only] = state.model_states.values()
+        same_map, report = torch.equal(old, new), state._only.last_rearrangement
+        state.rearrange(global_expert_load=state._only.last_expert_load.flip(1))
+        assert _agrees(model, state)
         state.close()
-        assert only.mover is None
-        return torch.equal(before, after), torch.equal(old, new), new.tolist(), only.last_rearrangement
+        assert state._only.mover is None
+        return torch.equal(before, after), same_map, new.tolist(), report
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
