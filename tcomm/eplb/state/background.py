@@ -17,7 +17,7 @@ from tcomm.eplb.state.rearranging import Rearranging
 from tcomm.eplb.state.worker import Worker
 from tcomm.errors import UsageError
 
-__all__ = ["Background"]
+__all__ = ["Background", "start_async_worker"]
 
 _SECONDS_BETWEEN_LOOKS = 0.001
 
@@ -140,3 +140,23 @@ class Background(Rearranging):
         self.rearrange_event.clear()
         assert under_way is not None
         return under_way
+
+
+def start_async_worker(
+    state: Background, rank_mapping: Mapping[int, int] | None = None, is_profile: bool = False
+) -> threading.Thread:
+    """`start_async_loop`, as a function that gives the thread.
+
+    Args:
+        state: that rearranges beside the forward pass.
+        rank_mapping: as for `start_async_loop`.
+        is_profile: likewise.
+
+    Raises:
+        UsageError: when the state has no such thread.
+    """
+    if not state.is_async:
+        raise UsageError("the state rearranges in step(), without a thread; set use_async=True")
+    state.start_async_loop(rank_mapping, is_profile)
+    assert state.async_worker is not None
+    return state.async_worker.launch()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,15 @@ if TYPE_CHECKING:
     from tcomm.eplb.state.model_state import EplbModelState
     from tcomm.eplb.state.statistics import EplbStats
 
-__all__ = ["LayerSwitch", "PlannedMove", "Rearrangement", "carry_out", "plan_move", "switches_of"]
+__all__ = [
+    "LayerSwitch",
+    "PlannedMove",
+    "Rearrangement",
+    "carry_out",
+    "plain_mode",
+    "plan_move",
+    "switches_of",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,13 +175,13 @@ class LayerSwitch:
     def prepare(self) -> None:
         """Bring the weights to this rank. **Collective** where some move; see `WeightMover.prepare`."""
         if self.mover is not None:
-            with torch.no_grad():
+            with plain_mode():
                 self.mover.prepare(self.layer, self.moves, self._weights)
 
     def commit(self) -> None:
         """Write weights and map. Local; waits for nobody."""
         if self.mover is not None:
-            with torch.no_grad():
+            with plain_mode():
                 self.mover.commit(self.layer, self.moves, self._weights)
         self.state.switch_layer(self.layer, self.slots)
 
@@ -229,6 +238,13 @@ def carry_out(
             raise
         done.append(switch.layer)
     return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def plain_mode() -> Iterator[None]:
+    """An engine steps in inference mode; what is made here is used outside of it, too."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _has_copies(moves: LayerMoves) -> bool:

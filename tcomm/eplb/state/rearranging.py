@@ -14,7 +14,7 @@ from tcomm.eplb.shapes import IntArray
 from tcomm.eplb.state.elastic import RankChange, SharedState, rank_change, share_state
 from tcomm.eplb.state.meeting import UNKNOWN, Errand, Meeting, Visit, fingerprint
 from tcomm.eplb.state.model_state import EplbModelState
-from tcomm.eplb.state.rearrangement import PlannedMove, carry_out, plan_move
+from tcomm.eplb.state.rearrangement import PlannedMove, carry_out, plain_mode, plan_move
 from tcomm.eplb.state.single import SingleModel
 from tcomm.eplb.state.statistics import EplbStats, LoadStatistics, rank_loads
 from tcomm.groups.parallel.coordinator import GroupCoordinator
@@ -87,16 +87,18 @@ class Rearranging(SingleModel):
         if state.mover is None or state.mover_group is not group:
             state.close()
             assert state.model is not None
-            state.mover = self.make_mover(group, list(state.model.expert_weights[0]))
+            with plain_mode():
+                state.mover = self.make_mover(group, list(state.model.expert_weights[0]))
             state.mover_group = group
         return state.mover
 
     def _reserve(self) -> None:
         """Take the memory that a rearrangement takes, and rearrange nothing. **Collective.**"""
         Meeting(self.ep_group).agree(Errand.PROFILE, self.num_steps, len(self.model_states))
-        for state in self.model_states.values():
-            if state.model is not None and len(state.model.expert_weights):
-                self._mover(state).reserve(list(state.model.expert_weights[0]))
+        with plain_mode():
+            for state in self.model_states.values():
+                if state.model is not None and len(state.model.expert_weights):
+                    self._mover(state).reserve(list(state.model.expert_weights[0]))
 
     def _tell_statistics(self) -> None:
         """Find out how even the load of this pass is; rank 0 logs it. **Collective.**"""

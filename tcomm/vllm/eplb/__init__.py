@@ -1,5 +1,6 @@
 """`vllm.distributed.eplb`: planning, the state of balancing, and what it takes from other modules."""
 
+from tcomm.eplb.moving.rearrange import rearrange_expert_weights_inplace
 from tcomm.eplb.policies import EPLB_POLICIES, AbstractEplbPolicy, DefaultEplbPolicy
 from tcomm.eplb.state.model_state import EplbLayerState, EplbModelState
 from tcomm.eplb.state.protocol import MixtureOfExperts
@@ -33,5 +34,6 @@ __all__ = [
     "get_node_count",
     "in_the_same_node_as",
     "init_logger",
+    "rearrange_expert_weights_inplace",
     "rebalance_experts",
 ]

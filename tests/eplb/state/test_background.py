@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tcomm.eplb.moving.making import make_mover
+from tcomm.eplb.state.background import start_async_worker
 from tcomm.eplb.state.state import EplbState
 from tcomm.errors import CollectiveMismatchError, ConfigError, PeerLostError, UsageError
 from tests.eplb.state.toy import ModelConfig, Toy, config, expert_group, lone_group, skewed_choices
@@ -76,7 +77,8 @@ def _beside(member):
         for step in range(2000):
             old = only.phy2log()
             assert torch.equal(model(tokens, choices), expected)
-            state.step()
+            with torch.inference_mode(member.world_size == 4):
+                state.step()
             switched += [(step, layer) for layer in _changed(old, only.phy2log())]
             if begun is None and state.rearrange_event.is_set():
                 begun = step
@@ -222,4 +224,12 @@ def test_without_a_thread_there_is_nothing_to_start_or_drain():
         state.start_async_loop()
         state.drain_async()
         assert state.async_worker is None
+        with pytest.raises(UsageError, match="set use_async=True"):
+            start_async_worker(state)
         state.close()
+        beside, *_ = _made(group)
+        thread = start_async_worker(beside)
+        assert thread.is_alive()
+        assert thread is start_async_worker(beside, is_profile=True)
+        beside.close()
+        assert not thread.is_alive()

@@ -204,7 +204,7 @@ def test_ranks_that_go_by_other_things_are_named_and_nothing_changes(on_ranks):
 
 def test_a_group_of_another_size_is_noticed():
     with lone_group() as group:
-        state = EplbState(config(), "cpu", ep_group=group)
+        state = EplbState(config(step_interval=100), "cpu", ep_group=group)
         state.add_model(Toy(group), ModelConfig(), max_physical_experts=12)
         state.update_mapping(torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 0, 1]] * 2))
         for call in (lambda: state.step(log_stats=True), state.rearrange):

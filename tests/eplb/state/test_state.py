@@ -53,14 +53,19 @@ def _runs_on(member, shape):
         addresses = [x.data_ptr() for x in (state.logical_to_physical_map, state.logical_replica_count)]
         given = _tokens(member.rank)
         before, old = model(*given), state.physical_to_logical_map.clone()
-        state.step()
+        # As an engine steps; and then once more as a test does.
+        with torch.inference_mode():
+            state.step(is_profile=True)
+            state.step(log_stats=True)
         after, new = model(*given), state.physical_to_logical_map
         assert addresses == [x.data_ptr() for x in (model.log2phy, model.logcnt)]
         assert _agrees(model, state)
-        [only] = state.model_states.values()
+        same_map, report = torch.equal(old, new), state._only.last_rearrangement
+        state.rearrange(global_expert_load=state._only.last_expert_load.flip(1))
+        assert _agrees(model, state)
         state.close()
-        assert only.mover is None
-        return torch.equal(before, after), torch.equal(old, new), new.tolist(), only.last_rearrangement
+        assert state._only.mover is None
+        return torch.equal(before, after), same_map, new.tolist(), report
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -145,6 +150,7 @@ def _grows_and_shrinks(member, is_single):
     state.rearrange(rank_mapping={0: -1, 1: 0, 2: 1})
     assert (model.num_physical_experts, model.num_redundant_experts) == (6, 2)
     left, counted, last = state.physical_to_logical_map.tolist(), 0, None
+    between = state._only.last_expert_load.tolist()
     if member.rank:
         rank.move_to("left")
         counted = rank.forward()
@@ -155,26 +161,27 @@ def _grows_and_shrinks(member, is_single):
     for group in rank.groups.values():
         group.destroy()
     same = [torch.equal(rank.outputs[0], other) for other in rank.outputs]
-    return same, grown, left, load.tolist(), counted, last
+    return same, grown, left, [load.tolist(), between, last], counted
 
 
 @pytest.mark.parametrize("is_single", [True, False], ids=["one model", "models"])
 def test_ranks_come_and_go(on_ranks, is_single):
     results = on_ranks(3, _grows_and_shrinks, is_single)
-    # Each token of a rank makes two choices in each layer.
-    choices = 6 * 2
-    for same, grown, left, load, _, last in results:
+    chosen = [_tokens(rank, experts=4)[1] for rank in range(3)]
+    for rank, (same, grown, left, loads, _) in enumerate(results):
         assert all(same)
-        assert [sum(row) for row in load] == [2 * choices] * 3
+        for load, ranks in zip(loads, ([0, 2], [0, 1, 2], [1, 2]), strict=True):
+            together = torch.cat([chosen[one] for one in ranks]).transpose(0, 1).flatten(1)
+            expected = [torch.bincount(row, minlength=4).tolist() for row in together]
+            assert load == expected or (rank == 0 and ranks == [1, 2])
         assert (grown, left) == results[0][1:3]
         assert [len(row) for row in grown] == [9] * 3
         assert [len(row) for row in left] == [6] * 3
         assert all(set(row) == set(range(4)) for row in grown + left)
-        assert last is None or [sum(row) for row in last] == [2 * choices] * 3
-    counted = [result[4] for result in results]
+    counted, choices = [result[4] for result in results], 3 * 6 * 2
     # Each rank counts what reaches its slots, or what its tokens choose.
-    assert sum(counted) == 3 * 2 * choices
-    assert is_single or counted == [0, 3 * choices, 3 * choices]
+    assert sum(counted) == 2 * choices
+    assert is_single or counted == [0, choices, choices]
 
 
 def _goes_on_without(member, lost):
@@ -268,21 +275,30 @@ def test_a_rank_that_dies_leaves_whole_layers_on_all_others(on_ranks):
 
 
 def _waits_for_a_rank(member):
-    """What rank 0 is told when it steps once more than rank 1."""
+    """What rank 0 is told when it steps once more than rank 1, and when it asks for what cannot be."""
     member.process_group()
-    group = GroupCoordinator([[0, 1]], 0, "gloo", True, group_name="ep", timeout=1.0)
-    state = EplbState.build(Toy(group), CPU, config(), ep_group=group)
-    told = None
+    both, alone = (
+        GroupCoordinator(rows, 0, "gloo", True, group_name="ep", timeout=1.0)
+        for rows in ([[0, 1]], [[0], [1]])
+    )
+    peers = None
     if member.rank == 0:
+        state = EplbState.build(Toy(alone), CPU, config(), ep_group=alone)
+        load = torch.ones(2, 4, dtype=torch.int64)
+        state.ep_group = both
+        with pytest.raises(ConfigError, match="12 slots of 4 experts do not fit into maps for 6"):
+            state.rearrange(global_expert_load=load, rank_mapping={0: 0})
+        state = EplbState.build(Toy(both), CPU, config(), ep_group=both)
         with pytest.raises(PeerTimeoutError) as caught:
             state.step()
-        told = caught.value.peers
+        peers = caught.value.peers
     member.meet("done")
-    group.destroy()
-    return told
+    both.destroy()
+    alone.destroy()
+    return peers
 
 
-def test_a_rank_that_does_not_step_is_named_in_time(on_ranks):
+def test_a_rank_that_does_not_come_is_named_in_time_unless_nothing_is_to_be_sent(on_ranks):
     assert on_ranks(2, _waits_for_a_rank)[0] == (1,)
 
 
@@ -341,6 +357,13 @@ def test_a_config_that_cannot_be_followed_is_refused():
         EplbState(config(policy="unheard of"), "cpu")
     with pytest.raises(ConfigError, match="3 is no ParallelConfig, and no tensor with a map"):
         EplbState(3, "cpu")
+
+
+def test_a_model_has_to_collect_its_weights(group):
+    model = Toy(group)
+    model.set_eplb_state = lambda *views: None
+    with pytest.raises(ConfigError, match="expert_weights has 0 layers where the model has 2"):
+        EplbState.build(model, CPU, config(), ep_group=group)
 
 
 def test_initial_maps_are_those_of_routed_experts_and_then_the_first_again():
