@@ -108,7 +108,7 @@ class MessageMover:
 
         def body() -> None:
             try:
-                with torch.cuda.stream(stream):
+                with torch.inference_mode(), torch.cuda.stream(stream):
                     run()
                 done.set_result(None)
             except BaseException as error:  # noqa: BLE001 - raised where it is waited for
@@ -128,7 +128,7 @@ class MessageMover:
         """See `WeightMover.commit`. Local."""
         if self._prepared != (layer, moves):
             raise UsageError(f"commit of layer {layer}, which was not prepared; prepare it first")
-        write_rows(weights, self._rows.bytes_of(weights), moves, self._meeting.rank, self._rows_for)
+        write_rows(self._rows.bytes_of(weights), moves, self._meeting.rank, self._rows_for)
         self._prepared = None
 
     def reserve(self, weights: Sequence[torch.Tensor]) -> None:

@@ -62,9 +62,10 @@ class SymmetricMover:
         self._prepared = None
         taken = self._rows.call("take_experts", layer, moves, "shared")
         self._meet(taken)
-        for row in rows_to_give(moves, space.rank, self._rows.num_slots):
-            for staged, weight in zip(self._staged[space.rank], rows, strict=True):
-                staged[row].copy_(weight[row])
+        with torch.inference_mode():
+            for row in rows_to_give(moves, space.rank, self._rows.num_slots):
+                for staged, weight in zip(self._staged[space.rank], rows, strict=True):
+                    staged[row].copy_(weight[row])
         self._agree(self._rows.call("give_experts", layer, moves, "shared"))
         self._prepared = layer, moves
 
@@ -111,7 +112,7 @@ class SymmetricMover:
         """See `WeightMover.commit`. Local."""
         if self._prepared != (layer, moves):
             raise UsageError(f"commit of layer {layer}, which was not prepared; prepare it first")
-        write_rows(weights, self._rows.bytes_of(weights), moves, self.space.rank, self._brought)
+        write_rows(self._rows.bytes_of(weights), moves, self.space.rank, self._brought)
         self._prepared = None
 
     def _brought(self, copy: Copy) -> list[torch.Tensor]:
@@ -128,8 +129,9 @@ class SymmetricMover:
     def _reserve(self) -> None:
         self._prepared = None
         self._meet(self._rows.call("reserve_experts", -1, LayerMoves((), (), (), ()), "shared"))
-        for staged in self._staged[self.space.rank]:
-            staged.zero_()
+        with torch.inference_mode():
+            for staged in self._staged[self.space.rank]:
+                staged.zero_()
 
     def close(self) -> None:
         """See `WeightMover.close`."""
