@@ -28,7 +28,8 @@ class SymmetricMover:
     Args:
         members: who takes part.
         weights: of one layer on this rank, in host memory.
-        timeout: of waits: seconds, a profile, or None: as long as the peers live.
+        timeout: of waits: seconds, a profile, or None: as long as the peers live. Ranks that have begun to
+            move a layer together have half of it to give their rows.
 
     Attributes:
         space: the memory, and how much was read from others in it.
@@ -80,7 +81,9 @@ class SymmetricMover:
     def _agree(self, call: CallDescription) -> None:
         """Tell that the rows are there, and return or raise as all others do."""
         space = self.space
-        epoch = space.begin(call, space.timeout)
+        # Who has agreed already may wait in the next call, and must not be the first to lose patience there.
+        seconds = None if space.timeout is None else space.timeout / 2
+        epoch = space.begin(call, seconds)
         space.publish(epoch, call)
         try:
             space.await_peers(epoch, call)
