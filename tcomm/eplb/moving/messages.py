@@ -54,6 +54,7 @@ class MessageMover:
         self._brought = self._rows.views_of(self.buffer)
         self._prepared: tuple[int, LayerMoves] | None = None
         self._end = ""
+        self._untold: CommError | None = None
         self._thread: threading.Thread | None = None
 
     def prepare(self, layer: int, moves: LayerMoves, weights: Sequence[torch.Tensor]) -> None:
@@ -69,12 +70,15 @@ class MessageMover:
 
     def _agree(self, call: CallDescription, run: Callable[[], None]) -> None:
         """Do something on every rank, and return or raise as all others do."""
-        if self._end:
+        if self._end and self._untold is None:
             raise PeerLostError(f"moving experts is over since {self._end}; build a new group")
         deadline = None if self._seconds is None else time.monotonic() + self._seconds
         meeting = self._meeting
         meeting.begin()
         try:
+            untold, self._untold = self._untold, None
+            if untold is not None:
+                raise untold
             self._compare(call, meeting.gather("before", call.encode(), deadline))
             self._watch(run)
             meeting.gather("after", b"", deadline)
@@ -86,6 +90,8 @@ class MessageMover:
             self._end = str(error) or type(error).__name__
             if meeting.give_up(error) or not isinstance(error, CommError):
                 raise
+            # The others have all they need, and so has this rank; they learn of it in the next call.
+            self._untold = error
 
     def _compare(self, call: CallDescription, told: Sequence[bytes]) -> None:
         calls = [decode_description(data) for data in told]
@@ -108,7 +114,7 @@ class MessageMover:
 
         def body() -> None:
             try:
-                with torch.cuda.stream(stream):
+                with torch.inference_mode(), torch.cuda.stream(stream):
                     run()
                 done.set_result(None)
             except BaseException as error:  # noqa: BLE001 - raised where it is waited for
@@ -128,7 +134,7 @@ class MessageMover:
         """See `WeightMover.commit`. Local."""
         if self._prepared != (layer, moves):
             raise UsageError(f"commit of layer {layer}, which was not prepared; prepare it first")
-        write_rows(weights, self._rows.bytes_of(weights), moves, self._meeting.rank, self._rows_for)
+        write_rows(self._rows.bytes_of(weights), moves, self._meeting.rank, self._rows_for)
         self._prepared = None
 
     def reserve(self, weights: Sequence[torch.Tensor]) -> None:

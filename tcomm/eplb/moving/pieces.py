@@ -21,7 +21,7 @@ from tcomm.eplb.moving.groups import ExpertGroup, rank_of, size_of
 from tcomm.eplb.moving.messages import bring_rows
 from tcomm.eplb.moving.rank_mapping import widen_maps
 from tcomm.eplb.moving.rearrange import map_of
-from tcomm.eplb.moving.rows import LayerRows, writing
+from tcomm.eplb.moving.rows import LayerRows
 from tcomm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def move_to_buffer(
         raise ConfigError(f"weights of {rows.num_slots} slots for ranks of {num_local_experts}")
     if moves.rounds or moves.local:
         sender = communicator or create_eplb_communicator(ep_group, None, weights, expert_weights_buffers)
-        with torch.cuda.stream(cuda_stream):
+        with torch.inference_mode(), torch.cuda.stream(cuda_stream):
             bring_rows(sender, moves, rows.bytes_of(weights), brought, rank)
     received = RecvMetadata(
         found.recv_primary_mask, found.recv_count, found.recv_expert_ids, found.recv_dst_rows
@@ -211,7 +211,7 @@ def move_from_buffer(
         each[:count].tolist() for each in (recv_metadata.recv_expert_ids, recv_metadata.recv_dst_rows)
     )
     came = dict(zip(experts, slots, strict=True))
-    with writing(weights):
+    with torch.inference_mode():
         for slot, expert in enumerate(new.tolist()):
             # What this rank had waits in the slot's own row, and what came in that of the first one.
             source = slot if is_received_locally[slot] else came.get(expert, -1)
@@ -264,8 +264,9 @@ def transfer_layer(
 
     async def transfer() -> tuple[BoolArray, BoolArray, RecvMetadata]:
         if is_profile:
-            for buffer in expert_weights_buffer:
-                buffer.zero_()
+            with torch.inference_mode():
+                for buffer in expert_weights_buffer:
+                    buffer.zero_()
         return move_to_buffer(
             size, old[layer], after, expert_weights[layer], expert_weights_buffer, cuda_stream, ep_group
         )

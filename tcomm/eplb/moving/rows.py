@@ -14,7 +14,7 @@ from tcomm.errors import ConfigError
 from tcomm.groups.arguments import check_tensor, dtype_name, is_plain
 from tcomm.signature import CallDescription
 
-__all__ = ["LayerRows", "rows_to_give", "write_rows", "writing"]
+__all__ = ["LayerRows", "rows_to_give", "write_rows"]
 
 _ALIGNMENT = 16
 
@@ -121,7 +121,6 @@ def rows_to_give(moves: LayerMoves, rank: int, num_slots: int) -> list[int]:
 
 
 def write_rows(
-    weights: Sequence[torch.Tensor],
     rows: Sequence[torch.Tensor],
     moves: LayerMoves,
     rank: int,
@@ -130,14 +129,14 @@ def write_rows(
     """Write what a rank gets into its weights: what was brought, and then its duplicates.
 
     Args:
-        weights: of the layer.
-        rows: the same, from `LayerRows.bytes_of`.
+        rows: the weights of the layer, from `LayerRows.bytes_of`.
         moves: what the layer needs.
         rank: this one.
         brought: the row of each weight for a copy, round by round and then those within the rank.
     """
     size = len(rows[0])
-    with writing(weights):
+    # There any tensor may be written, whatever mode it was made in.
+    with torch.inference_mode():
         for copy in [*(copy for round_ in moves.rounds for copy in round_), *moves.local]:
             if copy.target // size == rank:
                 for row, new in zip(rows, brought(copy), strict=True):
@@ -146,8 +145,3 @@ def write_rows(
             if copy.target // size == rank:
                 for row in rows:
                     row[copy.target % size].copy_(row[copy.source % size])
-
-
-def writing(weights: Sequence[torch.Tensor]) -> torch.inference_mode:
-    """A context in which weights may be written, also those that were made in inference mode."""
-    return torch.inference_mode(any(weight.is_inference() for weight in weights))

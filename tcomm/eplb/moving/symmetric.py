@@ -28,7 +28,8 @@ class SymmetricMover:
     Args:
         members: who takes part.
         weights: of one layer on this rank, in host memory.
-        timeout: of waits: seconds, a profile, or None: as long as the peers live.
+        timeout: of waits: seconds, a profile, or None: as long as the peers live. Ranks that have begun to
+            move a layer together have half of it to give their rows.
 
     Attributes:
         space: the memory, and how much was read from others in it.
@@ -62,9 +63,10 @@ class SymmetricMover:
         self._prepared = None
         taken = self._rows.call("take_experts", layer, moves, "shared")
         self._meet(taken)
-        for row in rows_to_give(moves, space.rank, self._rows.num_slots):
-            for staged, weight in zip(self._staged[space.rank], rows, strict=True):
-                staged[row].copy_(weight[row])
+        with torch.inference_mode():
+            for row in rows_to_give(moves, space.rank, self._rows.num_slots):
+                for staged, weight in zip(self._staged[space.rank], rows, strict=True):
+                    staged[row].copy_(weight[row])
         self._agree(self._rows.call("give_experts", layer, moves, "shared"))
         self._prepared = layer, moves
 
@@ -79,7 +81,9 @@ class SymmetricMover:
     def _agree(self, call: CallDescription) -> None:
         """Tell that the rows are there, and return or raise as all others do."""
         space = self.space
-        epoch = space.begin(call, space.timeout)
+        # Who has agreed already may wait in the next call, and must not be the first to lose patience there.
+        seconds = None if space.timeout is None else space.timeout / 2
+        epoch = space.begin(call, seconds)
         space.publish(epoch, call)
         try:
             space.await_peers(epoch, call)
@@ -111,7 +115,7 @@ class SymmetricMover:
         """See `WeightMover.commit`. Local."""
         if self._prepared != (layer, moves):
             raise UsageError(f"commit of layer {layer}, which was not prepared; prepare it first")
-        write_rows(weights, self._rows.bytes_of(weights), moves, self.space.rank, self._brought)
+        write_rows(self._rows.bytes_of(weights), moves, self.space.rank, self._brought)
         self._prepared = None
 
     def _brought(self, copy: Copy) -> list[torch.Tensor]:
@@ -128,8 +132,9 @@ class SymmetricMover:
     def _reserve(self) -> None:
         self._prepared = None
         self._meet(self._rows.call("reserve_experts", -1, LayerMoves((), (), (), ()), "shared"))
-        for staged in self._staged[self.space.rank]:
-            staged.zero_()
+        with torch.inference_mode():
+            for staged in self._staged[self.space.rank]:
+                staged.zero_()
 
     def close(self) -> None:
         """See `WeightMover.close`."""

@@ -75,7 +75,8 @@ class _TorchCommunicator(EplbCommunicator):
         """See `EplbCommunicator`."""
         noted, self._noted = self._noted, []
         if noted:
-            with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            # There any tensor may be written, whatever mode it was made in.
+            with torch.inference_mode(), torch.cuda.stream(self._stream):
                 self._execute(noted)
 
     def _execute(self, noted: list[_Transfer]) -> None:

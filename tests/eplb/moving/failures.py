@@ -11,7 +11,7 @@ from tcomm.errors import CommError
 from tcomm.groups.moe.workspace import Workspace
 from tests.eplb.moving.weights import Layers
 
-SECONDS = 1.0
+SECONDS = 1.5
 SIZE = 2
 LAYER = 1
 """In the middle of which something happens."""

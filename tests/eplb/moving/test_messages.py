@@ -1,8 +1,10 @@
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
 from tcomm.eplb.migration import migration
@@ -10,6 +12,7 @@ from tcomm.eplb.moving.creation import create_eplb_communicator
 from tcomm.eplb.moving.meeting import Meeting
 from tcomm.eplb.moving.messages import MessageMover
 from tcomm.eplb.moving.rearrange import rearrange_expert_weights_inplace
+from tcomm.errors import PeerTimeoutError
 from tcomm.groups.setup import from_process_group
 from tests.eplb.moving.failures import LAYER, SECONDS, die, move, stop
 from tests.eplb.moving.weights import KINDS, ROW_NBYTES, Layers, random_maps
@@ -52,7 +55,7 @@ def _random(member, cases, size):
     member.process_group()
     generator = np.random.default_rng(member.world_size)
     wrong, rounds, needed, mover = [], [], [], None
-    for _ in range(cases):
+    for case in range(cases):
         old, new = random_maps(generator, 3, member.world_size, size)
         layers = Layers.filled(old, member.rank, size)
         if mover is None:
@@ -61,7 +64,8 @@ def _random(member, cases, size):
             mover.reserve(layers.weights[0])
             rounds.append(counting.rounds[:])
         counting.rounds.clear()
-        rearrange_expert_weights_inplace(old, new, layers.weights, dist.group.WORLD, mover=mover)
+        with torch.inference_mode(case % 2 == 1):
+            rearrange_expert_weights_inplace(old, new, layers.weights, dist.group.WORLD, mover=mover)
         moves = migration(old, new, member.world_size).layers
         copies = [copy for each in moves for round_ in each.rounds for copy in round_]
         mine = sum(copy.target // size == member.rank for copy in copies)
@@ -99,6 +103,25 @@ def test_random_maps_move_byte_exactly_in_rounds(on_ranks):
             assert 4 * ROW_NBYTES <= nbytes <= 4 * ROW_NBYTES + 16 * len(KINDS)
 
 
+def _race(member, point):
+    """Rank 0 gives up waiting for the last rank, when all has come; before the others agree, or after."""
+    gather, commit = Meeting.gather, Meeting.commit
+
+    def impatient(self, step, payload, deadline):
+        got = gather(self, step, payload, deadline)
+        if member.rank == 0 and step == "after" and self._number == LAYER:
+            time.sleep(0.0 if "first" in point else 0.3)
+            raise self._error(PeerTimeoutError, "late", [member.world_size - 1])
+        return got
+
+    def slow(self):
+        if member.rank and "first" in point and self._number == LAYER:
+            time.sleep(1.0)
+        commit(self)
+
+    Meeting.gather, Meeting.commit = impatient, slow
+
+
 def _failing(member, point):
     """The last rank dies or stops in layer 1."""
     member.process_group()
@@ -115,6 +138,8 @@ def _failing(member, point):
         return got
 
     Meeting.gather = patched
+    if point.startswith("race"):
+        _race(member, point)
     member.store.set(f"pid {member.rank}", str(os.getpid()))
     made = []
 
@@ -137,19 +162,26 @@ def _failing(member, point):
         (3, "before done dies", "PeerLostError", [0]),
         (3, "before done stops", "PeerTimeoutError", [0]),
         (4, "after dies", "PeerTimeoutError", [0]),
-        (3, "after done dies", "PeerTimeoutError", None),
+        (3, "after done dies", "PeerTimeoutError", [0, 1]),
+        (3, "race, giving up first", "PeerTimeoutError", [0]),
     ],
 )
 def test_who_dies_or_stops_is_named_and_all_agree_on_what_is_new(on_ranks, world, point, kind, news):
     outcomes = on_ranks(world, _failing, point, check=False)
     ends = [outcome.value for outcome in outcomes if outcome.value is not None]
     assert len(ends) == world - ("dies" in point), [o.error for o in outcomes]
-    agreed = ends[0][0][0]
-    assert news in (None, agreed)
     for (done, wrong, (found, peers, text), took), again, then in ends:
-        assert done == agreed
+        assert done == news
         assert wrong == [[]] * 3
         assert (found, peers) == (kind, (world - 1,)), text
-        assert f"layers 0 to {len(agreed) - 1} have their new experts" in text
+        assert f"layers 0 to {len(news) - 1} have their new experts" in text
         assert took < 2 * SECONDS + 2
         assert (again, then) == ([], ("PeerLostError",))
+
+
+def test_who_gives_up_last_commits_with_the_others(on_ranks):
+    """All has come, so nobody gives up this layer; all do the next one, for the reason of rank 0."""
+    for (done, wrong, (kind, peers, _), took), again, then in on_ranks(3, _failing, "race, last"):
+        assert (done, wrong, again) == ([0, 1], [[]] * 3, [])
+        assert (kind, peers, then) == ("PeerTimeoutError", (2,), ("PeerLostError",))
+        assert took < 2 * SECONDS + 2

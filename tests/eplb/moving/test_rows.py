@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tcomm.eplb.migration import Copy, LayerMoves, migration
 from tcomm.eplb.moving.rows import LayerRows, rows_to_give, write_rows
 from tcomm.errors import ConfigError
-from tests.eplb.moving.weights import KINDS, ROW_NBYTES, Layers
+from tests.eplb.moving.weights import ROW_NBYTES, Layers
 
 
 def _layer(size=3):
@@ -82,7 +82,7 @@ def test_what_is_given_is_what_is_written(seed, world, size):
     for rank in range(world):
         rows = LayerRows.of([whole[rank]]).bytes_of([whole[rank]])
         write_rows(
-            [whole[rank]], rows, moves, rank,
+            rows, moves, rank,
             lambda copy: [staged.view(-1, 1)[copy.source].view(torch.uint8)],
         )  # fmt: skip
     has = old[0].tolist()
@@ -90,15 +90,14 @@ def test_what_is_given_is_what_is_written(seed, world, size):
     assert (whole.view(-1) // 10).tolist() == wanted
 
 
-def test_weights_made_in_inference_mode_are_written_outside_of_it():
-    with torch.inference_mode():
-        weight = torch.arange(4.0).view(2, 2)
-    rows = LayerRows.of([weight]).bytes_of([weight])
+@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("kind", [torch.Tensor.clone, torch.nn.Parameter])
+def test_weights_made_and_written_in_inference_mode_or_not(made, used, kind):
+    with torch.inference_mode(made):
+        weight = kind(torch.arange(4.0).view(2, 2))
     moves = LayerMoves((), (Copy(0, 0, 1),), (), ())
-    write_rows([weight], rows, moves, 0, lambda copy: [rows[0][copy.source]])
+    with torch.inference_mode(used):
+        rows = LayerRows.of([weight]).bytes_of([weight])
+        write_rows(rows, moves, 0, lambda copy: [rows[0][copy.source]])
     assert weight.tolist() == [[0, 1], [0, 1]]
-    parameter = torch.nn.Parameter(torch.arange(4.0).view(2, 2))
-    rows = LayerRows.of([parameter]).bytes_of([parameter])
-    write_rows([parameter], rows, moves, 0, lambda copy: [rows[0][copy.source]])
-    assert parameter.tolist() == [[0, 1], [0, 1]]
-    assert len(KINDS) == len(_layer())

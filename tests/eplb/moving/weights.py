@@ -16,6 +16,13 @@ KINDS = (
 )
 ROW_NBYTES = 30 + 7 + 4 + 3 + 5 + 0 + 17
 
+EXAMPLE = {
+    "old": [0, 1, 2, 3, -1, 5],
+    "new": [3, 3, 0, 3, 1, 9],
+    "after": [3, 3, 0, 3, 1, 5],
+}
+"""Of the document: two ranks with three slots each."""
+
 
 def row(number, layer, expert):
     """The bytes of weight `number` of an expert."""
