@@ -114,6 +114,8 @@ class Survivors:
     def await_peers(self, word: int, timeout: float | None) -> None:
         """Wait until those who take part have published that epoch, or are masked.
 
+        Afterwards the words of all who take part are in this rank's page, where a kernel looks for them.
+
         Raises:
             CollectiveMismatchError: a peer's signature differs.
             PeerLostError, PeerTimeoutError: a peer does not come, and late ones are not masked.
@@ -144,6 +146,9 @@ class Survivors:
                 continue
             pause_since(began)
         self._refuse_other_calls(word, heard_of)
+        for peer in heard_of - self.masked:
+            # It may have told others only: its data is there all the same.
+            self._channel.words[arrival_index(0, epoch & 1, 0, peer)] = word
         self._drop_verdicts(epoch)
 
     def close(self) -> None:

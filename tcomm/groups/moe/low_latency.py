@@ -116,7 +116,8 @@ class LowLatency:
             survivors = self.masks.survivors
             self._engine = HostEngine(self.workspace, self.layout, self._lent, survivors)
         else:
-            self._engine = KernelEngine(self.workspace, self.layout, self._lent_staging)
+            agreed = self.masks.survivors if self.masks.are_possible else None
+            self._engine = KernelEngine(self.workspace, self.layout, self._lent_staging, agreed)
 
     def dispatch(
         self,

@@ -14,6 +14,7 @@ from tcomm.kernels.moe_low_latency import receive_copies, send_copies
 from tcomm.kernels.moe_low_latency_combine import send_rows, sum_rows
 from tcomm.memory.base import Staging
 from tcomm.memory.moe_slots import SlotLayout
+from tcomm.memory.survivors import Survivors
 
 __all__ = ["KernelEngine"]
 
@@ -41,12 +42,20 @@ class KernelEngine:
         workspace: whose halves have `layout`.
         layout: of the exchange.
         lent: the memory of all ranks for results that are not copied.
+        survivors: who takes part; None on a GPU, where all do.
     """
 
-    def __init__(self, workspace: Workspace, layout: SlotLayout, lent: Callable[[], Staging]) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        layout: SlotLayout,
+        lent: Callable[[], Staging],
+        survivors: Survivors | None,
+    ) -> None:
         self._space = workspace
         self._layout = layout
         self._lent = lent
+        self._survivors = survivors
 
     def send_dispatch(self, job: DispatchJob) -> None:
         """Number the copies, push them, and publish."""
@@ -58,6 +67,7 @@ class KernelEngine:
             ),
         )
         job.handle.routing = routing
+        self._refuse_if_masked()
         job.epoch = send_copies(
             self._space.arena, job.call, job.seconds, layout, job.form, job.x.contiguous(), topk_idx,
             routing.slots, routing.counts,
@@ -69,6 +79,7 @@ class KernelEngine:
         packed, space = job.handle.packed, self._space
         space.traffic.num_phases += 1
         began = time.monotonic()
+        self._agree(job)
         receive_copies(
             space.arena, job.call, job.seconds, job.epoch, self._layout, job.form,
             packed.rows.view(torch.int32), packed.scales, packed.src_info, packed.ranges, packed.counts,
@@ -82,6 +93,7 @@ class KernelEngine:
     def send_combine(self, job: CombineJob) -> None:
         """Push each source's rows, or say where they begin."""
         packed = job.handle.packed
+        self._refuse_if_masked()
         job.epoch = send_rows(
             self._space.arena, job.call, job.seconds, self._layout, job.y.contiguous(), packed.ranges,
             packed.number, job.lends,
@@ -93,6 +105,7 @@ class KernelEngine:
         """Wait for all owners, and sum up."""
         routing = job.handle.routing
         self._space.traffic.num_phases += 1
+        self._agree(job)
         sum_rows(
             self._space.arena, job.call, job.seconds, job.epoch, self._layout, job.out,
             job.topk_idx.contiguous(), job.weights.contiguous(), routing.slots, routing.counts,
@@ -106,9 +119,21 @@ class KernelEngine:
         """Of a row on its way back."""
         return self._layout.hidden * self._layout.itemsize
 
+    def _refuse_if_masked(self) -> None:
+        if self._survivors is not None:
+            self._survivors.refuse_if_masked()
+
+    def _agree(self, job: DispatchJob | CombineJob) -> None:
+        """Let the host wait, where ranks may be left out: it has the verdict, and the kernel obeys.
+
+        Afterwards all that the kernel waits for is there.
+        """
+        survivors = self._survivors
+        if survivors is not None and survivors.is_needed:
+            survivors.await_peers(job.epoch << 32 | job.call.signature, job.seconds)
+
     def _count(self, rows_by_rank: torch.Tensor, row_nbytes: int) -> None:
         """Count rows to or from other ranks, where the host need not wait for them."""
-        space = self._space
-        if space.device.type == "cpu":
-            num_rows = int(rows_by_rank.sum() - rows_by_rank[space.rank])
-            space.traffic.wire_nbytes += num_rows * row_nbytes
+        if self._survivors is not None:
+            num_rows = int(rows_by_rank[self._survivors.active].sum())
+            self._space.traffic.wire_nbytes += num_rows * row_nbytes

@@ -32,7 +32,7 @@ class Masks:
         self._exchange = exchange
         self._survivors: Survivors | None = None
         arena = workspace.arena
-        if workspace.engine == "cpu" and isinstance(arena, Arena):
+        if isinstance(arena, Arena):
             self._survivors = Survivors(arena.channel, workspace.config.shm_dir)
 
     @property
@@ -44,7 +44,7 @@ class Masks:
 
         Raises:
             ConfigError: when it is set to something else.
-            CapabilityError: when kernels are to mask.
+            CapabilityError: when kernels on a GPU are to mask.
         """
         return "mask" if self._survivors is not None and self._survivors.masks_late else "raise"
 
@@ -55,19 +55,24 @@ class Masks:
         if chosen == "mask" or self._survivors is not None:
             self.survivors.masks_late = chosen == "mask"
 
-    def _incapable(self) -> CapabilityError:
-        return CapabilityError(f"engine={self._space.engine!r}: kernels mask nobody; give engine='cpu'")
-
     @property
     def survivors(self) -> Survivors:
-        """What the host's engine waits by.
+        """By what the ranks agree on who takes part.
 
         Raises:
-            CapabilityError: when kernels wait.
+            CapabilityError: on a GPU.
         """
         if self._survivors is None:
-            raise self._incapable()
+            raise CapabilityError(
+                f"tokens on {self._space.device}: ranks are masked where tokens are in host memory only; "
+                "make a new group of those that are left"
+            )
         return self._survivors
+
+    @property
+    def are_possible(self) -> bool:
+        """Whether ranks can be masked: where the host sees the words by which they wait."""
+        return self._survivors is not None
 
     def update(self, rank: int, is_masked: bool) -> None:
         """Mask a rank, or let it take part again. Not collective, but the same on all that go on.
@@ -77,7 +82,7 @@ class Masks:
         Raises:
             UsageError: when a rank is to take part again in a call that is open.
             ConfigError: when it is no other rank, or one that has made other calls since it was masked.
-            CapabilityError: when kernels wait.
+            CapabilityError: on a GPU.
         """
         survivors = self.survivors
 
@@ -121,7 +126,7 @@ class Masks:
             PeerLostError: when a rank is dead or gone: it cannot come back.
             PeerLostError, PeerTimeoutError: when the group was given up.
             RendezvousError: when a rank did not come.
-            CapabilityError: when kernels wait.
+            CapabilityError: on a GPU.
         """
         survivors = self.survivors
         self._space.run(lambda: self._clean(survivors))
