@@ -219,6 +219,7 @@ def check_masked(world, masked, *sizes, lends=False, **options):
     mask(arena, masked)
     for rank in masked:
         leave_out(arena, rank)
+    ranks.put(*ranks.tokens(4))
     active = [rank for rank in range(world) if rank not in masked]
     theirs = [(arena.staging.buffer.peer(rank), arena.pages[rank]) for rank in masked]
     kept = [[memory.clone() for memory in pair] for pair in theirs]
