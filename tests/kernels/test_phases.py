@@ -140,6 +140,7 @@ def _some(member):
         turn(arena, torch.arange(GIVING), out, some=True)
     member.meet("done")
     untouched = list(arena.channel.pages[1].words) == before[1]
+    member.meet("compared")
     words[Word.LEFT_OUT] = 0
     if member.rank == 0:
         with pytest.raises(PeerTimeoutError, match="rank 1 is silent") as caught:
