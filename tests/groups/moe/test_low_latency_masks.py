@@ -1,21 +1,20 @@
 import functools
+import itertools
 import logging
 import os
 import time
-import types
 
 import pytest
 import torch
 
 from tcomm.errors import (
-    CapabilityError,
     CollectiveMismatchError,
     ConfigError,
     PeerLostError,
     PeerTimeoutError,
     UsageError,
 )
-from tcomm.groups.moe.low_latency_masks import Masks
+from tcomm.groups.moe.workspace import Workspace
 from tcomm.memory.control import CONTROL_BYTES
 from tests.groups.moe.low_latency_cases import (
     Case,
@@ -26,6 +25,7 @@ from tests.groups.moe.low_latency_cases import (
     wanted_rows,
     wanted_sum,
 )
+from tests.memory.fake_symm_mem import device_arena
 
 STEPS, LOST = 6, 2
 CASES = [Case(seed, 4, zero_copy=seed % 2 == 1) for seed in range(STEPS)]
@@ -398,17 +398,80 @@ def test_by_default_a_dead_rank_is_named_with_masks_too(on_ranks):
     assert [o.value for o in outcomes] == [(2,), (2,), None]
 
 
-def test_on_a_gpu_nobody_is_masked():
-    masks = Masks(types.SimpleNamespace(arena=None, device=torch.device("cuda", 1), world_size=2), None)
-    with pytest.raises(CapabilityError, match="tokens on cuda:1: ranks are masked where tokens are in host"):
-        masks.on_timeout = "mask"
-    with pytest.raises(ConfigError, match="on_timeout='ignore' is neither"):
-        masks.on_timeout = "ignore"
-    masks.on_timeout = "raise"
-    assert (masks.on_timeout, masks.are_possible, masks.faults) == ("raise", False, [])
-    for change in (lambda: masks.update(0, True), masks.clean):
-        with pytest.raises(CapabilityError, match="make a new group of those that are left"):
-            change()
-    masks.close()
-    status = torch.ones(2, dtype=torch.int32)
-    assert masks.query(status).tolist() == [0, 0]
+def _on_device(member):
+    """Let workspaces have a device's memory, which kernels see, apart from the host's."""
+    count = itertools.count()
+
+    def make_memory(space, nbytes):
+        arena = device_arena(
+            member, host=space.host_arena.channel, staging_bytes=nbytes, name=f"device {next(count)}"
+        )
+        space._devices.arena = arena
+        return arena
+
+    Workspace._make_memory = make_memory
+
+
+def _by_hand_on_device(member, exchange):
+    """In a call, and before one."""
+    layout, masks, told = exchange.layout, exchange.masks, []
+    if member.rank != 2:
+        hook = exchange.dispatch(*tokens_of(CASES[0], layout, member.rank)[:2], return_recv_hook=True)[-1]
+        masks.update(2, True)
+        hook()
+        told.append(sum_of(exchange, CASES[1]))
+    member.meet("masked")
+    if member.rank == 2:
+        with pytest.raises(PeerTimeoutError, match="have gone on without this rank, 2, since call #3"):
+            sum_of(exchange, CASES[1])
+    else:
+        with pytest.raises(ConfigError, match=r"rank 2 has completed call #2 and this rank #5.*clean_mask"):
+            masks.update(2, False)
+    masks.clean()
+    return [*told, sum_of(exchange, CASES[2])]
+
+
+def _elastic_on_device(member):
+    _on_device(member)
+    exchange = make(member, engine="triton", num_experts=6)
+    layout, masks = exchange.layout, exchange.masks
+    exchange._lending_space()
+    told = [sum_of(exchange, CASES[0]), *_by_hand_on_device(member, exchange)]
+    # Late, and then dead.
+    masks.on_timeout = "mask"
+    flags = {"use_fp8": member.rank == 1}
+    with pytest.raises(CollectiveMismatchError, match="rank 1: low_latency_dispatch"):
+        exchange.dispatch(*tokens_of(CASES[0], layout, member.rank)[:2], **flags)
+    told.append(sum_of(exchange, CASES[3]))
+    if member.rank == 1:
+        time.sleep(1.2)
+        with pytest.raises(PeerTimeoutError, match="have gone on without this rank, 1, since call #"):
+            sum_of(exchange, CASES[4])
+    else:
+        exchange.workspace.timeout = 0.7
+        told.append(sum_of(exchange, CASES[4]))
+        exchange.workspace.timeout = 20.0
+        told.append(masks.query().tolist())
+    masks.clean()
+    told.append(sum_of(exchange, CASES[5]))
+    if member.rank == 2:
+        os._exit(0)
+    told += [sum_of(exchange, case) for case in CASES[:2]]
+    # Longer than the watch takes to find out that a rank is gone.
+    time.sleep(1.0)
+    told += [sum_of(exchange, CASES[2]), masks.query().tolist()]
+    exchange.close()
+    return layout, told
+
+
+def test_hosts_agree_for_kernels_on_a_device(on_ranks):
+    outcomes = on_ranks(3, _elastic_on_device, check=False)
+    assert "".join(o.error for o in outcomes[:2]) == ""
+    for rank in (0, 1):
+        layout, told = outcomes[rank].value
+        sums = [(0, ()), (1, {2}), (2, ()), (3, ())] + [(4, {1})] * (rank == 0) + [(5, ())]
+        sums += [(0, {2}), (1, {2}), (2, {2})]
+        masks = [each for each in told if each and type(each[0]) is int]
+        assert masks == [[0, 1, 0]] * (rank == 0) + [[0, 0, 1]]
+        got = [each for each in told if each not in masks]
+        assert got == [wanted(CASES[number], layout, rank, masked) for number, masked in sums]
