@@ -439,9 +439,10 @@ def _elastic_on_device(member):
     told = [sum_of(exchange, CASES[0]), *_by_hand_on_device(member, exchange)]
     # Late, and then dead.
     masks.on_timeout = "mask"
-    flags = {"use_fp8": member.rank == 1}
+    flags, completed = {"use_fp8": member.rank == 1}, masks.survivors.epoch_of(member.rank)
     with pytest.raises(CollectiveMismatchError, match="rank 1: low_latency_dispatch"):
         exchange.dispatch(*tokens_of(CASES[0], layout, member.rank)[:2], **flags)
+    assert masks.survivors.epoch_of(member.rank) == completed + 1
     told.append(sum_of(exchange, CASES[3]))
     if member.rank == 1:
         time.sleep(1.2)
@@ -456,9 +457,11 @@ def _elastic_on_device(member):
     told.append(sum_of(exchange, CASES[5]))
     if member.rank == 2:
         os._exit(0)
-    told += [sum_of(exchange, case) for case in CASES[:2]]
     # Longer than the watch takes to find out that a rank is gone.
-    time.sleep(1.0)
+    time.sleep(0.8)
+    told += [sum_of(exchange, case) for case in CASES[:2]]
+    masks.on_timeout = "raise"
+    time.sleep(0.8)
     told += [sum_of(exchange, CASES[2]), masks.query().tolist()]
     exchange.close()
     return layout, told
