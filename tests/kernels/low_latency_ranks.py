@@ -120,6 +120,20 @@ class VirtualExchange:
         self.dispatch()
         self.combine(self.results(), self.out)
 
+    def round_trip(self, lends, idx=None):
+        """Sums of a dispatch and its combine, by `idx` in place of its choices; rows nobody sent are NaN."""
+        self.dispatch()
+        results, lent = self.results(), None
+        results.masked_fill_((self.src_info < 0).unsqueeze(-1), torch.nan)
+        if lends:
+            lent, views = self.lent_memory()
+            for view, rows in zip(views, results, strict=True):
+                view.copy_(rows)
+        out = torch.full_like(self.x, 7)
+        self.combine(results, out, idx, lent)
+        settle(self.arena)
+        return out
+
     def lent_memory(self):
         """Two halves on each rank, and the second one of each as [El, R * M, H]."""
         layout = self.layout
@@ -171,17 +185,7 @@ def check_combine(world, *sizes, lends=False, times=1, **options):
     leaving_out[-1, 0] = -1
     wanted = ranks.sums(ranks.x.cpu(), leaving_out.cpu(), ranks.weights.cpu())
     for _ in range(times):
-        ranks.dispatch()
-        results = ranks.results()
-        results.masked_fill_((ranks.src_info < 0).unsqueeze(-1), torch.nan)
-        lent = None
-        if lends:
-            lent, views = ranks.lent_memory()
-            for view, rows in zip(views, results, strict=True):
-                view.copy_(rows)
-        out = torch.full_like(ranks.x, 7)
-        ranks.combine(results, out, leaving_out, lent)
-        settle(ranks.arena)
+        out = ranks.round_trip(lends, leaving_out)
         assert same_bits(out, wanted)
         assert not out[-1, 0].any()
 
@@ -230,17 +234,7 @@ def check_masked(world, masked, *sizes, lends=False, **options):
     wanted = ranks.sums(ranks.x.cpu(), idx, ranks.weights.cpu())
     ranks.src_info.fill_(-1)
     for turn in range(3):
-        ranks.dispatch()
-        out = torch.full_like(ranks.x, 7)
-        results, lent = ranks.results(), None
-        results.masked_fill_((ranks.src_info < 0).unsqueeze(-1), torch.nan)
-        if lends:
-            lent, views = ranks.lent_memory()
-            for view, rows in zip(views, results, strict=True):
-                view.copy_(rows)
-        ranks.combine(results, out, None, lent)
-        settle(arena)
-        assert same_bits(out[active], wanted[active]), turn
+        assert same_bits(ranks.round_trip(lends)[active], wanted[active]), turn
     for rank in active:
         for expert in range(experts):
             sources, tokens = (idx[active] == rank * experts + expert).any(2).nonzero().unbind(1)
