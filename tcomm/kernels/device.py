@@ -388,10 +388,7 @@ def publish_to_some(pad_ptrs, rank, ranks, phase, word, LANES: tl.constexpr):
 
 
 @triton.jit
-def await_some(
-    page, ranks, phase, word, budget,
-    LANES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
-):  # fmt: skip
+def await_some(page, ranks, phase, word, budget, LANES: tl.constexpr, ATOMIC_POLL: tl.constexpr):
     """`await_peers`, for the words of the ranks in the set `ranks`, which is not empty.
 
     Block 0 waits whatever others found: what it hears in a later stage has to reach all ranks.
