@@ -1,4 +1,4 @@
-"""What every spawned rank needs, imported and made interpretable once in the server that they are forked from."""
+"""What every spawned rank needs, imported and prepared once in the server that they are forked from."""
 
 import importlib
 import os
@@ -8,7 +8,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis  # noqa: F401
 import pytest  # noqa: F401
-import triton.compiler.code_generator  # noqa: F401
+import triton.compiler.code_generator
 import triton.language as tl
 import triton.runtime.interpreter
 
