@@ -6,7 +6,6 @@ import pkgutil
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import hypothesis  # noqa: F401
 import pytest  # noqa: F401
 import triton.compiler.code_generator
 import triton.language as tl
