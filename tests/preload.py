@@ -1,18 +1,42 @@
-"""What every spawned rank needs, imported once in the server that they are forked from."""
+"""What every spawned rank needs, imported and prepared once in the server that they are forked from."""
 
+import importlib
 import os
+import pkgutil
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest  # noqa: F401
+import triton.compiler.code_generator
+import triton.language as tl
+import triton.runtime.interpreter
 
-import tcomm.kernels.all_reduce
-import tcomm.kernels.point_to_point
+import tcomm.cpu
+import tcomm.groups
+import tcomm.kernels
 import tests.ranks  # noqa: F401
 from tests.name_service import use_no_name_server
 from tests.quick_interpreter import use_quick_interpreter
 
-assert tcomm.kernels.all_reduce.LAUNCHERS
-assert tcomm.kernels.point_to_point.send
+
+def _modules(package):
+    """The modules of a package, imported."""
+    return [
+        importlib.import_module(module.name)
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    ]
+
+
+def _rewrite_kernels(modules):
+    """Triton's interpreter reads, changes and compiles a function's source before its first call."""
+    for module in modules:
+        for value in list(vars(module).values()):
+            if isinstance(value, triton.runtime.interpreter.InterpretedFunction):
+                value.rewrite()
+
+
 use_no_name_server()
 use_quick_interpreter()
+_modules(tcomm.groups)
+_modules(tcomm.cpu)
+_rewrite_kernels([tl.standard, *_modules(tcomm.kernels)])

@@ -41,7 +41,7 @@ from tcomm.kernels.device import (
     row_of,
 )
 from tcomm.kernels.lanes import push_lanes, reduce_lanes
-from tcomm.kernels.launch import grid_of, is_dense, launch, rows_of, staging_of, tile_numel, tile_of
+from tcomm.kernels.launch import grid_of, is_dense, launch, narrow_tile_of, rows_of, staging_of, tile_of
 from tcomm.kernels.numerics import accumulator_of, check_reduction
 from tcomm.kernels.tiles import copy_span, reduce_span, slice_span, spread_span
 from tcomm.memory.base import KernelArena
@@ -328,7 +328,10 @@ def _run(
     per_item = 4 // x.itemsize if by_lanes else 1
     acc = accumulator_of(x.dtype)
     for start, numel in cut(rows.shape[1], x.itemsize, capacity):
-        tile = tile_numel(8) if by_lanes else tile_of(x.itemsize, numel, arena.world_size)
+        if by_lanes:
+            tile = narrow_tile_of(8, triton.cdiv(numel, per_item))
+        else:
+            tile = tile_of(x.itemsize, numel, arena.world_size)
         num_blocks = grid_of(triton.cdiv(numel, tile * per_item), arena.max_blocks)
         launch(
             kernel, num_blocks, arena, call, timeout,

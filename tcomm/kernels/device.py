@@ -25,11 +25,13 @@ __all__ = [
     "arrival_address",
     "arrivals_of",
     "await_block",
+    "await_block_of_some",
     "await_peers",
     "await_some",
     "axis_rank",
     "begin_call",
     "finish_call",
+    "in_set",
     "is_aborted",
     "launched_rank",
     "page_of",
@@ -200,18 +202,40 @@ def await_block(
     interpreted. Polls this rank's own memory. An error goes into the error record, and the abort word makes
     the other blocks stop waiting.
     """
-    peers = tl.arange(0, LANES)
-    mask = peers < WORLD
-    inbox = page + arrivals_of(phase, block, word) + peers
+    mask = tl.arange(0, LANES) < WORLD
+    return _await_lanes(page, mask, phase, phase, block, word, budget, True, LANES, ATOMIC_POLL)
+
+
+@triton.jit
+def await_block_of_some(
+    page, ranks, phase, block, word, budget,
+    LANES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
+):  # fmt: skip
+    """`await_block`, for the words of the ranks in the set `ranks`, which is not empty."""
+    mask = in_set(ranks, LANES)
+    told = phase | (ranks << _SET_SHIFT)
+    return _await_lanes(page, mask, told, phase, block, word, budget, True, LANES, ATOMIC_POLL)
+
+
+@triton.jit
+def _await_lanes(
+    page, mask, told, phase, block, word, budget,
+    HEEDS_ABORT: tl.constexpr, LANES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
+):  # fmt: skip
+    """Wait for those words of `block` that `mask` says; `told` is what the host hears of it."""
+    inbox = page + arrivals_of(phase, block, word) + tl.arange(0, LANES)
     epoch = (word >> 32) & _EPOCH_MASK
     waiting = _count_absent(inbox, mask, epoch, ATOMIC_POLL)
     since = started(ATOMIC_POLL)
     polls = tl.full((), 0, tl.int64)
     given_up = tl.full((), 0, tl.int32)
     while (waiting > 0) & (given_up == 0):
-        given_up = pause(phase, block, word, page, polls, since, budget, ATOMIC_POLL)
+        given_up = pause(told, block, word, page, polls, since, budget, ATOMIC_POLL)
         polls += 1
-        given_up = tl.where(is_aborted(page, word), 1, given_up)
+        if HEEDS_ABORT:
+            given_up = tl.where(is_aborted(page, word), 1, given_up)
+        else:
+            given_up = tl.where(is_aborted(page, word) & (block > 0), 1, given_up)
         waiting = _count_absent(inbox, mask, epoch, ATOMIC_POLL)
     return _acquire(page, inbox, mask, epoch, phase, word, LANES)
 
@@ -341,7 +365,7 @@ def rounded(acc, dtype: tl.constexpr):
 
 
 @triton.jit
-def _in_set(ranks, LANES: tl.constexpr):
+def in_set(ranks, LANES: tl.constexpr):
     """Which lanes stand for a rank in the set `ranks`, a bit for each."""
     return ((ranks >> tl.arange(0, LANES)) & 1) != 0
 
@@ -355,7 +379,7 @@ def arrival_address(pad_ptrs, rank, source, phase, word):
 @triton.jit
 def publish_to_some(pad_ptrs, rank, ranks, phase, word, LANES: tl.constexpr):
     """`publish`, to the ranks in the set `ranks` only; pages of others are not touched."""
-    mask = _in_set(ranks, LANES)
+    mask = in_set(ranks, LANES)
     pages = tl.load(pad_ptrs + tl.arange(0, LANES), mask=mask, other=0).to(tl.pointer_type(tl.int64))
     slot = _arrivals(phase, word) + rank
     words = tl.full((LANES,), 0, tl.int64) + word
@@ -364,25 +388,12 @@ def publish_to_some(pad_ptrs, rank, ranks, phase, word, LANES: tl.constexpr):
 
 
 @triton.jit
-def await_some(
-    page, ranks, phase, word, budget,
-    LANES: tl.constexpr, ATOMIC_POLL: tl.constexpr,
-):  # fmt: skip
+def await_some(page, ranks, phase, word, budget, LANES: tl.constexpr, ATOMIC_POLL: tl.constexpr):
     """`await_peers`, for the words of the ranks in the set `ranks`, which is not empty.
 
     Block 0 waits whatever others found: what it hears in a later stage has to reach all ranks.
     """
-    mask = _in_set(ranks, LANES)
-    inbox = page + _arrivals(phase, word) + tl.arange(0, LANES)
-    epoch = (word >> 32) & _EPOCH_MASK
-    waiting = _count_absent(inbox, mask, epoch, ATOMIC_POLL)
-    since = started(ATOMIC_POLL)
-    polls = tl.full((), 0, tl.int64)
-    given_up = tl.full((), 0, tl.int32)
-    while (waiting > 0) & (given_up == 0):
-        told = phase | (ranks << _SET_SHIFT)
-        given_up = pause(told, tl.program_id(0), word, page, polls, since, budget, ATOMIC_POLL)
-        polls += 1
-        given_up = tl.where(is_aborted(page, word) & (tl.program_id(0) > 0), 1, given_up)
-        waiting = _count_absent(inbox, mask, epoch, ATOMIC_POLL)
-    return _acquire(page, inbox, mask, epoch, phase, word, LANES)
+    mask = in_set(ranks, LANES)
+    told = phase | (ranks << _SET_SHIFT)
+    block = tl.program_id(0)
+    return _await_lanes(page, mask, told, phase, block, word, budget, False, LANES, ATOMIC_POLL)

@@ -41,7 +41,7 @@ from tcomm.kernels.device import (
     pointer_to,
     publish_to_some,
 )
-from tcomm.kernels.launch import grid_of, staging_of, tile_numel
+from tcomm.kernels.launch import grid_of, narrow_tile_of, staging_of
 from tcomm.kernels.nodes import launch_on_nodes, reduce_regions
 from tcomm.kernels.numerics import accumulator_of, check_reduction
 from tcomm.kernels.partition import as_flat_words
@@ -150,8 +150,9 @@ def hierarchical_all_gather(
     call = call or _describe("all_gather", x, nodes)
     words, out_words = as_flat_words(x), as_flat_words(out)
     size, total = words.itemsize, words.numel()
-    tile, vector = tile_numel(size), 16 // size
+    vector = 16 // size
     for start, numel in cut(total, size, slot_bytes):
+        tile = narrow_tile_of(size, numel)
         launch_on_nodes(
             _hierarchical_all_gather_kernel, grid_of(triton.cdiv(numel, tile)), arena, nodes, pes, call,
             timeout,
@@ -263,14 +264,16 @@ def hierarchical_all_reduce(
     out = torch.empty_like(x) if out is None else out
     _check_out(x, out, tuple(x.shape))
     acc = accumulator_of(x.dtype)
-    layout, tile = staging_of(arena).layout, tile_numel(x.itemsize)
+    layout = staging_of(arena).layout
     capacity, rail_bytes = reduce_regions(
         layout.half_bytes, nodes, world // nodes, acc.primitive_bitwidth // 8 // x.itemsize
     )
     call = call or _describe("all_reduce", x, nodes, op)
     flat_x, flat_out = x.view(-1), out.view(-1)
     for start, numel in cut(x.numel(), x.itemsize, capacity):
-        num_blocks = grid_of(triton.cdiv(triton.cdiv(numel, world // nodes), tile))
+        slice_numel = triton.cdiv(numel, world // nodes)
+        tile = narrow_tile_of(x.itemsize, slice_numel)
+        num_blocks = grid_of(triton.cdiv(slice_numel, tile))
         launch_on_nodes(
             _hierarchical_all_reduce_kernel, num_blocks, arena, nodes, pes, call, timeout,
             flat_x[start : start + numel], flat_out[start : start + numel], numel,

@@ -33,6 +33,7 @@ __all__ = [
     "launch_part",
     "launches",
     "multicast_staging_of",
+    "narrow_tile_of",
     "refuse_host_memory",
     "rows_of",
     "staging_of",
@@ -57,6 +58,17 @@ def tile_numel(itemsize: int) -> int:
     return _INTERPRETED_TILE if is_interpreted() else _COMPILED_TILE_BYTES // itemsize
 
 
+def narrow_tile_of(itemsize: int, numel: int) -> int:
+    """`tile_numel`, or when interpreted no more than `numel` fill: what is masked off costs time too.
+
+    Args:
+        itemsize: bytes an element.
+        numel: elements that one rank handles; the same on every rank.
+    """
+    tile = tile_numel(itemsize)
+    return min(tile, triton.next_power_of_2(max(1, numel))) if is_interpreted() else tile
+
+
 def tile_of(itemsize: int, numel: int, sources: int = 1) -> int:
     """Elements that a program handles at a time of a message of `numel`; more where there are plenty.
 
@@ -67,7 +79,7 @@ def tile_of(itemsize: int, numel: int, sources: int = 1) -> int:
         numel: elements that one rank handles; the same on every rank.
         sources: accesses that belong to one element of a result: ranks that are summed up, else 1.
     """
-    tile = tile_numel(itemsize)
+    tile = narrow_tile_of(itemsize, numel)
     wide = tile * max(1, min(_MOST_ACCESSES // triton.next_power_of_2(sources), _WIDEST))
     # Wide tiles take more registers on AMD than two blocks a CU have.
     is_long = numel >= 2 * MAX_BLOCKS * wide and torch.version.hip is None

@@ -8,6 +8,8 @@ send copies      a choice: its row, quantised           for nobody; publishes
 receive copies   a row: to its place in the result      for all sources
 ===============  =====================================  ==============================
 
+Ranks that are left out get nothing, are not waited for, and count as sources of nothing.
+
 Numerics: quantised rows and scales have the bits of `tcomm.cpu.moe_quantise`; others are moved as they are.
 
 Source: DeepEP's low-latency kernels, with slots numbered by the sender instead of counted by atomics.
@@ -33,7 +35,7 @@ from tcomm.kernels.moe_quantise import e4m3, has_e4m3, pack_exponents, scaled_gr
 from tcomm.kernels.moe_row_tables import table_of
 from tcomm.kernels.moe_rows import half_of
 from tcomm.kernels.moe_slot_rows import copy_row, fresh_numbers, launch_of, row_block
-from tcomm.kernels.phases import await_ranks, open_word, publish_last
+from tcomm.kernels.phases import active_ranks, await_active, is_active, open_word, publish_last_to
 from tcomm.memory.base import KernelArena
 from tcomm.memory.moe_slots import GROUP, RowFormat, SlotLayout
 from tcomm.signature import CallDescription
@@ -136,9 +138,9 @@ def _send_copies_kernel(
     WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, HALF_BYTES: tl.constexpr,
     ATOMIC_POLL: tl.constexpr, VIRTUAL: tl.constexpr, TOPK: tl.constexpr, EXPERTS: tl.constexpr,
     EXPERT_LANES: tl.constexpr, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, ROW_BYTES: tl.constexpr,
-    SCALE_WORDS: tl.constexpr, ROWS_AT: tl.constexpr, SCALES_AT: tl.constexpr, INDICES_AT: tl.constexpr,
-    ROUND: tl.constexpr, UE8M0: tl.constexpr, BY_INSTRUCTION: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr,
+    SCALE_WORDS: tl.constexpr, SOURCE_BYTES: tl.constexpr, SOURCE_SCALES: tl.constexpr,
+    ROWS_AT: tl.constexpr, SCALES_AT: tl.constexpr, INDICES_AT: tl.constexpr, ROUND: tl.constexpr,
+    UE8M0: tl.constexpr, BY_INSTRUCTION: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Put each copy into its slot at the owner of its expert, tell the owners the counts, and publish.
 
@@ -152,34 +154,37 @@ def _send_copies_kernel(
     page = page_of(pad_ptrs, rank)
     word = begin_call(page, pointer_to(staging_ptrs, rank, 0, tl.int64), signature, LANE_HALF_BYTES // 8)
     half = half_of(word, LANE_HALF_BYTES, HALF_BYTES)
+    active = active_ranks(page, WORLD)
     choice = tl.program_id(0)
     while choice < num_tokens * TOPK:
         slot = tl.load(slots_ptr + choice)
-        if slot >= 0:
+        owner = tl.where(slot >= 0, tl.load(idx_ptr + choice) // EXPERTS, 0)
+        if (slot >= 0) & is_active(active, owner):
             token = choice // TOPK
-            owner = tl.load(idx_ptr + choice) // EXPERTS
-            place = rank * SLOTS + slot
-            row_ptr = pointer_to(staging_ptrs, owner, half + ROWS_AT + place * ROW_BYTES, tl.uint8)
+            offset = half + ROWS_AT + rank * SOURCE_BYTES + slot * ROW_BYTES
+            row_ptr = pointer_to(staging_ptrs, owner, offset, tl.uint8)
             src_ptr = rows_ptr + token.to(tl.int64) * HIDDEN
             if SCALE_WORDS:
                 scales_ptr = pointer_to(staging_ptrs, owner, half + SCALES_AT, tl.int32)
+                scales_ptr += rank * SOURCE_SCALES + slot * SCALE_WORDS
                 _send_quantised(
-                    src_ptr, row_ptr, scales_ptr + place * SCALE_WORDS,
+                    src_ptr, row_ptr, scales_ptr,
                     HIDDEN // _GROUP, SCALE_WORDS, ROUND, UE8M0, BY_INSTRUCTION, TILE,
                 )  # fmt: skip
             else:
                 copy_row(src_ptr, row_ptr, ROW_BYTES // 4, BLOCK)
-            tl.store(pointer_to(staging_ptrs, owner, half + INDICES_AT, tl.int32) + place, token)
+            indices_ptr = pointer_to(staging_ptrs, owner, half + INDICES_AT, tl.int32)
+            tl.store(indices_ptr + rank * SLOTS + slot, token)
         choice += tl.num_programs(0)
     if tl.program_id(0) == 0:
         experts = tl.arange(0, EXPERT_LANES)
-        mask = experts < EXPERTS
         for step in tl.static_range(WORLD):
             peer = (rank + step + 1) % WORLD
+            mask = experts < tl.where(is_active(active, peer), EXPERTS, 0)
             counts = tl.load(counts_ptr + peer * EXPERTS + experts, mask=mask, other=0).to(tl.int64)
             words_ptr = pointer_to(staging_ptrs, peer, half, tl.int64) + rank * EXPERTS
             tl.store(words_ptr + experts, ((word >> 32) << 32) | counts, mask=mask)
-    publish_last(page, pad_ptrs, rank, 0, word, WORLD, LANES)
+    publish_last_to(page, pad_ptrs, rank, active, 0, word, LANES)
 
 
 @triton.jit
@@ -187,6 +192,7 @@ def _receive_from(
     source, counts, begins, half, rank, staging_ptrs, rows_ptr, scales_ptr, info_ptr,
     LANES: tl.constexpr, EXPERT_LANES: tl.constexpr, SLOTS: tl.constexpr, CAPACITY: tl.constexpr,
     ROW_BYTES: tl.constexpr, SCALE_WORDS: tl.constexpr, SCALE_LANES: tl.constexpr,
+    SOURCE_BYTES: tl.constexpr, SOURCE_SCALES: tl.constexpr,
     ROWS_AT: tl.constexpr, SCALES_AT: tl.constexpr, INDICES_AT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Put this program's share of one source's copies where they belong."""
@@ -200,18 +206,19 @@ def _receive_from(
     while slot < num_copies:
         expert = tl.sum((ends <= slot).to(tl.int32), axis=0)
         line = slot + tl.sum(tl.where(experts == expert, shifts, 0), axis=0)
-        place = source * SLOTS + slot
         row = expert.to(tl.int64) * CAPACITY + line
-        src_ptr = pointer_to(staging_ptrs, rank, half + ROWS_AT + place * ROW_BYTES, tl.uint8)
+        offset = half + ROWS_AT + source * SOURCE_BYTES + slot.to(tl.int64) * ROW_BYTES
+        src_ptr = pointer_to(staging_ptrs, rank, offset, tl.uint8)
         copy_row(src_ptr, rows_ptr + row * (ROW_BYTES // 4), ROW_BYTES // 4, BLOCK)
         if SCALE_WORDS:
             words = tl.arange(0, SCALE_LANES)
-            src_ptr = pointer_to(staging_ptrs, rank, half + SCALES_AT, tl.int32) + place * SCALE_WORDS
-            scales = tl.load(src_ptr + words, mask=words < SCALE_WORDS, other=0)
+            given_ptr = pointer_to(staging_ptrs, rank, half + SCALES_AT, tl.int32)
+            given_ptr += source * SOURCE_SCALES + slot * SCALE_WORDS
+            scales = tl.load(given_ptr + words, mask=words < SCALE_WORDS, other=0)
             dst_ptr = scales_ptr + expert.to(tl.int64) * (SCALE_WORDS * CAPACITY) + line
             tl.store(dst_ptr + words * CAPACITY, scales, mask=words < SCALE_WORDS)
         indices_ptr = pointer_to(staging_ptrs, rank, half + INDICES_AT, tl.int32)
-        tl.store(info_ptr + row, tl.load(indices_ptr + place))
+        tl.store(info_ptr + row, tl.load(indices_ptr + source * SLOTS + slot))
         slot += tl.num_programs(0)
 
 
@@ -229,7 +236,8 @@ def _receive_copies_kernel(
     WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, HALF_BYTES: tl.constexpr,
     ATOMIC_POLL: tl.constexpr, VIRTUAL: tl.constexpr, EXPERTS: tl.constexpr, EXPERT_LANES: tl.constexpr,
     SLOTS: tl.constexpr, CAPACITY: tl.constexpr, ROW_BYTES: tl.constexpr, SCALE_WORDS: tl.constexpr,
-    SCALE_LANES: tl.constexpr, ROWS_AT: tl.constexpr, SCALES_AT: tl.constexpr, INDICES_AT: tl.constexpr,
+    SCALE_LANES: tl.constexpr, SOURCE_BYTES: tl.constexpr, SOURCE_SCALES: tl.constexpr,
+    ROWS_AT: tl.constexpr, SCALES_AT: tl.constexpr, INDICES_AT: tl.constexpr,
     HAS_STATS: tl.constexpr, HAS_WAITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Wait for all sources, and pack their copies by (expert, source, token).
@@ -244,11 +252,12 @@ def _receive_copies_kernel(
     page = page_of(pad_ptrs, rank)
     word = open_word(page, signature)
     half = half_of(word, LANE_HALF_BYTES, HALF_BYTES)
+    active = active_ranks(page, WORLD)
     since = started(ATOMIC_POLL)
-    if await_ranks(page, 0, word, budget, WORLD, LANES, ATOMIC_POLL) == 0:
+    if await_active(page, active, 0, word, budget, LANES, ATOMIC_POLL) == 0:
         waited = (started(ATOMIC_POLL) - since) // 1000
         words_ptr = pointer_to(staging_ptrs, rank, half, tl.int64)
-        told, num_stale = fresh_numbers(words_ptr, page, word, WORLD, LANES, EXPERTS, EXPERT_LANES)
+        told, num_stale = fresh_numbers(words_ptr, page, word, active, LANES, EXPERTS, EXPERT_LANES)
         if num_stale == 0:
             counts = told.to(tl.int32)
             begins = tl.cumsum(counts, axis=0) - counts
@@ -256,7 +265,7 @@ def _receive_copies_kernel(
                 _receive_from(
                     source, counts, begins, half, rank, staging_ptrs, rows_ptr, scales_ptr, info_ptr,
                     LANES, EXPERT_LANES, SLOTS, CAPACITY, ROW_BYTES, SCALE_WORDS, SCALE_LANES,
-                    ROWS_AT, SCALES_AT, INDICES_AT, BLOCK,
+                    SOURCE_BYTES, SOURCE_SCALES, ROWS_AT, SCALES_AT, INDICES_AT, BLOCK,
                 )  # fmt: skip
             if tl.program_id(0) == 0:
                 ranks = tl.arange(0, LANES)

@@ -7,6 +7,8 @@ send rows  a row: into its source's slot           for nobody; publishes
 sum rows   a tile of a token: all of its choices   for all owners
 =========  ======================================  ==============================
 
+Ranks that are left out get nothing, are not waited for, and add nothing to sums.
+
 Where experts wrote into memory that all ranks read, nothing is sent but where each source's rows begin.
 
 Numerics: w * y is summed in fp32 in the order of the choices and rounded once, to nearest even. A compiler
@@ -34,7 +36,7 @@ from tcomm.kernels.device import (
 from tcomm.kernels.moe_row_tables import table_of
 from tcomm.kernels.moe_rows import half_of
 from tcomm.kernels.moe_slot_rows import copy_row, fresh_numbers, launch_of, row_block
-from tcomm.kernels.phases import await_ranks, open_word, publish_last
+from tcomm.kernels.phases import active_ranks, await_active, is_active, open_word, publish_last_to
 from tcomm.memory.base import KernelArena, Staging
 from tcomm.memory.moe_slots import LENT_SHIFT, SlotLayout
 from tcomm.signature import CallDescription
@@ -70,10 +72,11 @@ def _send_rows_kernel(
     page = page_of(pad_ptrs, rank)
     word = begin_call(page, pointer_to(staging_ptrs, rank, 0, tl.int64), signature, LANE_HALF_BYTES // 8)
     half = half_of(word, LANE_HALF_BYTES, HALF_BYTES)
+    active = active_ranks(page, WORLD)
     experts = tl.arange(0, EXPERT_LANES)
-    mask = experts < EXPERTS
     for step in tl.static_range(WORLD):
         source = (rank + step + 1) % WORLD
+        mask = experts < tl.where(is_active(active, source), EXPERTS, 0)
         ranges = tl.load(ranges_ptr + experts * WORLD + source, mask=mask, other=0)
         given = (ranges & _LOW).to(tl.int32)
         begins = ranges >> 32
@@ -93,7 +96,7 @@ def _send_rows_kernel(
             told = ((word >> 32) << 32) | (number.to(tl.int64) << _LENT_SHIFT) | begins
             words_ptr = pointer_to(staging_ptrs, source, half, tl.int64) + rank * EXPERTS
             tl.store(words_ptr + experts, told, mask=mask)
-    publish_last(page, pad_ptrs, rank, 0, word, WORLD, LANES)
+    publish_last_to(page, pad_ptrs, rank, active, 0, word, LANES)
 
 
 @triton.jit
@@ -143,9 +146,10 @@ def _sum_rows_kernel(
     word = open_word(page, signature)
     half = half_of(word, LANE_HALF_BYTES, HALF_BYTES)
     TILES: tl.constexpr = (HIDDEN + BLOCK - 1) // BLOCK
-    if await_ranks(page, 0, word, budget, WORLD, LANES, ATOMIC_POLL) == 0:
+    active = active_ranks(page, WORLD)
+    if await_active(page, active, 0, word, budget, LANES, ATOMIC_POLL) == 0:
         words_ptr = pointer_to(staging_ptrs, rank, half, tl.int64)
-        _, num_stale = fresh_numbers(words_ptr, page, word, WORLD, LANES, EXPERTS, EXPERT_LANES)
+        _, num_stale = fresh_numbers(words_ptr, page, word, active, LANES, EXPERTS, EXPERT_LANES)
         tile = tl.program_id(0)
         while (tile < num_tokens * TILES) & (num_stale == 0):
             token = tile // TILES
@@ -158,6 +162,7 @@ def _sum_rows_kernel(
                 is_chosen = (slot >= 0) & (expert >= 0)
                 expert = tl.where(is_chosen, expert, 0)
                 owner = expert // EXPERTS
+                is_chosen = is_chosen & is_active(active, owner)
                 if LENDS:
                     src_ptr = _row_in_lent(
                         words_ptr, counts_ptr, lent_ptrs, owner, expert, slot, dtype,

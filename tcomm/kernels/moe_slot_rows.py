@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 
 from tcomm.interpret import is_interpreted
-from tcomm.kernels.device import record_late
+from tcomm.kernels.device import in_set, record_late
 from tcomm.kernels.launch import grid_of, launch_part, staging_of
 from tcomm.memory.base import KernelArena
-from tcomm.memory.moe_slots import SlotLayout
+from tcomm.memory.moe_slots import GROUP, SlotLayout
 from tcomm.signature import CallDescription
 
 __all__ = ["copy_row", "fresh_numbers", "launch_of", "row_block"]
@@ -34,12 +34,15 @@ def copy_row(src_ptr, dst_ptr, WORDS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def fresh_numbers(words_ptr, page, word, WORLD: tl.constexpr, LANES: tl.constexpr,
+def fresh_numbers(words_ptr, page, word, active, LANES: tl.constexpr,
                   EXPERTS: tl.constexpr, EXPERT_LANES: tl.constexpr):  # fmt: skip
-    """The numbers [LANES, EXPERT_LANES] that ranks told this one, and how many are not of this epoch."""
+    """The numbers [LANES, EXPERT_LANES] that ranks told this one, and how many are not of this epoch.
+
+    Those of ranks that are not in the set `active` are 0.
+    """
     ranks = tl.arange(0, LANES)[:, None]
     experts = tl.arange(0, EXPERT_LANES)[None, :]
-    there = (ranks < WORLD) & (experts < EXPERTS)
+    there = in_set(active, LANES)[:, None] & (experts < EXPERTS)
     told = tl.load(words_ptr + ranks * EXPERTS + experts, mask=there, other=0)
     is_stale = there & ((told >> 32) != (word >> 32))
     num_stale = tl.sum(tl.sum(is_stale.to(tl.int32), axis=1), axis=0)
@@ -68,6 +71,9 @@ def launch_of(kernel: Any, arena: KernelArena, layout: SlotLayout, **more: Any) 
         "SLOTS": layout.slots,
         "CAPACITY": layout.capacity,
         "HIDDEN": layout.hidden,
+        # The region of a source begins at the same byte whatever form its rows have.
+        "SOURCE_BYTES": layout.slots * layout.hidden * layout.itemsize,
+        "SOURCE_SCALES": layout.slots * (layout.hidden // GROUP),
         "ROWS_AT": layout.rows_offset,
         "SCALES_AT": layout.scales_offset,
         "INDICES_AT": layout.indices_offset,

@@ -204,6 +204,15 @@ class DeviceArena:
             words[: staging.layout.half_offset // 8] = _signed(dead_word(epoch))
         self._transport.settle()
 
+    def leave_out(self, ranks: int) -> None:
+        """Let kernels leave ranks out, from the next launch or replay on: see `DeviceChannel.leave_out`."""
+        self.channel.leave_out(ranks)
+
+    def epoch_of(self, rank: int) -> int:
+        """Calls that kernels of a rank have completed, once this device has done what it was given."""
+        self._transport.settle()
+        return int(self.control.peer(rank, dtype=torch.int64)[Word.EPOCH])
+
     def close(self, reason: str = "it was closed") -> None:
         """Complete what was launched, and give the memory back. May be called twice.
 

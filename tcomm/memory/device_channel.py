@@ -158,6 +158,19 @@ class DeviceChannel:
         self._settle()
         self.raise_recorded()
 
+    def leave_out(self, ranks: int) -> None:
+        """Let kernels leave ranks out, from the next launch or replay on. Waits for nothing.
+
+        Args:
+            ranks: a bit for each.
+
+        Raises:
+            CapabilityError: while a graph is captured.
+        """
+        self._runtime.refuse_in_capture("ranks are left out from now on")
+        self._order.enter()
+        self._page[Word.LEFT_OUT] = ranks
+
     # The end of the group ------------------------------------------------------------------------
 
     def abort(self) -> None:
@@ -172,7 +185,9 @@ class DeviceChannel:
         if host.words[Word.POISON_CODE]:
             self.abort()
             return True
-        gone = host.find_gone()
+        # Kernels do not wait for ranks left out, nor for lost ones where the hosts agree on those before.
+        left_out = -1 if host.breaks_off_alone else host.words[Word.LEFT_OUT]
+        gone = [peer for peer in host.find_gone() if not left_out >> peer & 1]
         # What a peer published before it went may be under way still.
         self._looks_since_gone = self._looks_since_gone + 1 if gone else 0
         if self._looks_since_gone < _LOOKS_BEFORE_GONE:

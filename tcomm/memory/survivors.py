@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from tcomm.errors import CommError, ConfigError, PeerTimeoutError
 from tcomm.memory.channel import Channel
@@ -30,16 +30,30 @@ _MOST_DELAYS = 2
 """Timeouts after which one does not look any more whether a late rank waits for somebody."""
 
 
+class Kernels(Protocol):
+    """What kernels know of their ranks, apart from the host."""
+
+    def leave_out(self, ranks: int) -> None:
+        """Let kernels leave ranks out from now on, a bit for each."""
+        ...
+
+    def epoch_of(self, rank: int) -> int:
+        """Calls that the kernels of a rank have completed."""
+        ...
+
+
 class Survivors:
     """The ranks of a channel that take part. Used by one thread at a time.
 
     Args:
         channel: of the group.
         directory: memory file system that the ranks share; verdicts lie there for two calls.
+        kernels: those of the channel's ranks, where they work by other pages than the channel's.
     """
 
-    def __init__(self, channel: Channel, directory: str) -> None:
+    def __init__(self, channel: Channel, directory: str, kernels: Kernels | None = None) -> None:
         self._channel = channel
+        self._kernels = kernels
         self._rank = channel.rank
         self._verdicts = Verdicts(channel, directory)
         self._prefix = self._verdicts.prefix
@@ -80,7 +94,7 @@ class Survivors:
             self.masked.add(rank)
             self._show_masked()
             return
-        theirs, mine = (channel.pages[r].words[Word.EPOCH] for r in (rank, self._rank))
+        theirs, mine = map(self.epoch_of, (rank, self._rank))
         if rank in self.masked and (channel.is_gone(rank) or theirs != mine):
             raise ConfigError(
                 f"rank {rank} has completed call #{theirs} and this rank #{mine}: it cannot just go on; "
@@ -88,6 +102,12 @@ class Survivors:
             )
         self.masked.discard(rank)
         self._show_masked()
+
+    def epoch_of(self, rank: int) -> int:
+        """Calls that a rank has completed."""
+        if self._kernels is not None:
+            return self._kernels.epoch_of(rank)
+        return self._channel.pages[rank].words[Word.EPOCH]
 
     def forget(self) -> None:
         """Let all take part again. Every rank does so, between two calls, and nobody begins one before."""
@@ -104,6 +124,11 @@ class Survivors:
         if told := self._channel.words[Word.MASKED]:
             self._raise_masked(told - 1)
 
+    def refuse_if_left_out(self) -> None:
+        """Raise when another rank does not take this one for a part of the group."""
+        if any(map(self._is_left_out_by, self._channel.peers)):
+            self._raise_masked(self.epoch_of(self._rank) + 1)
+
     def publish(self, word: int) -> None:
         """Tell those who take part that this rank has written what it gives."""
         index = arrival_index(0, word >> 32 & 1, 0, self._rank)
@@ -112,6 +137,8 @@ class Survivors:
 
     def await_peers(self, word: int, timeout: float | None) -> None:
         """Wait until those who take part have published that epoch, or are masked.
+
+        Afterwards the words of all who take part are in this rank's page, where a kernel looks for them.
 
         Raises:
             CollectiveMismatchError: a peer's signature differs.
@@ -143,6 +170,9 @@ class Survivors:
                 continue
             pause_since(began)
         self._refuse_other_calls(word, heard_of)
+        for peer in heard_of - self.masked:
+            # It may have told others only: its data is there all the same.
+            self._channel.words[arrival_index(0, epoch & 1, 0, peer)] = word
         self._verdicts.drop(epoch)
 
     def close(self) -> None:
@@ -151,6 +181,8 @@ class Survivors:
 
     def _show_masked(self) -> None:
         self._channel.words[Word.LEFT_OUT] = _bits(self.masked)
+        if self._kernels is not None:
+            self._kernels.leave_out(_bits(self.masked))
 
     def _is_left_out_by(self, peer: int) -> bool:
         return bool(self._channel.pages[peer].words[Word.LEFT_OUT] >> self._rank & 1)

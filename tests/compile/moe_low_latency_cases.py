@@ -86,6 +86,8 @@ def constants_of(case):
         "LANE_HALF_BYTES": staging.lane_half_bytes, "HALF_BYTES": staging.half_bytes,
         "ATOMIC_POLL": TARGETS[case.target].backend == "hip", "VIRTUAL": case.virtual, "TOPK": 8,
         "EXPERTS": 32, "EXPERT_LANES": 32, "SLOTS": layout.slots, "CAPACITY": layout.capacity,
+        "SOURCE_BYTES": layout.slots * case.hidden * dtype.itemsize,
+        "SOURCE_SCALES": layout.slots * (case.hidden // 128),
         "HIDDEN": case.hidden, "ROWS_AT": layout.rows_offset, "SCALES_AT": layout.scales_offset,
         "INDICES_AT": layout.indices_offset, "ROW_BYTES": form.row_nbytes,
         "SCALE_WORDS": form.num_scale_words, "ROUND": form.round_scale, "UE8M0": form.use_ue8m0,

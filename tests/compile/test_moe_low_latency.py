@@ -3,6 +3,7 @@ import re
 
 import pytest
 
+from tcomm.memory.control import Word
 from tests.compile import inspect_asm
 from tests.compile.cases import MAX_REGISTERS
 from tests.compile.moe_low_latency_cases import SENDING, WAITING, cases_of, compiled, parameters_of
@@ -37,6 +38,14 @@ def test_what_was_sent_is_read_after_an_acquire_and_a_wait_that_ends(case):
     inspect_asm.check_loads_follow_acquires(ptx)
     inspect_asm.check_spins(ptx, 1, 0)
     inspect_asm.check_deadlines(ptx, 1)
+
+
+@pytest.mark.parametrize("case", cases_of("cuda", *SENDING, *WAITING), ids=str)
+def test_whom_to_leave_out_is_read_once_and_in_no_loop(case):
+    ptx = ptx_of(case)
+    own = [op for op in ptx.matching(r"ld\.global") if ptx.touches(op, "*pad[rank]")]
+    (read,) = [op for op in own if ptx.word(op) == Word.LEFT_OUT]
+    assert not any(read in loop for loop in ptx.loops)
 
 
 def _rows_of(case):

@@ -87,6 +87,12 @@ def test_weights_of_any_number_of_bits(world):
     low_latency_ranks.check_any_weights(world, 64 // world, 64, 8, 2048, device="cuda")
 
 
+@pytest.mark.parametrize("lends", [False, True], ids=["sends", "lends"])
+def test_low_latency_without_some_ranks(lends):
+    low_latency_ranks.check_masked(4, (1,), 32, 64, 8, 2048, lends=lends, device="cuda")
+    low_latency_ranks.check_masked(8, (0, 5), 8, 64, 8, 7168, lends=lends, scaling=SCALINGS[1], device="cuda")
+
+
 @every_mode
 @every_world
 def test_one_sided(world, mode):

@@ -6,6 +6,7 @@ from tcomm.cpu.moe_quantise import dequantise, quantise
 from tcomm.kernels.moe_low_latency import receive_copies, send_copies
 from tcomm.kernels.moe_low_latency_combine import send_rows, sum_rows
 from tcomm.memory.base import Staging, SymmetricBuffer
+from tcomm.memory.control import Word
 from tcomm.memory.layout import StagingLayout
 from tcomm.memory.moe_slots import RowFormat, SlotLayout
 from tcomm.signature import CallDescription
@@ -119,6 +120,20 @@ class VirtualExchange:
         self.dispatch()
         self.combine(self.results(), self.out)
 
+    def round_trip(self, lends, idx=None):
+        """Sums of a dispatch and its combine, by `idx` in place of its choices; rows nobody sent are NaN."""
+        self.dispatch()
+        results, lent = self.results(), None
+        results.masked_fill_((self.src_info < 0).unsqueeze(-1), torch.nan)
+        if lends:
+            lent, views = self.lent_memory()
+            for view, rows in zip(views, results, strict=True):
+                view.copy_(rows)
+        out = torch.full_like(self.x, 7)
+        self.combine(results, out, idx, lent)
+        settle(self.arena)
+        return out
+
     def lent_memory(self):
         """Two halves on each rank, and the second one of each as [El, R * M, H]."""
         layout = self.layout
@@ -170,17 +185,7 @@ def check_combine(world, *sizes, lends=False, times=1, **options):
     leaving_out[-1, 0] = -1
     wanted = ranks.sums(ranks.x.cpu(), leaving_out.cpu(), ranks.weights.cpu())
     for _ in range(times):
-        ranks.dispatch()
-        results = ranks.results()
-        results.masked_fill_((ranks.src_info < 0).unsqueeze(-1), torch.nan)
-        lent = None
-        if lends:
-            lent, views = ranks.lent_memory()
-            for view, rows in zip(views, results, strict=True):
-                view.copy_(rows)
-        out = torch.full_like(ranks.x, 7)
-        ranks.combine(results, out, leaving_out, lent)
-        settle(ranks.arena)
+        out = ranks.round_trip(lends, leaving_out)
         assert same_bits(out, wanted)
         assert not out[-1, 0].any()
 
@@ -198,6 +203,57 @@ def check_any_weights(world, *sizes, **options):
     settle(ranks.arena)
     # All terms are positive, and each is rounded to 24 bits at most twice.
     assert torch.allclose(out.cpu(), wanted, rtol=2.0 ** (1 - 24) * 2 * weights.shape[2], atol=0.0)
+
+
+def mask(arena, masked):
+    """Let ranks leave others out: those from the next launch on."""
+    arena.pages[:, Word.LEFT_OUT] = sum(1 << rank for rank in masked)
+
+
+def check_masked(world, masked, *sizes, lends=False, **options):
+    """Ranks that are left out get nothing and count as sources of nothing; then all take part again.
+
+    They come for one whole call first: what they told then is there still, and counts no more.
+    """
+    ranks = VirtualExchange(world, *sizes, mode="streams", **options)
+    arena, parts = ranks.arena, ranks.arena.launch_parts
+    ranks.run()
+    settle(arena)
+    before = int(arena.pages[0, Word.EPOCH])
+    mask(arena, masked)
+    for rank in masked:
+        leave_out(arena, rank)
+    ranks.put(*ranks.tokens(4))
+    active = [rank for rank in range(world) if rank not in masked]
+    theirs = [(arena.staging.buffer.peer(rank), arena.pages[rank]) for rank in masked]
+    kept = [[memory.clone() for memory in pair] for pair in theirs]
+    # Choices of those that are left out are none.
+    idx, experts = ranks.idx.clone().cpu(), ranks.layout.num_local_experts
+    for rank in masked:
+        idx[idx // experts == rank] = -1
+    wanted = ranks.sums(ranks.x.cpu(), idx, ranks.weights.cpu())
+    ranks.src_info.fill_(-1)
+    for turn in range(3):
+        assert same_bits(ranks.round_trip(lends)[active], wanted[active]), turn
+    for rank in active:
+        for expert in range(experts):
+            sources, tokens = (idx[active] == rank * experts + expert).any(2).nonzero().unbind(1)
+            counts = torch.bincount(torch.tensor(active)[sources], minlength=world)
+            told = ranks.ranges[rank, expert].cpu()
+            assert torch.equal(told & 0xFFFFFFFF, counts)
+            assert torch.equal(told >> 32, counts.cumsum(0) - counts)
+            assert int(ranks.received[rank, expert]) == len(sources)
+            assert torch.equal(ranks.src_info[rank, expert, : len(sources)].cpu().long(), tokens)
+    for pair, old in zip(theirs, kept, strict=True):
+        assert all(map(same_bits, pair, old))
+    # All go on together: from one epoch, as they agree on it.
+    mask(arena, ())
+    arena.launch_parts = parts
+    assert int(arena.pages[active[0], Word.EPOCH]) == before + 6
+    arena.set_epoch(before + 8)
+    ranks.run()
+    settle(arena)
+    assert same_bits(ranks.out, ranks.sums(ranks.x.cpu(), ranks.idx.cpu(), ranks.weights.cpu()))
 
 
 class Rounds:

@@ -3,7 +3,7 @@ import torch
 
 from tcomm.errors import CapabilityError
 from tcomm.kernels import launch as launch_module
-from tcomm.kernels.launch import common_constants, grid_of, launches, tile_numel
+from tcomm.kernels.launch import common_constants, grid_of, launches, narrow_tile_of, tile_numel
 from tcomm.memory.control import MAX_BLOCKS, Word
 from tcomm.memory.layout import cut
 from tests.kernels.test_all_reduce import capacity, use_tiles
@@ -80,6 +80,15 @@ def _compiled_kernels_are_refused(member):
 
 def test_host_memory_is_refused_to_compiled_kernels_before_anything_is_sent(on_ranks):
     assert on_ranks(2, _compiled_kernels_are_refused) == ["", ""]
+
+
+def test_short_messages_go_in_short_tiles_where_they_are_interpreted(monkeypatch):
+    sizes = (0, 1, 5, 64, 65, 1 << 40)
+    tiles = [1, 1, 8, 64, 128, tile_numel(4)]
+    assert [narrow_tile_of(4, numel) for numel in sizes] == tiles
+    assert [launch_module.tile_of(4, numel, 2) for numel in sizes] == tiles
+    monkeypatch.setattr(launch_module, "is_interpreted", lambda: False)
+    assert {narrow_tile_of(4, numel) for numel in sizes} == {tile_numel(4)}
 
 
 @pytest.mark.parametrize("sources", range(1, 17))

@@ -3,7 +3,7 @@ import torch
 
 from tests.groups.moe.low_latency_cases import KINDS, Case, has_the_same_bits_twice, make, mistakes_of
 from tests.groups.moe.test_low_latency import FP8
-from tests.kernels.low_latency_ranks import check_dispatch, check_missing_rank
+from tests.kernels.low_latency_ranks import check_dispatch, check_masked, check_missing_rank
 
 
 def _identities(member, dtype, hidden, number):
@@ -27,6 +27,14 @@ def test_kernels_do_what_the_definition_says(on_ranks, world, dtype, hidden, num
 @pytest.mark.parametrize(("world", "scaling"), [(8, (False, False, False)), (3, (True, True, True))])
 def test_virtual_ranks_dispatch(world, scaling):
     check_dispatch(world, hidden=128 if world == 8 else 640, scaling=scaling)
+
+
+@pytest.mark.parametrize(
+    ("world", "masked", "options"),
+    [(3, (1,), {"scaling": (True, False, False)}), (4, (0, 3), {"lends": True}), (2, (0,), {})],
+)
+def test_ranks_that_are_left_out_get_nothing_and_give_nothing(world, masked, options):
+    check_masked(world, masked, **options)
 
 
 def test_a_virtual_rank_that_never_comes_is_named():

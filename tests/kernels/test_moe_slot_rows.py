@@ -7,6 +7,7 @@ from tcomm.errors import PeerTimeoutError
 from tcomm.kernels import moe_slot_rows
 from tcomm.kernels.moe_low_latency import receive_copies, send_copies
 from tcomm.kernels.moe_slot_rows import copy_row, launch_of, row_block
+from tcomm.memory.control import Word
 from tests.kernels.low_latency_ranks import CALL, VirtualExchange
 
 
@@ -54,6 +55,8 @@ def test_words_of_another_epoch_are_an_error():
     staging = ranks.arena.staging
     words = staging.buffer.peer(1, (3, 2), torch.int64, staging.layout.half(epoch & 1))
     words[2, 1] -= 2 << 32
+    ranks.arena.pages[1, Word.LEFT_OUT] = 1 << 0
+    words[0, 1] -= 2 << 32  # of a rank that is left out, so of no meaning
     received = ranks.received.clone()
     ranks.received[:] = -1
     with pytest.raises(PeerTimeoutError, match="virtual rank 1 waited for rank 2"):

@@ -105,6 +105,10 @@ def _grow(member):
         assert (int(old.buffer.local[-1]), old.layout.nbytes) == (77, 1 << 16)
         assert arena.control.local.data_ptr() == page
         assert int(_words(arena)[Word.EPOCH]) == arena.channel.calls
+        member.meet("grown")
+        assert [arena.epoch_of(rank) for rank in range(2)] == [arena.channel.calls] * 2
+        arena.leave_out(0b10)
+        assert int(_words(arena)[Word.LEFT_OUT]) == 0b10
 
 
 def test_growing_makes_new_staging_and_leaves_the_old_and_the_epochs(on_ranks):

@@ -354,6 +354,19 @@ def test_calls_on_one_stream_need_no_events_and_another_stream_waits():
     assert runtime.waits == [(2, 1), (1, 2)]
 
 
+def test_whom_kernels_leave_out_is_changed_in_the_order_of_calls_and_in_no_capture():
+    runtime = FakeRuntime()
+    channel = _channel(runtime)
+    channel.begin(_CALL, 1.0)
+    runtime.stream = 2
+    channel.leave_out(0b10)
+    assert runtime.waits == [(2, 1)]
+    assert channel._page[Word.LEFT_OUT] == 0b10
+    runtime.captures = {2: 9}
+    with pytest.raises(CapabilityError, match=r"ranks are left out from now on, \.\.\. call prepare"):
+        channel.leave_out(0)
+
+
 def test_streams_of_one_capture_wait_and_two_captures_at_once_are_refused():
     runtime = FakeRuntime()
     channel = _channel(runtime)

@@ -1,5 +1,6 @@
 import os
 import time
+import types
 
 import pytest
 
@@ -68,6 +69,9 @@ def _by_hand(member, directory):
     for _ in range(member.rank + 1):
         step(arena, survivors)
     member.meet("alone")
+    assert [survivors.epoch_of(rank) for rank in range(2)] == [1, 2]
+    with pytest.raises(PeerTimeoutError, match=f"since call #{member.rank + 2}, for which it was late"):
+        survivors.refuse_if_left_out()
     with pytest.raises(ConfigError, match=f"rank {peer} has completed call #{peer + 1} and this rank"):
         survivors.set_masked(peer, False)
     arena.channel.pages[peer].words[Word.MASKED] = 8
@@ -80,6 +84,7 @@ def _by_hand(member, directory):
     arena.set_epoch(10)
     survivors.forget()
     member.meet("forgotten")
+    survivors.refuse_if_left_out()
     told += [arena.channel.words[FAULTS + 1], survivors.active == [peer]]
     step(arena, survivors)
     survivors.masks_late = True
@@ -93,6 +98,22 @@ def test_masks_by_hand(on_ranks, tmp_path):
     for rank, (told, epoch) in enumerate(on_ranks(2, _by_hand, str(tmp_path))):
         assert told == [False, [1 - rank], True, [], (rank,), 0, True]
         assert epoch == 13
+
+
+def _beside_kernels(member, directory):
+    kernels, told = types.SimpleNamespace(epoch_of=lambda rank: 7 * rank), []
+    kernels.leave_out = told.append
+    survivors = Survivors(member.arena(64 << 10).channel, directory, kernels)
+    peer = 1 - member.rank
+    survivors.set_masked(peer, True)
+    with pytest.raises(ConfigError, match=f"rank {peer} has completed call #{7 * peer} and this rank"):
+        survivors.set_masked(peer, False)
+    survivors.forget()
+    return told
+
+
+def test_kernels_that_work_by_other_pages_are_told_whom_to_leave_out(on_ranks, tmp_path):
+    assert on_ranks(2, _beside_kernels, str(tmp_path)) == [[0b10, 0], [0b01, 0]]
 
 
 def _leaves(member, directory):

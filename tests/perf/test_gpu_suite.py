@@ -163,15 +163,15 @@ def test_tests_run_side_by_side_and_are_killed_in_time():
         ("none", python("print('no tests ran'); raise SystemExit(5)")),
         ("late", python("import time; time.sleep(60)")),
     ]
-    suite.run_tests(found, commands, 2.0, device.now)
+    suite.run_tests(found, commands, 1.0, device.now)
     assert [(test["name"], test["result"], test["is_failure"]) for test in found.tests] == [
         ("good", "3 passed", False),
         ("bad", "1 failed", True),
         ("none", "no tests ran", False),
-        ("late", "not done in 2 s; killed", True),
+        ("late", "not done in 1 s; killed", True),
     ]
     assert found.tests[0]["output"] == "SKIPPED [1] because"
-    assert found.problems == ["tests bad: 1 failed", "tests late: not done in 2 s; killed"]
+    assert found.problems == ["tests bad: 1 failed", "tests late: not done in 1 s; killed"]
 
 
 def test_who_is_killed_takes_his_children_along(tmp_path):

@@ -112,11 +112,11 @@ class LowLatency:
         self._engine: Engine
         self.masks = Masks(self.workspace, mask_exchange)
         """Which ranks the exchange goes on without; see `docs/moe/elastic.md`."""
+        survivors = self.masks.survivors
         if self.workspace.engine == "cpu":
-            survivors = self.masks.survivors
             self._engine = HostEngine(self.workspace, self.layout, self._lent, survivors)
         else:
-            self._engine = KernelEngine(self.workspace, self.layout, self._lent_staging)
+            self._engine = KernelEngine(self.workspace, self.layout, self._lent_staging, survivors)
 
     def dispatch(
         self,

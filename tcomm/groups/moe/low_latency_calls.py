@@ -102,6 +102,8 @@ class DispatchJob:
     """[R] int64: microseconds that were waited for each source are added."""
     epoch: int = 0
     """Once it was begun."""
+    host_epoch: int = 0
+    """Of the words by which the hosts agree, where those are not the ones by which kernels wait."""
 
 
 @dataclasses.dataclass
@@ -126,6 +128,8 @@ class CombineJob:
     """That its wait may take."""
     epoch: int = 0
     """Once it was begun."""
+    host_epoch: int = 0
+    """Of the words by which the hosts agree, where those are not the ones by which kernels wait."""
 
 
 class Engine(Protocol):

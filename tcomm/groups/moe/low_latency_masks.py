@@ -6,13 +6,13 @@ import functools
 
 import torch
 
-from tcomm.errors import CapabilityError, ConfigError, UsageError
+from tcomm.errors import ConfigError, UsageError
 from tcomm.groups.handle import SETUP_SECONDS
 from tcomm.groups.moe.workspace import Workspace
-from tcomm.memory.arena import Arena
 from tcomm.memory.base import Exchange
 from tcomm.memory.channel import Channel
 from tcomm.memory.control import Word
+from tcomm.memory.device_arena import DeviceArena
 from tcomm.memory.survivors import Survivors
 from tcomm.signature import CallDescription
 
@@ -30,44 +30,29 @@ class Masks:
     def __init__(self, workspace: Workspace, exchange: Exchange) -> None:
         self._space = workspace
         self._exchange = exchange
-        self._survivors: Survivors | None = None
         arena = workspace.arena
-        if workspace.engine == "cpu" and isinstance(arena, Arena):
-            self._survivors = Survivors(arena.channel, workspace.config.shm_dir)
+        self._device_arena = arena if isinstance(arena, DeviceArena) else None
+        host = workspace.host_arena.channel
+        self.survivors = Survivors(host, workspace.config.shm_dir, self._device_arena)
+        """By what the ranks agree on who takes part."""
 
     @property
     def on_timeout(self) -> str:
         """What becomes of a rank that is dead, or misses a deadline; the same on every rank, between calls.
 
         With `raise`, the default, it is named and the exchange is over; with `mask` the others go on
-        without it.
+        without it, for which the host waits in each call, also where tokens are on a GPU.
 
         Raises:
             ConfigError: when it is set to something else.
-            CapabilityError: when kernels are to mask.
         """
-        return "mask" if self._survivors is not None and self._survivors.masks_late else "raise"
+        return "mask" if self.survivors.masks_late else "raise"
 
     @on_timeout.setter
     def on_timeout(self, chosen: str) -> None:
         if chosen not in {"raise", "mask"}:
             raise ConfigError(f"on_timeout={chosen!r} is neither 'raise' nor 'mask'")
-        if chosen == "mask" or self._survivors is not None:
-            self.survivors.masks_late = chosen == "mask"
-
-    def _incapable(self) -> CapabilityError:
-        return CapabilityError(f"engine={self._space.engine!r}: kernels mask nobody; give engine='cpu'")
-
-    @property
-    def survivors(self) -> Survivors:
-        """What the host's engine waits by.
-
-        Raises:
-            CapabilityError: when kernels wait.
-        """
-        if self._survivors is None:
-            raise self._incapable()
-        return self._survivors
+        self.survivors.masks_late = chosen == "mask"
 
     def update(self, rank: int, is_masked: bool) -> None:
         """Mask a rank, or let it take part again. Not collective, but the same on all that go on.
@@ -77,7 +62,7 @@ class Masks:
         Raises:
             UsageError: when a rank is to take part again in a call that is open.
             ConfigError: when it is no other rank, or one that has made other calls since it was masked.
-            CapabilityError: when kernels wait.
+            CapabilityError: while a graph is captured.
         """
         survivors = self.survivors
 
@@ -102,13 +87,13 @@ class Masks:
             out = torch.empty(shape, dtype=torch.int32, device=self._space.device)
         if tuple(out.shape) != shape or out.dtype != torch.int32:
             raise ConfigError(f"out is {out.dtype} {list(out.shape)}; give int32 {list(shape)}")
-        masked = self._survivors.masked if self._survivors is not None else ()
+        masked = self.survivors.masked
         return out.copy_(torch.tensor([int(rank in masked) for rank in range(*shape)], device="cpu"))
 
     @property
     def faults(self) -> list[tuple[int, tuple[int, ...]]]:
         """(call, ranks) for each call that went on without ranks which it had begun with; since `clean`."""
-        return list(self._survivors.faults) if self._survivors is not None else []
+        return list(self.survivors.faults)
 
     def query_fault(self) -> torch.Tensor:
         """Bool scalar: whether a call has masked a rank since `clean`."""
@@ -121,23 +106,25 @@ class Masks:
             PeerLostError: when a rank is dead or gone: it cannot come back.
             PeerLostError, PeerTimeoutError: when the group was given up.
             RendezvousError: when a rank did not come.
-            CapabilityError: when kernels wait.
+            CapabilityError: while a graph is captured.
         """
-        survivors = self.survivors
-        self._space.run(lambda: self._clean(survivors))
+        self._space.run(self._clean)
 
-    def _clean(self, survivors: Survivors) -> None:
-        arena = self._space.arena
-        assert isinstance(arena, Arena)
-        self._space.drain()
-        arena.channel.name_call(CallDescription("clean_mask"))
-        self._refuse_the_lost(arena.channel)
-        mine = arena.channel.words[Word.EPOCH]
-        check = functools.partial(self._refuse_the_lost, arena.channel)
+    def _clean(self) -> None:
+        space, host, device = self._space, self._space.host_arena, self._device_arena
+        space.arena.runtime.refuse_in_capture("all ranks have to meet")
+        space.drain()
+        host.channel.name_call(CallDescription("clean_mask"))
+        self._refuse_the_lost(host.channel)
+        mine = max(host.channel.words[Word.EPOCH], self.survivors.epoch_of(space.rank))
+        check = functools.partial(self._refuse_the_lost, host.channel)
         told = self._exchange.all_gather(str(mine).encode(), SETUP_SECONDS, check)
         # Late stores of whoever was behind carry epochs before these.
-        arena.set_epoch(max(int(epoch) for epoch in told) + 2)
-        survivors.forget()
+        epoch = max(int(epoch) for epoch in told) + 2
+        host.set_epoch(epoch)
+        if device is not None:
+            device.set_epoch(epoch)
+        self.survivors.forget()
         self._exchange.all_gather(b"", SETUP_SECONDS, check)
 
     def _refuse_the_lost(self, channel: Channel) -> None:
@@ -149,5 +136,4 @@ class Masks:
 
     def close(self) -> None:
         """Leave nothing behind."""
-        if self._survivors is not None:
-            self._survivors.close()
+        self.survivors.close()

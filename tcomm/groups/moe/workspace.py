@@ -225,9 +225,14 @@ class Workspace(GroupHandle):
         self._channel.finish(epoch)
 
     @property
-    def _channel(self) -> Channel:
+    def host_arena(self) -> Arena:
+        """Control pages in host memory, by which the hosts agree also where kernels work on GPUs."""
         assert self._arena is not None
-        return self._arena.channel
+        return self._arena
+
+    @property
+    def _channel(self) -> Channel:
+        return self.host_arena.channel
 
     def defer(self, receive: Callable[[], None]) -> Hook:
         """Leave a call open after it has published; `receive` is run by the hook, or by the next call."""

@@ -1,4 +1,5 @@
 import functools
+import itertools
 import logging
 import os
 import time
@@ -7,13 +8,14 @@ import pytest
 import torch
 
 from tcomm.errors import (
-    CapabilityError,
     CollectiveMismatchError,
     ConfigError,
     PeerLostError,
     PeerTimeoutError,
     UsageError,
 )
+from tcomm.groups.moe.workspace import Workspace
+from tcomm.memory.control import CONTROL_BYTES
 from tests.groups.moe.low_latency_cases import (
     Case,
     as_experts_see,
@@ -23,6 +25,7 @@ from tests.groups.moe.low_latency_cases import (
     wanted_rows,
     wanted_sum,
 )
+from tests.memory.fake_symm_mem import device_arena
 
 STEPS, LOST = 6, 2
 CASES = [Case(seed, 4, zero_copy=seed % 2 == 1) for seed in range(STEPS)]
@@ -53,6 +56,25 @@ def _publish_to_one(survivors, then):
     survivors.publish = broken
 
 
+def _tell_one_by_kernel(exchange, then):
+    """As `_publish_to_one`, where kernels publish: into pages of nobody, instead of those of the others."""
+    engine, survivors, table = (
+        exchange._engine,
+        exchange.masks.survivors,
+        exchange.workspace.arena.control.table,
+    )
+    send, pages, nobody = engine.send_dispatch, table.clone(), torch.zeros(CONTROL_BYTES, dtype=torch.uint8)
+
+    def broken(job):
+        table[survivors.active[1:]] = nobody.data_ptr()
+        send(job)
+        table.copy_(pages)
+        then()
+        survivors.publish(job.epoch << 32 | job.call.signature)
+
+    engine.send_dispatch = broken
+
+
 def _meet_the_end(exchange, case, how):
     """What the lost rank does in the step in which it is lost."""
     leave = functools.partial(os._exit, 0)
@@ -60,7 +82,10 @@ def _meet_the_end(exchange, case, how):
     then = leave if "dies" in how else sleep
     x, topk_idx, weights = tokens_of(case, exchange.layout, exchange.workspace.rank)
     if "telling one" in how:
-        _publish_to_one(exchange.masks.survivors, then)
+        if exchange.workspace.engine == "cpu":
+            _publish_to_one(exchange.masks.survivors, then)
+        else:
+            _tell_one_by_kernel(exchange, then)
     if how.startswith("before"):
         then()
     _, _, handle, _ = exchange.dispatch(x, topk_idx, use_fp8=False)
@@ -72,18 +97,18 @@ def _meet_the_end(exchange, case, how):
     _meet_the_end(exchange, case, "after")
 
 
-def _elastic(member, how, lost_at):
+def _elastic(member, engine, how, lost_at):
     logged = []
     handler = logging.Handler()
     handler.emit = lambda record: logged.append(record.getMessage())
     logging.getLogger("tcomm").addHandler(handler)
-    exchange = make(member)
+    exchange = make(member, engine=engine)
     exchange.masks.on_timeout = "mask"
     exchange.dispatch(*tokens_of(CASES[0], exchange.layout, member.rank)[:2])
     with torch.no_grad():
         exchange._lending_space()
     sums, told = [], ""
-    for number, case in enumerate(CASES):
+    for number, case in enumerate(CASES if engine == "cpu" else CASES[:3]):
         if member.rank == LOST and number == lost_at:
             with pytest.raises(PeerTimeoutError) as caught:
                 _meet_the_end(exchange, case, how)
@@ -110,17 +135,18 @@ def _elastic(member, how, lost_at):
 
 
 @pytest.mark.parametrize(
-    ("how", "lost_at", "call"),
+    ("engine", "how", "lost_at", "call"),
     [
-        ("before dispatch, dies", 1, 4),
-        ("between both, dies", 2, 7),
-        ("telling one, dies", 2, 7),
-        ("before dispatch, sleeps", 2, 6),
-        ("telling one, sleeps", 1, None),
+        ("cpu", "before dispatch, dies", 1, 4),
+        ("cpu", "between both, dies", 2, 7),
+        ("cpu", "telling one, dies", 2, 7),
+        ("cpu", "before dispatch, sleeps", 2, 6),
+        ("cpu", "telling one, sleeps", 1, None),
+        ("triton", "telling one, dies", 1, 5),
     ],
 )
-def test_survivors_go_on_as_if_the_owners_experts_gave_nothing(on_ranks, how, lost_at, call):
-    outcomes = on_ranks(4, _elastic, how, lost_at, check=False)
+def test_survivors_go_on_as_if_the_owners_experts_gave_nothing(on_ranks, engine, how, lost_at, call):
+    outcomes = on_ranks(4, _elastic, engine, how, lost_at, check=False)
     values = {o.rank: o.value for o in outcomes if not (o.rank == LOST and "dies" in how)}
     assert "".join(o.error for o in outcomes) == ""
     verdicts = {str(values[rank][2]) for rank in values if rank != LOST}
@@ -138,7 +164,8 @@ def test_survivors_go_on_as_if_the_owners_experts_gave_nothing(on_ranks, how, lo
         assert ranks == (LOST,)
         assert call is None or lost_in == call
         assert len([line for line in logged if "goes on without ranks [2]: rank 2" in line]) == 1
-        for number, (case, total) in enumerate(zip(CASES, sums, strict=True)):
+        assert len(sums) == (STEPS if engine == "cpu" else 3)
+        for number, (case, total) in enumerate(zip(CASES[: len(sums)], sums, strict=True)):
             # The first dispatch of all was not combined; each step is two calls.
             masked = {LOST} if 2 * number + 3 >= lost_in else set()
             assert total == wanted(case, layout, rank, masked), (number, lost_in)
@@ -176,8 +203,8 @@ def _watch(exchange, point):
         setattr(exchange._engine, part, lambda job, p=part, r=run: (dies.in_part(p), r(job)))
 
 
-def _lose_some(member, plan):
-    exchange = make(member, num_experts=2 * member.world_size)
+def _lose_some(member, engine, plan):
+    exchange = make(member, engine=engine, num_experts=2 * member.world_size)
     exchange.masks.on_timeout = "mask"
     exchange._lending_space()
     sums, places = [], set()
@@ -201,17 +228,28 @@ WAYS = [
 
 
 @pytest.mark.parametrize(
-    ("world_size", "plan", "faults"),
+    ("engine", "world_size", "plan", "faults"),
     [
         # What was told in full before counts, though its hook was never called.
-        (2, {(1, 0): "receive_combine: begins"}, [(5, (0,))]),
-        (4, {(1, 0): "send_dispatch: writes", (1, 3): "receive_dispatch: begins"}, None),
-        (4, {(1, 2): "send_combine: has told one", (2, 1): "send_combine: writes"}, [(5, (2,)), (6, (1,))]),
-        (3, {(2, 0): "send_dispatch: has told one", (3, 1): "receive_combine: begins"}, None),
+        ("cpu", 2, {(1, 0): "receive_combine: begins"}, [(5, (0,))]),
+        ("cpu", 4, {(1, 0): "send_dispatch: writes", (1, 3): "receive_dispatch: begins"}, None),
+        (
+            "cpu",
+            4,
+            {(1, 2): "send_combine: has told one", (2, 1): "send_combine: writes"},
+            [(5, (2,)), (6, (1,))],
+        ),
+        ("cpu", 3, {(2, 0): "send_dispatch: has told one", (3, 1): "receive_combine: begins"}, None),
+        (
+            "triton",
+            4,
+            {(1, 2): "send_combine: begins", (3, 1): "receive_combine: begins"},
+            [(4, (2,)), (9, (1,))],
+        ),
     ],
 )
-def test_ranks_die_at_every_point(on_ranks, world_size, plan, faults):
-    outcomes = on_ranks(world_size, _lose_some, plan, check=False)
+def test_ranks_die_at_every_point(on_ranks, engine, world_size, plan, faults):
+    outcomes = on_ranks(world_size, _lose_some, engine, plan, check=False)
     lost = {rank for _, rank in plan}
     values = {o.rank: o.value for o in outcomes if o.rank not in lost}
     assert "".join(o.error for o in outcomes if o.rank not in lost) == ""
@@ -227,18 +265,18 @@ def test_ranks_die_at_every_point(on_ranks, world_size, plan, faults):
             assert total == wanted_here.float().tolist(), (number, found)
 
 
-def _late_stores(member):
+def _late_stores(member, engine):
     """Rank 2 writes its rows in fp8 when the others exchange others in the same half, in bfloat16."""
-    exchange = make(member, num_experts=6)
+    exchange = make(member, engine=engine, num_experts=6)
     exchange.masks.on_timeout = "mask"
     case = STALE
     if member.rank == 2:
-        others_first = exchange._engine._others_first
-        exchange._engine._others_first = lambda: member.meet("write now") or others_first()
+        begin = exchange.workspace.arena.channel.begin
+        exchange.workspace.arena.channel.begin = lambda *args: (begin(*args), member.meet("write now"))[0]
         x, topk_idx, _ = tokens_of(case, exchange.layout, member.rank)
         with pytest.raises(PeerTimeoutError, match="have gone on without this rank, 2, since call #1"):
             exchange.dispatch(x, topk_idx)
-        exchange._engine._others_first = others_first
+        exchange.workspace.arena.channel.begin = begin
         member.meet("written")
         member.meet("rank 0 is alone")
         exchange.masks.clean()
@@ -269,8 +307,9 @@ def _late_stores(member):
 STALE, LATER = Case(5, 4, "full", fp8=("use_fp8",)), Case(6, 4, "full")
 
 
-def test_late_stores_of_a_masked_rank_hit_nobody(on_ranks):
-    outcomes = on_ranks(3, _late_stores)
+@pytest.mark.parametrize("engine", ["cpu", "triton"])
+def test_late_stores_of_a_masked_rank_hit_nobody(on_ranks, engine):
+    outcomes = on_ranks(3, _late_stores, engine)
     for rank, (layout, _, _, total) in enumerate(outcomes):
         given = as_experts_see(STALE, tokens_of(STALE, layout, rank)[0])
         assert total == wanted_sum(STALE, layout, rank, given).float().tolist()
@@ -281,8 +320,8 @@ def test_late_stores_of_a_masked_rank_hit_nobody(on_ranks):
         assert rows == [[sent[s][t].tolist() for s, t in one if s != 2] for one in wanted_here]
 
 
-def _by_hand(member):
-    exchange = make(member, num_experts=6, timeout=10.0)
+def _by_hand(member, engine):
+    exchange = make(member, engine=engine, num_experts=6, timeout=10.0)
     x, topk_idx, _ = tokens_of(CASES[0], exchange.layout, member.rank)
     masks, told = exchange.masks, []
     for chosen in ("mask", "raise"):
@@ -326,8 +365,9 @@ def _by_hand(member):
     return exchange.layout, told
 
 
-def test_ranks_are_masked_by_hand_and_come_back(on_ranks):
-    for rank, (layout, told) in enumerate(on_ranks(3, _by_hand)):
+@pytest.mark.parametrize("engine", ["cpu", "triton"])
+def test_ranks_are_masked_by_hand_and_come_back(on_ranks, engine):
+    for rank, (layout, told) in enumerate(on_ranks(3, _by_hand, engine)):
         if rank < 2:
             assert told[:2] == [[0, 0, 1], False]
             assert told[2] == wanted(CASES[2], layout, rank, {2})
@@ -358,18 +398,83 @@ def test_by_default_a_dead_rank_is_named_with_masks_too(on_ranks):
     assert [o.value for o in outcomes] == [(2,), (2,), None]
 
 
-def _kernels(member):
-    exchange = make(member, engine="triton")
-    with pytest.raises(CapabilityError, match="kernels mask nobody"):
-        exchange.masks.on_timeout = "mask"
-    with pytest.raises(ConfigError, match="on_timeout='ignore' is neither"):
-        exchange.masks.on_timeout = "ignore"
-    exchange.masks.on_timeout = "raise"
-    assert exchange.masks.on_timeout == "raise"
-    with pytest.raises(CapabilityError, match="engine='triton'"):
-        exchange.masks.update(0, True)
-    return exchange.masks.query().tolist(), exchange.masks.faults, bool(exchange.masks.query_fault())
+def _on_device(member):
+    """Let workspaces have a device's memory, which kernels see, apart from the host's."""
+    count = itertools.count()
+
+    def make_memory(space, nbytes):
+        arena = device_arena(
+            member, host=space.host_arena.channel, staging_bytes=nbytes, name=f"device {next(count)}"
+        )
+        space._devices.arena = arena
+        return arena
+
+    Workspace._make_memory = make_memory
 
 
-def test_kernels_mask_nobody(on_ranks):
-    assert on_ranks(1, _kernels) == [([0], [], False)]
+def _by_hand_on_device(member, exchange):
+    """In a call, and before one."""
+    layout, masks, told = exchange.layout, exchange.masks, []
+    if member.rank != 2:
+        hook = exchange.dispatch(*tokens_of(CASES[0], layout, member.rank)[:2], return_recv_hook=True)[-1]
+        masks.update(2, True)
+        hook()
+        told.append(sum_of(exchange, CASES[1]))
+    member.meet("masked")
+    if member.rank == 2:
+        with pytest.raises(PeerTimeoutError, match="have gone on without this rank, 2, since call #3"):
+            sum_of(exchange, CASES[1])
+    else:
+        with pytest.raises(ConfigError, match=r"rank 2 has completed call #2 and this rank #5.*clean_mask"):
+            masks.update(2, False)
+    masks.clean()
+    return [*told, sum_of(exchange, CASES[2])]
+
+
+def _elastic_on_device(member):
+    _on_device(member)
+    exchange = make(member, engine="triton", num_experts=6)
+    layout, masks = exchange.layout, exchange.masks
+    exchange._lending_space()
+    told = [sum_of(exchange, CASES[0]), *_by_hand_on_device(member, exchange)]
+    # Late, and then dead.
+    masks.on_timeout = "mask"
+    flags, completed = {"use_fp8": member.rank == 1}, masks.survivors.epoch_of(member.rank)
+    with pytest.raises(CollectiveMismatchError, match="rank 1: low_latency_dispatch"):
+        exchange.dispatch(*tokens_of(CASES[0], layout, member.rank)[:2], **flags)
+    assert masks.survivors.epoch_of(member.rank) == completed + 1
+    told.append(sum_of(exchange, CASES[3]))
+    if member.rank == 1:
+        time.sleep(1.2)
+        with pytest.raises(PeerTimeoutError, match="have gone on without this rank, 1, since call #"):
+            sum_of(exchange, CASES[4])
+    else:
+        exchange.workspace.timeout = 0.7
+        told.append(sum_of(exchange, CASES[4]))
+        exchange.workspace.timeout = 20.0
+        told.append(masks.query().tolist())
+    masks.clean()
+    told.append(sum_of(exchange, CASES[5]))
+    if member.rank == 2:
+        os._exit(0)
+    # Longer than the watch takes to find out that a rank is gone.
+    time.sleep(0.8)
+    told += [sum_of(exchange, case) for case in CASES[:2]]
+    masks.on_timeout = "raise"
+    time.sleep(0.8)
+    told += [sum_of(exchange, CASES[2]), masks.query().tolist()]
+    exchange.close()
+    return layout, told
+
+
+def test_hosts_agree_for_kernels_on_a_device(on_ranks):
+    outcomes = on_ranks(3, _elastic_on_device, check=False)
+    assert "".join(o.error for o in outcomes[:2]) == ""
+    for rank in (0, 1):
+        layout, told = outcomes[rank].value
+        sums = [(0, ()), (1, {2}), (2, ()), (3, ())] + [(4, {1})] * (rank == 0) + [(5, ())]
+        sums += [(0, {2}), (1, {2}), (2, {2})]
+        masks = [each for each in told if each and type(each[0]) is int]
+        assert masks == [[0, 1, 0]] * (rank == 0) + [[0, 0, 1]]
+        got = [each for each in told if each not in masks]
+        assert got == [wanted(CASES[number], layout, rank, masked) for number, masked in sums]
