@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +15,8 @@ from tcomm.groups.arguments import UNSET, Timeout, Unset
 from tcomm.groups.moe.workspace import Workspace
 from tcomm.groups.setup import Membership
 from tcomm.memory.arena import Arena
-from tcomm.memory.control import PoisonCode
+from tcomm.memory.channel import Channel
+from tcomm.memory.control import PoisonCode, Word
 from tcomm.memory.verdicts import Verdicts
 from tcomm.signature import CallDescription
 
@@ -49,6 +52,8 @@ class SymmetricMover:
         assert isinstance(self.space.arena, Arena)
         self._channel = self.space.arena.channel
         self._verdicts = Verdicts(self._channel, self.space.config.shm_dir)
+        # Who drops a mover, or ends with it, removes its verdicts too.
+        self._release = weakref.finalize(self, _release, self._channel, self._verdicts)
         self._prepared: tuple[int, LayerMoves] | None = None
         whole = ((rank, 0, 0, (self._rows.nbytes,), torch.uint8) for rank in range(self.space.world_size))
         self._staged = [self._rows.views_of(self.space.view(*each)) for each in whole]
@@ -141,3 +146,12 @@ class SymmetricMover:
         peers = [peer for peer in self._channel.peers if not self._channel.is_gone(peer)]
         self.space.close()
         self._verdicts.close(peers)
+        self._release.detach()
+
+
+def _release(channel: Channel, verdicts: Verdicts) -> None:
+    # A forked child drops what it inherits, and its parent has not left.
+    if channel.words[Word.PID] == os.getpid():
+        peers = [peer for peer in channel.peers if not channel.is_gone(peer)]
+        channel.pages[channel.rank].leave("its mover was dropped without close()")
+        verdicts.close(peers)

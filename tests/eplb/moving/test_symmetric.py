@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import time
@@ -62,6 +63,26 @@ def _random(member, cases, size):
     mover.close()
     member.meet("closed")
     return wrong, taken, needed, nbytes, len(names), refused, _verdicts(mover)
+
+
+def _dropped(member):
+    """Movers that nobody closes."""
+    layers = Layers.filled([range(4)], member.rank, 2)
+    mover = _mover(member, layers.weights[0])
+    moves = migration([range(4)], [[2, 3, 0, 1]], 2).layers[0]
+    mover.prepare(0, moves, layers.weights[0])
+    prefix, directory = mover._verdicts.prefix, mover.space.config.shm_dir
+    member.meet("prepared")
+    there = os.path.lexists(f"{prefix}-2-0")
+    member.meet("looked")
+    del mover
+    gc.collect()
+    member.meet("dropped")
+    return there, [name for name in os.listdir(directory) if os.path.basename(prefix) in name]
+
+
+def test_movers_that_are_dropped_leave_nothing_behind(on_ranks):
+    assert on_ranks(2, _dropped) == [(True, [])] * 2
 
 
 def _verdicts(mover):
