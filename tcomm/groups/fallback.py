@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import threading
 import time
 from collections.abc import Callable
 from typing import NoReturn
@@ -25,7 +26,39 @@ __all__ = ["TorchFallback"]
 _DYING_SECONDS = 1.0
 _SLICE_SECONDS = 0.05
 """Of a wait inside torch, during which no signal of Python's is handled."""
+_AT_ONCE = datetime.timedelta(milliseconds=1)
 _FOR_EVER = 7 * 24 * 3600.0
+
+
+class _WaitedAside:
+    """A transfer between two ranks by gloo, waited for by a thread, and once.
+
+    Gloo breaks the connection when a wait for a transfer ends without it, so none can be cut into slices.
+    """
+
+    def __init__(self, work: dist.Work, seconds: float) -> None:
+        self._work = work
+        self._ended = threading.Event()
+        self._error: Exception | None = None
+        threading.Thread(target=self._wait, args=(seconds,), name="tcomm-transfer", daemon=True).start()
+
+    def _wait(self, seconds: float) -> None:
+        try:
+            self._work.wait(datetime.timedelta(seconds=max(seconds, 0.001)))
+        except Exception as error:  # noqa: BLE001 - raised where it is waited for
+            self._error = error
+        self._ended.set()
+
+    def is_completed(self) -> bool:
+        """Whether it has ended, well or badly."""
+        return self._ended.is_set()
+
+    def wait(self, timeout: datetime.timedelta | None = None) -> None:
+        """Wait for its end, or raise that it has not come."""
+        if not self._ended.wait(None if timeout is None else timeout.total_seconds()):
+            raise RuntimeError("Timed out waiting for a transfer")
+        if self._error is not None:
+            raise self._error
 
 
 class TorchFallback:
@@ -78,13 +111,22 @@ class TorchFallback:
         """Send x to one rank."""
         self._let_errors_name("send")
         start = functools.partial(dist.isend, x, group_dst=dst, group=self.group)
-        self.run("send", timeout, start, self._by_nccl(x))
+        self._transfer("send", timeout, start, x)
 
     def recv(self, out: torch.Tensor, src: int, timeout: float | None) -> None:
         """Receive into out from one rank."""
         self._let_errors_name("recv")
         start = functools.partial(dist.irecv, out, group_src=src, group=self.group)
-        self.run("recv", timeout, start, self._by_nccl(out))
+        self._transfer("recv", timeout, start, out)
+
+    def _transfer(
+        self, op: str, timeout: float | None, start: Callable[[], dist.Work | None], x: torch.Tensor
+    ) -> None:
+        def start_aside() -> _WaitedAside | None:
+            work = start()
+            return None if work is None else _WaitedAside(work, _FOR_EVER if timeout is None else timeout)
+
+        self.run(op, timeout, start_aside if self.is_gloo else start, self._by_nccl(x))
 
     def _by_nccl(self, x: torch.Tensor) -> bool:
         return dict(self.backends).get(x.device.type) == "nccl"
@@ -98,7 +140,7 @@ class TorchFallback:
         self,
         op: str,
         timeout: float | None,
-        start: Callable[[], dist.Work | None],
+        start: Callable[[], dist.Work | _WaitedAside | None],
         on_stream: bool = False,
     ) -> None:
         """Start an operation of torch and wait for it, as long as `timeout` allows and the peers live.
@@ -128,7 +170,7 @@ class TorchFallback:
         except (RuntimeError, ValueError, dist.DistError) as error:
             self._translate(op, timeout, error)
 
-    def _wait_a_little(self, work: dist.Work, deadline: float) -> bool:
+    def _wait_a_little(self, work: dist.Work | _WaitedAside, deadline: float) -> bool:
         """Whether `work` is done. In between, signals are handled, and the dead are looked for.
 
         Torch sees the dead only where it reads from.
@@ -138,8 +180,12 @@ class TorchFallback:
         try:
             work.wait(datetime.timedelta(seconds=_SLICE_SECONDS if sliced else max(left, 0.001)))
         except RuntimeError:
-            if not sliced or work.is_completed():
+            if not sliced:
                 raise
+            if work.is_completed():
+                # It failed, or it came to its end as this slice did.
+                work.wait(_AT_ONCE)
+                return True
             if self._channel is not None:
                 self._channel.refuse_the_lost()
             return False

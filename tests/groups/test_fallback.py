@@ -96,6 +96,51 @@ def test_what_torch_refuses_by_value_is_an_error_of_ours_too(on_ranks):
     assert on_ranks(2, _complex) == [[2 + 4j]] * 2
 
 
+def _late(member):
+    fallback = _fallback(member)
+    x = torch.full((4,), float(member.rank))
+    for first in range(2):
+        # Later than a slice of the wait, by far; then the other way round.
+        if member.rank == first:
+            time.sleep(0.3)
+            fallback.send(x, 1 - member.rank, 20.0)
+        else:
+            fallback.recv(x, 1 - member.rank, 20.0)
+    return x.tolist()
+
+
+def test_a_transfer_waits_for_a_late_peer(on_ranks):
+    assert on_ranks(2, _late) == [[0.0] * 4, [0.0] * 4]
+
+
+class _Ending:
+    """A work that comes to its end, or fails, as a slice of its wait is over."""
+
+    def __init__(self, error=None):
+        self.error, self.waits = error, 0
+
+    def wait(self, timeout):
+        self.waits += 1
+        if self.waits == 1:
+            raise RuntimeError("Timed out")
+        if self.error is not None:
+            raise self.error
+
+    def is_completed(self):
+        return True
+
+
+def _ends_with_a_slice(member):
+    fallback = _fallback(member)
+    fallback.run("all_reduce", 20.0, _Ending)
+    with pytest.raises(CommError, match="it broke"):
+        fallback.run("all_reduce", 20.0, lambda: _Ending(RuntimeError("it broke")))
+
+
+def test_what_ends_with_a_slice_of_the_wait_has_ended(on_ranks):
+    on_ranks(1, _ends_with_a_slice)
+
+
 def _silent(member):
     fallback = _fallback(member)
     x = torch.ones(3)
