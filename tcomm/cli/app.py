@@ -28,6 +28,7 @@ from tcomm.cli.eplb_bench import (
 from tcomm.cli.explain import EXPLAIN_HEADER, Question, answers, explain_columns, title_of
 from tcomm.cli.inspection import inspect_process
 from tcomm.cli.moe_bench import MOE_HEADER, MoeRequest, moe_columns, run_moe_bench
+from tcomm.cli.move_bench import MOVE_HEADER, MoveRequest, move_columns, run_move_bench
 from tcomm.cli.object_bench import OBJECT_HEADER, ObjectRequest, object_columns, run_object_bench
 from tcomm.cli.overhead_bench import OVERHEAD_HEADER, measure_overhead, overhead_columns, overhead_rows
 from tcomm.cli.workers import why_no_mpi
@@ -65,7 +66,7 @@ def bench(
     op: Annotated[
         str,
         typer.Argument(
-            help=f"collective: {', '.join(VERBS)}; or object_broadcast, call_overhead, moe or eplb"
+            help=f"a verb: {', '.join(VERBS)}; or object_broadcast, call_overhead, moe, eplb, expert_moves"
         ),
     ],
     ranks: Annotated[int, typer.Option(help="processes on this machine")] = 2,
@@ -83,7 +84,7 @@ def bench(
     tokens: Annotated[str, typer.Option(help="of moe: tokens of a rank")] = "128,4096",
     hidden: Annotated[int, typer.Option(help="of moe: elements of a token")] = 7168,
     topk: Annotated[int, typer.Option(help="of moe: experts of a token")] = 8,
-    experts: Annotated[int, typer.Option(help="of moe: experts of all ranks")] = 256,
+    experts: Annotated[int, typer.Option(help="of moe and expert_moves: experts of all ranks")] = 256,
     backends: Annotated[str, typer.Option(help="of moe: which; empty: all")] = "",
     blocks: Annotated[int, typer.Option(min=1, help="blocks of each candidate")] = 8,
     calls: Annotated[int, typer.Option(min=1, help="timed calls of a block")] = 30,
@@ -97,6 +98,7 @@ def bench(
     `moe`: tokens to their experts and back, by every backend, against gloo with a row for each (token,
     expert), and with one for each (token, rank).
     `eplb`: where experts go, against the plain reference of the same run.
+    `expert_moves`: a layer's experts from one map to another, --sizes being bytes of an expert.
     """
     if json_file is not None and not json_file.parent.is_dir():
         raise ConfigError(f"--json {json_file}: {json_file.parent} is no folder")
@@ -112,6 +114,9 @@ def bench(
         against_of = tuple(against.split(","))
         objects = ObjectRequest(readers_of, parse_sizes(sizes), against_of, schedule, pin)
         _bench_objects(objects, timeout, json_file)
+        return
+    if op == "expert_moves":
+        _bench_moves(MoveRequest(ranks, parse_sizes(sizes), experts, schedule, pin), timeout, json_file)
         return
     if op == "moe":
         chosen = tuple(filter(None, backends.split(","))) or tuple(BACKENDS)
@@ -167,6 +172,16 @@ def _bench_moe(request: MoeRequest, against: str, timeout: float, json_file: pat
     _table(f"moe, {told}, {rows[0]['affinity']}, torch {torch.__version__}", MOE_HEADER, moe_columns(rows))
     if not all(row["checked"] for row in rows):
         raise TcommError("some results were wrong")
+
+
+def _bench_moves(request: MoveRequest, timeout: float, json_file: pathlib.Path | None) -> None:
+    rows = run_move_bench(request, timeout)
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+    told = f"{rows[0]['experts']} experts in {rows[0]['slots']} slots, {request.ranks} ranks"
+    _table(f"{told}, {rows[0]['affinity']}, torch {torch.__version__}", MOVE_HEADER, move_columns(rows))
+    if not all(row["checked"] for row in rows):
+        raise TcommError("some experts are not where they should be")
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
