@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import traceback
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -32,7 +33,33 @@ def _use(rank, world):
     if not chosen.startswith("triton:") or not launches.total():
         wrong.append(f"kernels were to be launched: {comm.explain('all_reduce', nbytes=4096, device='cuda')}")
     comm.close()
+    wrong += _move_experts(rank, world)
     return [each for each in wrong if each], chosen
+
+
+def _move_experts(rank, world):
+    """What is wrong after experts went to and fro between two maps, in memory that the ranks share."""
+    from tcomm.eplb.migration import migration
+    from tcomm.eplb.moving import make_mover
+    from tcomm.eplb.moving.symmetric import SymmetricMover
+
+    slots = 4 * world
+    old = np.arange(slots)[None] % (slots - 2)
+    maps = old, np.roll(old, 3, axis=1)
+    mine = slice(4 * rank, 4 * rank + 4)
+    held = [torch.from_numpy(phy2log[0, mine]) for phy2log in maps]
+    weight = held[0].cuda()[:, None].repeat(1, 100_003)
+    mover = make_mover(dist.group.WORLD, [weight], timeout=60.0)
+    wrong = [] if isinstance(mover, SymmetricMover) else [f"experts moved by {type(mover).__name__}"]
+    for turn in range(6):
+        before, after = maps[turn % 2], maps[1 - turn % 2]
+        moves = migration(before, after, world).layers[0]
+        mover.prepare(0, moves, [weight])
+        mover.commit(0, moves, [weight])
+        if not torch.equal(weight.cpu(), held[1 - turn % 2][:, None].expand_as(weight)):
+            wrong.append(f"experts are not where turn {turn} put them")
+    mover.close()
+    return wrong
 
 
 def _serve(queue, rank, world, port, devices):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 
 import torch
 
+from tcomm.groups.moe.workspace import Workspace
 from tcomm.memory.cuda import CudaTransport, Mapped
 from tcomm.memory.device_arena import DeviceArena, open_device_arena
 from tcomm.memory.shm import SharedMemoryTransport
@@ -117,6 +119,20 @@ def device_arena(
     )
     assert isinstance(made, DeviceArena), made
     return made
+
+
+def give_workspaces_device_memory(member: Member) -> None:
+    """Let workspaces have a device's memory, which kernels see, apart from the host's."""
+    count = itertools.count()
+
+    def make_memory(space, nbytes):
+        arena = device_arena(
+            member, host=space.host_arena.channel, staging_bytes=nbytes, name=f"device {next(count)}"
+        )
+        space._devices.arena = arena
+        return arena
+
+    Workspace._make_memory = make_memory
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ def make_mover(
     members = members_that_move(group)
     reason = "the caller gave a communicator"
     if communicator is None:
-        made = _symmetric(members, weights, rows, timeout)
+        made = _symmetric(members, weights, rows.device, timeout)
         if not isinstance(made, str):
             logger.info("group %r moves experts through memory that its ranks share", members.name)
             return made
@@ -65,11 +65,11 @@ def make_mover(
 
 
 def _symmetric(
-    members: Membership, weights: Sequence[torch.Tensor], rows: LayerRows, timeout: Timeout | Unset
+    members: Membership, weights: Sequence[torch.Tensor], device: torch.device, timeout: Timeout | Unset
 ) -> SymmetricMover | str:
     """What moves in shared memory, or why nothing can; the same on every rank."""
-    if rows.device.type != "cpu":
-        return f"weights on {rows.device.type} are not read by peers where they lie"
+    if device.type not in {"cpu", "cuda"}:
+        return f"ranks share no memory on {device.type}"
     try:
         return SymmetricMover(members, weights, timeout=timeout)
     except CapabilityError as error:

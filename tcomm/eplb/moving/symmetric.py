@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import torch
 
 from tcomm.eplb.migration import Copy, LayerMoves
+from tcomm.eplb.moving.device_work import DeviceWork
 from tcomm.eplb.moving.rows import LayerRows, rows_to_give, write_rows
 from tcomm.errors import CollectiveMismatchError, CommError, PeerTimeoutError, UsageError
 from tcomm.groups.arguments import UNSET, Timeout, Unset
 from tcomm.groups.moe.workspace import Workspace
 from tcomm.groups.setup import Membership
-from tcomm.memory.arena import Arena
 from tcomm.memory.channel import Channel
 from tcomm.memory.control import PoisonCode, Word
 from tcomm.memory.verdicts import Verdicts
@@ -30,7 +30,7 @@ class SymmetricMover:
 
     Args:
         members: who takes part.
-        weights: of one layer on this rank, in host memory.
+        weights: of one layer on this rank, in host memory or on a GPU.
         timeout: of waits: seconds, a profile, or None: as long as the peers live. Ranks that have begun to
             move a layer together have half of it to give their rows.
 
@@ -48,9 +48,11 @@ class SymmetricMover:
     ) -> None:
         self._rows = LayerRows.of(weights)
         # Rows lie across both halves: a layer takes two calls, and uses the memory once.
-        self.space = Workspace(members, -(-self._rows.nbytes // 2), timeout=timeout)
-        assert isinstance(self.space.arena, Arena)
-        self._channel = self.space.arena.channel
+        half, device = -(-self._rows.nbytes // 2), self._rows.device
+        self.space = Workspace(members, half, timeout=timeout, device=device)
+        # Hosts tell one another also where rows lie on GPUs: nobody has to launch anything to wait.
+        self._channel = self.space.host_arena.channel
+        self._work = DeviceWork(device)
         self._verdicts = Verdicts(self._channel, self.space.config.shm_dir)
         # Who drops a mover, or ends with it, removes its verdicts too.
         self._release = weakref.finalize(self, _release, self._channel, self._verdicts)
@@ -66,12 +68,13 @@ class SymmetricMover:
     def _prepare(self, layer: int, moves: LayerMoves, rows: list[torch.Tensor]) -> None:
         space = self.space
         self._prepared = None
-        taken = self._rows.call("take_experts", layer, moves, "shared")
-        self._meet(taken)
+        self._work.wait_for_weights()
+        self._meet(self._rows.call("take_experts", layer, moves, "shared"))
         with torch.inference_mode():
             for row in rows_to_give(moves, space.rank, self._rows.num_slots):
                 for staged, weight in zip(self._staged[space.rank], rows, strict=True):
                     staged[row].copy_(weight[row])
+        self._work.wait_for_rows()
         self._agree(self._rows.call("give_experts", layer, moves, "shared"))
         self._prepared = layer, moves
 
@@ -121,6 +124,7 @@ class SymmetricMover:
         if self._prepared != (layer, moves):
             raise UsageError(f"commit of layer {layer}, which was not prepared; prepare it first")
         write_rows(self._rows.bytes_of(weights), moves, self.space.rank, self._brought)
+        self._work.note_weights()
         self._prepared = None
 
     def _brought(self, copy: Copy) -> list[torch.Tensor]:
@@ -136,10 +140,12 @@ class SymmetricMover:
 
     def _reserve(self) -> None:
         self._prepared = None
+        self._work.wait_for_weights()
         self._meet(self._rows.call("reserve_experts", -1, LayerMoves((), (), (), ()), "shared"))
         with torch.inference_mode():
             for staged in self._staged[self.space.rank]:
                 staged.zero_()
+        self._work.wait_for_rows()
 
     def close(self) -> None:
         """See `WeightMover.close`."""

@@ -18,6 +18,7 @@ from tcomm.memory.verdicts import Verdicts
 from tests.eplb.moving.failures import LAYER, SECONDS, around_publish, die, move, stop
 from tests.eplb.moving.weights import KINDS, ROW_NBYTES, Layers, random_maps
 from tests.groups.all2all.worlds import told
+from tests.memory.fake_symm_mem import give_workspaces_device_memory
 
 
 def _mover(member, weights, timeout=20):
@@ -130,6 +131,52 @@ def test_random_maps_move_byte_exactly_and_each_expert_once(on_ranks):
             ]
             assert [part in text for part, text in zip(expected, texts, strict=True)] == [True] * 5
             assert staged == [0] * 6
+
+
+class _Work:
+    """Notes what the mover waits for on its device, among what it tells its peers."""
+
+    def __init__(self, mover):
+        self.told = []
+        publish = mover.space.publish
+
+        def publish_and_note(epoch, call):
+            self.told.append(call.op)
+            publish(epoch, call)
+
+        mover.space.publish = publish_and_note
+
+    def wait_for_rows(self):
+        self.told.append("rows are there")
+
+    def note_weights(self):
+        self.told.append("weights are being written")
+
+    def wait_for_weights(self):
+        self.told.append("weights are written")
+
+
+def _on_device(member):
+    give_workspaces_device_memory(member)
+    old, new = random_maps(np.random.default_rng(5), 2, member.world_size, 3)
+    layers = Layers.filled(old, member.rank, 3)
+    mover = _mover(member, layers.weights[0])
+    assert mover.space.arena is not mover.space.host_arena
+    mover._work = _Work(mover)
+    mover.reserve(layers.weights[0])
+    for layer, moves in enumerate(migration(old, new, member.world_size).layers):
+        mover.prepare(layer, moves, layers.weights[layer])
+        mover.commit(layer, moves, layers.weights[layer])
+    mover.close()
+    return [layers.wrong(layer, old[layer], new[layer]) for layer in range(2)], mover._work.told
+
+
+def test_peers_are_told_of_a_device_what_it_has_done(on_ranks):
+    for wrong, told_peers in on_ranks(2, _on_device):
+        assert wrong == [[], []]
+        layer = ["weights are written", "take_experts", "rows are there", "give_experts"]
+        reserved = ["weights are written", "reserve_experts", "rows are there"]
+        assert told_peers == reserved + 2 * [*layer, "weights are being written"]
 
 
 def _tell_rank_0_alone(space):
