@@ -6,7 +6,6 @@ from tcomm.cli.workers import Ranks, why_no_mpi
 from tcomm.errors import ConfigError
 from tests.cli import jobs
 
-
 NAMES = ["gloo"] if why_no_mpi() else ["gloo", "mpi"]
 MEASURED = [
     *((op, "sum") for op in VERBS),

@@ -39,10 +39,12 @@ def test_the_same_ranks_serve_every_call_and_end_with_the_group(mpi):
     assert _wait_for_end_of(first["pid"])
 
 
-def test_a_failure_names_the_rank_and_the_reason_once(capfd):
+def test_a_failure_names_the_rank_and_the_reason_once(forked_ranks):
     with pytest.raises(CommError, match=r"(?s)rank 1: Traceback.*ValueError: rank 1 does not like it"):
         run_ranks(2, jobs.fail_on_rank_1, timeout=60.0)
-    assert "Traceback" not in capfd.readouterr().err
+    written = [path.read_text() for path in forked_ranks.glob("rank-*.err")]
+    assert len(written) == 2
+    assert "Traceback" not in "".join(written)
 
 
 def test_an_error_of_tcomm_in_a_rank_is_a_sentence(forked_ranks):
