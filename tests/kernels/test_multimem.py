@@ -77,7 +77,7 @@ def _parts(member, dtypes):
                     member, arena, seed, "triton:multimem", dtype, unit, piece, wanted=wanted
                 )
     for seed, (op, dtype) in enumerate(KINDS):
-        for unit, piece in ((5, 0), (133, 256)):
+        for unit, piece in ((5, 0), (133, 256)) if seed % 3 == 0 else ((5, 0),):
             inputs_of = functools.partial(_inputs, seed, member.world_size, dtype)
             found += mistakes_of_reductions(member, arena, "triton:multimem", inputs_of, op, unit, piece)
     assert not found, "\n".join(found)
