@@ -12,15 +12,15 @@ INT_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def every_ranks_input(seed, world_size, shape, dtype, special=False):
     """One tensor per rank; the same list in every process that gives the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = [_random(generator, shape, dtype) for _ in range(world_size)]
+    # Every rank draws every rank's data: all at once.
+    tensors = _random(generator, (world_size, *shape), dtype)
     if special and dtype.is_floating_point:
         values = _special_values(dtype)
-        for tensor in tensors:
-            flat = tensor.view(-1)
-            picks = torch.randint(0, len(values), (flat.numel(),), generator=generator)
-            chosen = torch.rand(flat.numel(), generator=generator) < 0.3
-            flat[chosen] = values[picks[chosen]]
-    return tensors
+        flat = tensors.view(-1)
+        picks = torch.randint(0, len(values), (flat.numel(),), generator=generator)
+        chosen = torch.rand(flat.numel(), generator=generator) < 0.3
+        flat[chosen] = values[picks[chosen]]
+    return [tensor.clone() for tensor in tensors]
 
 
 def _random(generator, shape, dtype):

@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import sys
 
@@ -5,11 +6,17 @@ import pytest
 
 
 @pytest.fixture
-def forked_ranks(monkeypatch, programs):
-    """Ranks of commands are forked from the rank server, but for those that mpirun starts."""
-    popen = subprocess.Popen
+def forked_ranks(monkeypatch, programs, tmp_path):
+    """Ranks of commands are forked from the rank server, but for those that mpirun starts.
+
+    What they write is in the files `rank-*.out` and `rank-*.err` of the directory that this gives.
+    """
+    popen, numbers = subprocess.Popen, itertools.count()
 
     def start(command, **options):
-        return (programs.start if command[0] == sys.executable else popen)(command, **options)
+        if command[0] != sys.executable:
+            return popen(command, **options)
+        return programs.start(command, output=tmp_path / f"rank-{next(numbers)}", **options)
 
     monkeypatch.setattr(subprocess, "Popen", start)
+    return tmp_path

@@ -13,13 +13,18 @@ from tcomm.groups.communicator import Communicator
 from tcomm.tuning.measure import Schedule, time_alternating
 
 
-def wrong_elements(names: list[str], op: str, numels: list[int], redop: str):
-    """Over a few calls of each contender, on all ranks: for each number of elements, {out: {name: count}}."""
+def wrong_elements(names: list[str], kinds: list[tuple[str, str]], numels: list[int]):
+    """For each (op, redop), over a few calls of each contender, on all ranks: `_wrong_elements_of` it."""
     with Communicator(timeout=30.0) as comm:
-        return [
-            {out: _count(comm, names, op, numel, redop, out == "reused") for out in ("reused", "allocated")}
-            for numel in numels
-        ]
+        return [_wrong_elements_of(comm, names, op, numels, redop) for op, redop in kinds]
+
+
+def _wrong_elements_of(comm, names, op, numels, redop):
+    """For each number of elements, {out: {name: count}}."""
+    return [
+        {out: _count(comm, names, op, numel, redop, out == "reused") for out in ("reused", "allocated")}
+        for numel in numels
+    ]
 
 
 def _count(comm, names, op, numel, redop, reuses):

@@ -9,6 +9,7 @@ from tcomm import reference
 from tcomm.cpu.all_reduce import make_plan
 from tcomm.memory.arena import open_arena
 from tests.kernels.test_all_reduce import bytes_written_past, capacity, delay_at_random, poison, use_tiles
+from tests.kernels.test_reduce_scatter import KINDS
 from tests.kernels.test_tiles import GIB, allocated, sparse_bytes, sparse_staging
 from tests.test_algorithms import CPU, TRITON, description, mistake, reduce_by, supported
 from tests.test_reference import difference, every_ranks_input
@@ -26,21 +27,23 @@ def test_the_examples_of_the_docstrings(on_ranks):
     assert on_ranks(2, _numbers_of_the_docstrings) == [[[11.0, 22.0]] * 3] * 2
 
 
-def _bits(member, numel):
+def _bits(member, numel, kinds):
     arena = member.arena()
     poison(member, arena, "bits")
-    cases = [(name, op, dtype) for name in CPU for op, dtype in supported(name)]
+    cases = [(name, op, dtype) for name in CPU for op, dtype in kinds or supported(name)]
     found = [
         mistake(member, arena, seed, name, op, dtype, (numel,), special=seed % 2 == 0, in_place=seed % 3 == 0)
         for seed, (name, op, dtype) in enumerate(cases)
     ]
-    assert len(cases) == len(CPU) * (4 * 4 + 2 * 3)
+    assert len(cases) == len(CPU) * (len(kinds) or 4 * 4 + 2 * 3)
     assert not any(found), "\n".join(filter(None, found))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 16])
-def test_every_operation_and_dtype_has_the_bits_of_the_reference(on_ranks, world_size):
-    on_ranks(world_size, _bits, 515)
+@pytest.mark.parametrize(
+    ("world_size", "kinds"), [(1, ()), (2, ()), (3, ()), (4, ()), (6, KINDS), (8, KINDS), (16, KINDS[:3])]
+)
+def test_every_operation_and_dtype_has_the_bits_of_the_reference(on_ranks, world_size, kinds):
+    on_ranks(world_size, _bits, 515, kinds)
 
 
 def _odd_sizes(member):
@@ -53,7 +56,7 @@ def _odd_sizes(member):
     assert not any(found), "\n".join(filter(None, found))
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_odd_and_empty_and_0d_sizes(on_ranks, world_size):
     on_ranks(world_size, _odd_sizes)
 
@@ -77,7 +80,7 @@ def _larger_than_the_staging(member):
     assert not any(found), "\n".join(filter(None, found))
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_messages_larger_than_the_staging(on_ranks, world_size):
     on_ranks(world_size, _larger_than_the_staging)
 
@@ -130,14 +133,14 @@ def _mixed(member, names, num_calls):
     assert not any(found), "\n".join(filter(None, found))
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_shapes_dtypes_and_algorithms_alternate_with_random_delays(on_ranks, world_size):
-    on_ranks(world_size, _mixed, CPU, 150)
+    on_ranks(world_size, _mixed, CPU, 80)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_kernels_and_plans_alternate_on_one_arena(on_ranks, world_size):
-    on_ranks(world_size, _mixed, (*CPU, *TRITON), 40)
+    on_ranks(world_size, _mixed, (*CPU, *TRITON), 24)
 
 
 def _both_engines(member):

@@ -8,12 +8,12 @@ import torch
 from tcomm import reference
 from tcomm.errors import CollectiveMismatchError, ConfigError
 from tests.groups.verbs import (
-    MOVED,
-    PULL_AND_PUSH,
+    MOVING_WORLDS,
     dims_of,
     group_for,
     inputs_to_move,
     join,
+    kinds_to_move,
     mistake,
     odd_outs,
     odd_views,
@@ -22,16 +22,12 @@ from tests.groups.verbs import (
     unequal_bits,
 )
 
-WORLDS = [(2, name) for name in (*PULL_AND_PUSH, "torch")] + [
-    (world, name) for world in (3, 4) for name in (*PULL_AND_PUSH[:2], "torch")
-]
-
 
 def _meaning(member, algorithm):
     comm, world, found = group_for(member, algorithm), member.world_size, []
     how = {"algorithm": algorithm}
     few = slice(0, 1) if algorithm.startswith("triton") else slice(None)
-    for seed, (dtype, row) in enumerate(itertools.product(MOVED, [(3,), (), (0, 4)][few])):
+    for seed, (dtype, row) in enumerate(kinds_to_move(algorithm)):
         inputs = inputs_to_move(seed, [(5, *row)] * world, dtype)
         found += [
             mistake(comm, "all_gather_single", inputs, **how),
@@ -45,7 +41,7 @@ def _meaning(member, algorithm):
     return join(found)
 
 
-@pytest.mark.parametrize(("world_size", "algorithm"), WORLDS)
+@pytest.mark.parametrize(("world_size", "algorithm"), MOVING_WORLDS)
 def test_data_of_every_kind_comes_together_in_rank_order(on_ranks, world_size, algorithm):
     assert on_ranks(world_size, _meaning, algorithm) == [[]] * world_size
 

@@ -24,7 +24,6 @@ def _refuse(member):
     with torch.inference_mode():
         frozen = torch.ones(3)
     for args, kwargs in (
-        ((FakeTensorMode().from_tensor(torch.ones(3)),), {}),
         ((overlapping[0],), {"out": overlapping[1]}),
         ((quantised,), {}),
         ((torch.ones(3),), {"out": frozen}),
@@ -113,6 +112,7 @@ TRACED = {
     "nested": _nested,
     "dual": _dual,
     "fake": _fake,
+    "fake outside of its mode": lambda verb: verb(FakeTensorMode().from_tensor(torch.ones(4))),
 }
 
 

@@ -21,6 +21,14 @@ MOVED = (
 )
 """One dtype of each kind and size that data may have where it only moves."""
 
+MOVING_WORLDS = (
+    *((2, name) for name in (*PULL_AND_PUSH, "torch")),
+    (3, "cpu:push"),
+    (3, "torch"),
+    (4, "cpu:pull"),
+)
+"""Sizes of worlds in which data moves, and by what: each algorithm of the host in two of them."""
+
 EXPECTED = {
     "all_reduce": reference.all_reduce,
     "reduce": reference.reduce,
@@ -42,6 +50,13 @@ def group_for(member, algorithm, **kwargs):
         member.process_group()
         return tcomm.Communicator(name="test", timeout=20.0, **kwargs)
     return member.communicator(**kwargs)
+
+
+def kinds_to_move(algorithm):
+    """Dtypes and shapes of rows: rows of some elements of each dtype, of one and of none of a few."""
+    kinds = [(dtype, (3,)) for dtype in MOVED]
+    few = itertools.product(MOVED[::3], [(), (0, 4)])
+    return kinds if algorithm.startswith("triton") else [*kinds, *few]
 
 
 def random_bytes(seed, shape, dtype):

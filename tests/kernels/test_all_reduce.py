@@ -73,7 +73,7 @@ def _few_bits(member):
     assert not any(found), "\n".join(filter(None, found))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 6, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 8])
 def test_worlds_of_other_sizes_have_the_bits_of_the_reference(on_ranks, world_size):
     on_ranks(world_size, _few_bits)
 
@@ -153,7 +153,9 @@ def _larger_than_the_staging(member, names):
     layout, found = arena.staging.layout, []
     for seed, (name, dtype) in enumerate(itertools.product(names, [torch.float32, torch.float16])):
         step = capacity(name, layout) // 128 * 128 // dtype.itemsize
-        for in_place, shape in ((False, (2 * step + 5,)), (True, (3, step)), (False, (step + 1,))):
+        cases = ((False, (2 * step + 5,)), (True, (3, step)), (False, (step + 1,)))
+        # Shorter elements in one case only: pieces are cut by their bytes.
+        for in_place, shape in cases if dtype is torch.float32 else cases[:1]:
             found.append(mistake(member, arena, seed, name, "sum", dtype, shape, in_place=in_place))
     assert not any(found), "\n".join(filter(None, found))
 
@@ -162,16 +164,19 @@ def test_messages_larger_than_the_staging(on_ranks):
     on_ranks(3, _larger_than_the_staging, TRITON)
 
 
-def _again_and_again(member, name):
+def _again_and_again(member):
     use_tiles(8192)
     arena = member.arena()
-    found = [mistake(member, arena, seed, name, "sum", torch.float32, (500,)) for seed in range(50)]
+    found = [
+        mistake(member, arena, seed, name, "sum", torch.float32, (500,))
+        for name in TRITON
+        for seed in range(20)
+    ]
     assert not any(found), "\n".join(filter(None, found))
 
 
-@pytest.mark.parametrize("name", TRITON)
-def test_the_same_call_fifty_times_with_changing_data(on_ranks, name):
-    on_ranks(2, _again_and_again, name)
+def test_the_same_call_twenty_times_with_changing_data(on_ranks):
+    on_ranks(2, _again_and_again)
 
 
 def delay_at_random(seed, monkeypatch, kernels=all_reduce):
@@ -210,22 +215,21 @@ def _mixed(member, names, num_calls):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_shapes_dtypes_and_algorithms_alternate_with_random_delays(on_ranks, world_size):
-    on_ranks(world_size, _mixed, TRITON, 30)
+    on_ranks(world_size, _mixed, TRITON, 20)
 
 
-def _ranks_are_late_in_turn(member, name):
+def _ranks_are_late_in_turn(member):
     use_tiles(8192)
     arena, found = member.arena(), []
-    for seed in range(6):
+    for name, seed in itertools.product(TRITON, range(6)):
         if seed % member.world_size == member.rank:
             time.sleep(0.03)
         found.append(mistake(member, arena, seed, name, "sum", torch.float32, (64,)))
     assert not any(found), "\n".join(filter(None, found))
 
 
-@pytest.mark.parametrize("name", TRITON)
-def test_whoever_comes_last_the_result_is_the_same(on_ranks, name):
-    on_ranks(3, _ranks_are_late_in_turn, name)
+def test_whoever_comes_last_the_result_is_the_same(on_ranks):
+    on_ranks(3, _ranks_are_late_in_turn)
 
 
 BAD = [

@@ -85,13 +85,16 @@ def _bits(member, num_nodes):
     poison(member, arena, "bits")
     cases = [(op, dtype) for dtype in HALVES for op in ("sum", "avg", "max")]
     cases += [("sum", torch.float64), ("min", torch.int32), ("sum", torch.int64)]
+    gathered = [torch.float32, torch.bfloat16, torch.uint8, torch.int16, torch.float64]
+    # A kernel is the same for every number of nodes: some of the cases are enough for the second.
+    every = 1 if num_nodes == 2 else 3
     found = [
         reduce_mistake(member, arena, num_nodes, seed, op, dtype, (515,), in_place=seed % 2 == 0)
-        for seed, (op, dtype) in enumerate(cases)
+        for seed, (op, dtype) in enumerate(cases[::every])
     ]
-    gathered = [torch.float32, torch.bfloat16, torch.uint8, torch.int16, torch.float64]
     found += [
-        gather_mistake(member, arena, num_nodes, seed, dtype, (3, 77)) for seed, dtype in enumerate(gathered)
+        gather_mistake(member, arena, num_nodes, seed, dtype, (3, 77))
+        for seed, dtype in enumerate(gathered[::every])
     ]
     refuse(found)
 
@@ -102,7 +105,7 @@ def test_every_operation_and_dtype_has_the_documented_bits(on_ranks, world_size,
 
 
 def test_two_nodes_of_four(on_ranks):
-    on_ranks(8, _odd_sizes, 2, [(0,), (1,), (1001,)])
+    on_ranks(8, _odd_sizes, 2, [(0,), (1,), (301,)])
 
 
 def _odd_sizes(member, num_nodes, shapes):
@@ -119,7 +122,7 @@ def _odd_sizes(member, num_nodes, shapes):
 @pytest.mark.parametrize(("world_size", "num_nodes"), WORLDS)
 def test_odd_and_empty_and_0d_sizes(on_ranks, world_size, num_nodes):
     on_ranks(
-        world_size, _odd_sizes, num_nodes, [(0,), (1,), (2,), (7,), (127,), (128,), (1000,), (3, 0, 5), ()]
+        world_size, _odd_sizes, num_nodes, [(0,), (1,), (2,), (7,), (127,), (128,), (400,), (3, 0, 5), ()]
     )
 
 
@@ -171,7 +174,7 @@ def _mixed(member, num_nodes, num_calls):
 
 @pytest.mark.parametrize(("world_size", "num_nodes"), WORLDS)
 def test_many_calls_reuse_the_staging_while_ranks_are_late(on_ranks, world_size, num_nodes):
-    on_ranks(world_size, _mixed, num_nodes, 16)
+    on_ranks(world_size, _mixed, num_nodes, 16 if num_nodes == 2 else 8)
 
 
 def _wrap(member):
@@ -307,8 +310,10 @@ def _one_stays_away(member, absent, collective):
     return type(caught.value).__name__, caught.value.peers, seconds
 
 
-@pytest.mark.parametrize("collective", [hierarchical_all_reduce, hierarchical_all_gather])
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize(
+    ("world_size", "collective"),
+    [(2, hierarchical_all_reduce), (4, hierarchical_all_reduce), (4, hierarchical_all_gather)],
+)
 def test_a_rank_that_never_comes_is_named_by_all_others_within_the_deadline(on_ranks, world_size, collective):
     absent = world_size - 1
     for outcome in on_ranks(world_size, _one_stays_away, absent, collective)[:-1]:

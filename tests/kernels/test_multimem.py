@@ -24,7 +24,7 @@ KINDS = (
     ("sum", torch.float16),
     ("sum", torch.bfloat16),
 )
-SIZES = (0, 1, 8, 129, 515)
+SIZES = (0, 1, 8, 129, 203)
 
 
 def _numbers_of_the_docstrings(member):
@@ -70,13 +70,14 @@ def _parts(member, dtypes):
     poison(member, arena, "parts")
     found = []
     for seed, dtype in enumerate(dtypes):
-        for unit, piece in ((5, 0), (133, 256)):
+        # Many pieces of the longest and of the shortest elements.
+        for unit, piece in ((5, 0), (133, 256)) if dtype in (dtypes[0], dtypes[-1]) else ((5, 0),):
             for wanted in ("all_gather even", "all_gather nothing"):
                 found += mistakes_of_moves(
                     member, arena, seed, "triton:multimem", dtype, unit, piece, wanted=wanted
                 )
     for seed, (op, dtype) in enumerate(KINDS):
-        for unit, piece in ((5, 0), (133, 256)):
+        for unit, piece in ((5, 0), (133, 256)) if seed % 3 == 0 else ((5, 0),):
             inputs_of = functools.partial(_inputs, seed, member.world_size, dtype)
             found += mistakes_of_reductions(member, arena, "triton:multimem", inputs_of, op, unit, piece)
     assert not found, "\n".join(found)

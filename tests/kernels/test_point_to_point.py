@@ -51,9 +51,9 @@ def test_every_length_arrives_and_nothing_is_written_around_it(on_ranks, engines
     on_ranks(2, cpu.ring_of_sizes, engines)
 
 
-@pytest.mark.parametrize("world_size", [3, 4])
-def test_every_length_arrives_in_larger_worlds(on_ranks, world_size):
-    on_ranks(world_size, cpu.ring_of_sizes, MIXED[1])
+def test_every_length_arrives_in_a_ring_of_three(on_ranks):
+    # Ranks 0 and 2 are neighbours and run one engine, the other pairs run both.
+    on_ranks(3, cpu.ring_of_sizes, MIXED[1])
 
 
 @every_pair

@@ -22,11 +22,13 @@ _ENDINGS = {
     "page is gone": ("del page", None),
 }
 _PROGRAM = """
-import json, os, sys, torch
+import gc, json, os, sys, torch
 from tcomm.memory.control import CONTROL_BYTES, ControlPage
 from tcomm.memory.farewell import announce_leaving, cancel_leaving
 
 directory, endings = sys.argv[1], json.loads(sys.argv[2])
+# What was imported is not looked through at the end of each child.
+gc.freeze()
 for name, ending in endings.items():
     if os.fork() == 0:
         path = f"{directory}/{name}"

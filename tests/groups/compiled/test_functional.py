@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-import torch._dynamo
 
 import tcomm
 from tcomm.errors import ConfigError
@@ -141,7 +140,7 @@ def _in_graphs(member):
         y = call(leaf, group.unique_name)
         results.append((y.detach(), *torch.autograd.grad(_loss(member.rank, y), leaf)))
     trained = _tensor_parallel(member, group)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     group.destroy()
     return [torch.equal(a, b) for a, b in zip(*results, strict=True)], trained
 

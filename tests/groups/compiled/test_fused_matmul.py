@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch._dynamo
 import torch.distributed as dist
 
 from tcomm.errors import ConfigError
@@ -61,7 +60,7 @@ def _against_one_process(member):
     compiled = torch.compile(graph, fullgraph=True, backend="aot_eager")
     same = torch.equal(compiled(a, group.unique_name), graph(a, group.unique_name))
     found.append("" if same else "the compiled graph differs")
-    torch._dynamo.reset()
+    torch.compiler.reset()
     group.destroy()
     return join(found)
 

@@ -305,7 +305,7 @@ def test_an_address_that_a_stranger_has_is_an_oserror():
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         port = stranger.getsockname()[1]
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
-            StatelessProcessGroup.create("127.0.0.1", port, 0, 2, store_timeout=1)
+            StatelessProcessGroup.create("127.0.0.1", port, 0, 2, store_timeout=0.2)
 
 
 def test_what_no_group_can_be_or_do_is_refused():
