@@ -88,7 +88,7 @@ class Survivors:
             ConfigError: when it is this rank, none, or has made other calls meanwhile.
         """
         channel = self._channel
-        if not 0 <= rank < channel.world_size or rank == self._rank:
+        if type(rank) is not int or not 0 <= rank < channel.world_size or rank == self._rank:
             raise ConfigError(f"rank={rank!r}: give another rank, 0 to {channel.world_size - 1}")
         if is_masked:
             self.masked.add(rank)
@@ -268,6 +268,8 @@ class Survivors:
                 proposal = f"{_bits(late - known):x}.{_bits(known):x}"
                 told = self._verdicts.propose(proposal, epoch, number)
             if told is not None:
+                # The others may have removed it meanwhile, and this rank made it anew.
+                self._refuse_the_end()
                 masked, heard = (int(part, 16) for part in told.split("."))
                 return self._ranks(masked), self._ranks(heard)
             pause_since(began)

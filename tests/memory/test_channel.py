@@ -205,9 +205,7 @@ def test_who_is_left_out_by_those_it_counts_on_raises_alone(end):
     assert not a.is_left_out
     b.words[Word.LEFT_OUT] = 0b001
     assert (a.is_left_out, c.is_left_out) == (True, False)
-    with pytest.raises(
-        PeerTimeoutError, match="have gone on without this rank, 0, since call #1.*clean"
-    ) as one:
+    with pytest.raises(PeerTimeoutError, match="have gone on without this rank, 0, since call #1") as one:
         getattr(a, end)([2], 1)
     assert (one.value.seq, one.value.peers) == (1, (0,))
     a.words[Word.MASKED] -= 2
@@ -216,7 +214,7 @@ def test_who_is_left_out_by_those_it_counts_on_raises_alone(end):
     # Each goes on without the other: they differ, and both count.
     c.begin(CALL, 1.0)
     c.words[Word.LEFT_OUT], b.words[Word.LEFT_OUT] = 0b010, 0b100
-    with pytest.raises((PeerLostError, PeerTimeoutError), match="rank 0"):
+    with pytest.raises((PeerLostError, PeerTimeoutError), match="rank 0 left"):
         getattr(c, end)([0], 1)
     assert b.words[Word.POISON_CODE] != 0
 

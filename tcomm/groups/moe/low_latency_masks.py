@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import logging
 
 import torch
 
-from tcomm.errors import ConfigError, UsageError
+from tcomm.errors import ConfigError, PeerTimeoutError, UsageError
 from tcomm.groups.handle import SETUP_SECONDS
 from tcomm.groups.moe.low_latency_calls import LowLatencyHandle
 from tcomm.groups.moe.results import Results
@@ -19,6 +20,8 @@ from tcomm.memory.survivors import Survivors
 from tcomm.signature import CallDescription
 
 __all__ = ["Masks"]
+
+logger = logging.getLogger("tcomm")
 
 
 class Masks:
@@ -130,7 +133,7 @@ class Masks:
     def _clean(self) -> None:
         space, host, device = self._space, self._space.host_arena, self._device_arena
         space.arena.runtime.refuse_in_capture("all ranks have to meet")
-        space.drain()
+        self._complete_what_is_open(host.channel)
         host.channel.name_call(CallDescription("clean_mask"))
         self._refuse_the_lost(host.channel)
         mine = max(host.channel.words[Word.EPOCH], self.survivors.epoch_of(space.rank))
@@ -144,6 +147,17 @@ class Masks:
         self.survivors.forget()
         self._results.clear()
         self._exchange.all_gather(b"", SETUP_SECONDS, check)
+
+    def _complete_what_is_open(self, channel: Channel) -> None:
+        """Complete a call that was left open, unless the others have gone on without this rank."""
+        if channel.is_left_out:
+            channel.words[Word.MASKED] = channel.words[Word.EPOCH] + 2
+        try:
+            self._space.drain()
+        except PeerTimeoutError as error:
+            if not channel.words[Word.MASKED]:
+                raise
+            logger.warning("the call that was open at clean_mask has no result: %s", error)
 
     def _refuse_the_lost(self, channel: Channel) -> None:
         """Raise when not all can come; the others go on as before."""
