@@ -166,6 +166,9 @@ class Survivors:
             if not absent:
                 break
             self._refuse_the_end()
+            if timeout is None:
+                # Those who go on without this rank live, and will never come.
+                self._channel.refuse_to_end(epoch)
             self._show(epoch, absent)
             if late := self._late(epoch, heard_of, patience):
                 self._open(epoch, number, late)

@@ -208,6 +208,9 @@ def test_who_is_left_out_by_those_it_counts_on_raises_alone(end):
     with pytest.raises(PeerTimeoutError, match="have gone on without this rank, 0, since call #1") as one:
         getattr(a, end)([2], 1)
     assert (one.value.seq, one.value.peers) == (1, (0,))
+    epoch = a.begin(CALL, None)
+    with pytest.raises(PeerTimeoutError, match="have gone on without this rank, 0"):
+        a.await_peers(0, epoch << 32 | CALL.signature)
     a.words[Word.MASKED] -= 2
     a.interrupt()
     assert [end.words[Word.POISON_CODE] for end in (b, c)] == [0, 0]
