@@ -301,6 +301,8 @@ def _left_out_by_hand(member, directory):
             # As if rank 2 had opened a round.
             arena.channel.words[FAULTS + 2] = arena.channel.words[Word.EPOCH] + 1 << 8 | 1
             member.meet("rank 2 has given up")
+            with pytest.raises(ConfigError, match="and raised in the next: it cannot just go on"):
+                survivors.set_masked(2, False)
             step(arena, survivors)
         member.meet("over")
         arena.set_epoch(10)
