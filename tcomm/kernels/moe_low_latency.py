@@ -25,6 +25,7 @@ from tcomm.interpret import is_interpreted
 from tcomm.kernels.device import (
     begin_call,
     finish_call,
+    in_set,
     launched_rank,
     page_of,
     pointer_to,
@@ -230,7 +231,7 @@ def _receive_copies_kernel(
     ranges_ptr,  # [El, R] int64, out
     received_ptr,  # [El] int32, out
     stats_ptr,  # [El] int32, added to where HAS_STATS
-    waits_ptr,  # [R] int64, added to where HAS_WAITS
+    waits_ptr,  # [R] int64, added to for sources that take part where HAS_WAITS
     staging_ptrs, pad_ptrs,  # [W] int64, symmetric
     signature: tl.int64, rank, budget: tl.int64,
     WORLD: tl.constexpr, LANES: tl.constexpr, LANE_HALF_BYTES: tl.constexpr, HALF_BYTES: tl.constexpr,
@@ -281,7 +282,7 @@ def _receive_copies_kernel(
                     before = tl.load(stats_ptr + at, mask=experts < EXPERTS, other=0)
                     tl.store(stats_ptr + at, before + received, mask=experts < EXPERTS)
                 if HAS_WAITS:
-                    others = (ranks < WORLD) & (ranks != rank)
+                    others = in_set(active, LANES) & (ranks != rank)
                     waits_at = table_of(waits_ptr, WORLD, rank, VIRTUAL) + ranks
                     tl.store(waits_at, tl.load(waits_at, mask=others, other=0) + waited, mask=others)
     finish_call(page, word)

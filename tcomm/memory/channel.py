@@ -225,7 +225,7 @@ class Channel:
         Where the others go on without whom they lose, or have gone on without this rank, it leaves alone.
         """
         epoch = self.words[Word.EPOCH] + 1 & EPOCH_MASK
-        if self.breaks_off_alone or self.words[Word.MASKED]:
+        if self.breaks_off_alone or self.words[Word.MASKED] or self.is_left_out:
             mine = self.pages[self.rank]
             mine.poison(PoisonCode.INTERRUPTED, self.rank, epoch)
             mine.leave(f"it was interrupted in the middle of call #{epoch}")
@@ -236,6 +236,27 @@ class Channel:
         """Make every rank raise: now if it waits, else at its next call."""
         for page in self.pages:
             page.poison(code, rank, seq)
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether ranks that this one counts on go on without it; then it has no say in who is lost."""
+        theirs = [peer for peer in self.peers if not self.words[Word.LEFT_OUT] >> peer & 1]
+        return any(self.pages[peer].words[Word.LEFT_OUT] >> self.rank & 1 for peer in theirs)
+
+    def left_out(self, epoch: int) -> CommError:
+        """The error of a rank that the others go on without, since that call."""
+        told = (
+            f"the others of group {self.group!r} have gone on without this rank, {self.rank}, since call "
+            f"#{epoch}, for which it was late; call clean_mask() on every rank, or build a new group"
+        )
+        return self.error(PeerTimeoutError, told, epoch, [self.rank])
+
+    def refuse_to_end(self, epoch: int) -> None:
+        """Raise, for this rank alone, when it would give up a group that goes on without it."""
+        if self.is_left_out:
+            # What it published of that call may be there still: it takes part again by `clean_mask` only.
+            self.words[Word.MASKED] = epoch + 1
+            raise self.left_out(epoch)
 
     def raise_poison(self) -> NoReturn:
         """Raise for a group that somebody gave up."""
@@ -353,6 +374,7 @@ class Channel:
 
     def lose(self, peers: Sequence[int], epoch: int) -> NoReturn:
         """Give the group up because peers are dead or gone, and raise."""
+        self.refuse_to_end(epoch)
         self.give_up(PoisonCode.PEER_LOST, peers[0], epoch)
         raise self.lost(peers, epoch)
 
@@ -365,6 +387,7 @@ class Channel:
 
     def time_out(self, peers: Sequence[int], epoch: int) -> NoReturn:
         """Give the group up because peers are silent, and raise."""
+        self.refuse_to_end(epoch)
         self.give_up(PoisonCode.PEER_TIMEOUT, peers[0], epoch)
         told = "; ".join(self.blame(peer) for peer in peers)
         raise self.error(

@@ -97,7 +97,7 @@ class Word(enum.IntEnum):
     ERROR_SEEN = 35
     ERROR_PHASE = 36
     ERROR_BLOCK = 37
-    # Written by those who go on without the owner: the epoch at which they did, plus one.
+    # Written by those who go on without the owner, or by it when it sees so: the epoch of that, plus one.
     MASKED = 56
 
 

@@ -202,6 +202,7 @@ class DeviceArena:
         if staging is not None:
             words = staging.buffer.peer(self.rank, dtype=torch.int64)
             words[: staging.layout.half_offset // 8] = _signed(dead_word(epoch))
+        self.channel.start_again()
         self._transport.settle()
 
     def leave_out(self, ranks: int) -> None:

@@ -171,6 +171,15 @@ class DeviceChannel:
         self._order.enter()
         self._page[Word.LEFT_OUT] = ranks
 
+    def start_again(self) -> None:
+        """Forget that the others went on without this rank. With nothing in flight; all ranks take part."""
+        self._failure = None
+        self._record[HostWord.ABORT] = 0
+        if self._record[HostWord.ERROR] & 0xFF == ErrorKind.TIMEOUT:
+            self._record[HostWord.EXPECTED] = self._record[HostWord.SEEN] = 0
+            self._record[HostWord.ERROR] = ErrorKind.NONE
+            self._page[Word.ERROR_KIND] = ErrorKind.NONE
+
     # The end of the group ------------------------------------------------------------------------
 
     def abort(self) -> None:
@@ -208,10 +217,14 @@ class DeviceChannel:
         if self._failure is not None:
             raise self._failure.with_traceback(None)
         error, host = self._record[HostWord.ERROR], self._host
-        if error & 0xFF == ErrorKind.TIMEOUT:
-            self._failure = self._timed_out(error >> 8 & 0xFF)
-        elif host is not None and host.words[Word.POISON_CODE]:
+        is_late = error & 0xFF == ErrorKind.TIMEOUT
+        # Whoever gave the group up knew why, and may have left since.
+        if host is not None and host.words[Word.POISON_CODE]:
             self._failure = self._given_up_by_another(host)
+        elif (is_late or self._gone) and host is not None and host.is_left_out:
+            self._failure = self._left_out(host)
+        elif is_late:
+            self._failure = self._timed_out(error >> 8 & 0xFF)
         elif self._gone:
             self._failure = self._lost(self._gone, self.calls)
         else:
@@ -223,9 +236,6 @@ class DeviceChannel:
         """The error for a wait that ended without `peer`."""
         seq, host = self._seen_words()[0] >> 32, self._host
         if host is not None:
-            # Whoever gave the group up knew why, and may have left since.
-            if host.words[Word.POISON_CODE]:
-                return self._given_up_by_another(host)
             if gone := self._gone or host.find_gone():
                 return self._lost(gone, seq)
             host.give_up(PoisonCode.PEER_TIMEOUT, peer, seq)
@@ -236,6 +246,12 @@ class DeviceChannel:
             f"{self.rank}: {what}; find out what it does, or call with a longer timeout="
         )
         return self._error(PeerTimeoutError, told, seq, [peer])
+
+    def _left_out(self, host: Channel) -> CommError:
+        """The error for a wait for ranks that go on without this one: for it alone, until `start_again`."""
+        host.words[Word.MASKED] = self.calls + 1
+        told = host.left_out(self.calls)
+        return self._error(type(told), str(told), self.calls, [self.rank])
 
     def _lost(self, peers: Sequence[int], seq: int) -> CommError:
         host = self._host

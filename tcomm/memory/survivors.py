@@ -11,9 +11,9 @@ import logging
 import os
 import time
 from collections.abc import Iterable
-from typing import NoReturn, Protocol
+from typing import Protocol
 
-from tcomm.errors import CommError, ConfigError, PeerTimeoutError
+from tcomm.errors import ConfigError
 from tcomm.memory.channel import Channel
 from tcomm.memory.control import EPOCH_MASK, FAULTS, Word, arrival_index
 from tcomm.memory.verdicts import Verdicts
@@ -74,7 +74,7 @@ class Survivors:
     @property
     def is_needed(self) -> bool:
         """Whether calls have to go through this, and not through the channel alone."""
-        return self.masks_late or bool(self.masked) or any(map(self._is_left_out_by, self._channel.peers))
+        return self.masks_late or bool(self.masked) or self._channel.is_left_out
 
     @property
     def active(self) -> list[int]:
@@ -88,16 +88,18 @@ class Survivors:
             ConfigError: when it is this rank, none, or has made other calls meanwhile.
         """
         channel = self._channel
-        if not 0 <= rank < channel.world_size or rank == self._rank:
+        if type(rank) is not int or not 0 <= rank < channel.world_size or rank == self._rank:
             raise ConfigError(f"rank={rank!r}: give another rank, 0 to {channel.world_size - 1}")
         if is_masked:
             self.masked.add(rank)
             self._show_masked()
             return
         theirs, mine = map(self.epoch_of, (rank, self._rank))
-        if rank in self.masked and (channel.is_gone(rank) or theirs != mine):
+        has_raised = bool(channel.pages[rank].words[Word.MASKED])
+        if rank in self.masked and (channel.is_gone(rank) or theirs != mine or has_raised):
             raise ConfigError(
-                f"rank {rank} has completed call #{theirs} and this rank #{mine}: it cannot just go on; "
+                f"rank {rank} has completed call #{theirs} and this rank #{mine}"
+                f"{', and raised in the next' if has_raised else ''}: it cannot just go on; "
                 f"call clean_mask() on every rank ({channel.blame(rank)})"
             )
         self.masked.discard(rank)
@@ -122,12 +124,12 @@ class Survivors:
     def refuse_if_masked(self) -> None:
         """Raise when the others go on without this rank."""
         if told := self._channel.words[Word.MASKED]:
-            self._raise_masked(told - 1)
+            raise self._channel.left_out(told - 1)
 
     def refuse_if_left_out(self) -> None:
         """Raise when another rank does not take this one for a part of the group."""
-        if any(map(self._is_left_out_by, self._channel.peers)):
-            self._raise_masked(self.epoch_of(self._rank) + 1)
+        if self._channel.is_left_out:
+            raise self._channel.left_out(self.epoch_of(self._rank) + 1)
 
     def publish(self, word: int) -> None:
         """Tell those who take part that this rank has written what it gives."""
@@ -164,6 +166,9 @@ class Survivors:
             if not absent:
                 break
             self._refuse_the_end()
+            if timeout is None:
+                # Those who go on without this rank live, and will never come.
+                self._channel.refuse_to_end(epoch)
             self._show(epoch, absent)
             if late := self._late(epoch, heard_of, patience):
                 self._open(epoch, number, late)
@@ -183,9 +188,6 @@ class Survivors:
         self._channel.words[Word.LEFT_OUT] = _bits(self.masked)
         if self._kernels is not None:
             self._kernels.leave_out(_bits(self.masked))
-
-    def _is_left_out_by(self, peer: int) -> bool:
-        return bool(self._channel.pages[peer].words[Word.LEFT_OUT] >> self._rank & 1)
 
     # One wait ------------------------------------------------------------------------------------
 
@@ -243,9 +245,8 @@ class Survivors:
 
     def _open(self, epoch: int, number: int, late: list[int]) -> None:
         channel = self._channel
-        if any(map(self._is_left_out_by, late)):
-            # They do not wait for this rank either, and it has no say in whom they go on without.
-            self._raise_masked(epoch)
+        # They do not wait for this rank either, and it has no say in whom they go on without.
+        channel.refuse_to_end(epoch)
         if not self.masks_late:
             if gone := [peer for peer in late if channel.is_gone(peer)]:
                 channel.lose(gone, epoch)
@@ -270,6 +271,8 @@ class Survivors:
                 proposal = f"{_bits(late - known):x}.{_bits(known):x}"
                 told = self._verdicts.propose(proposal, epoch, number)
             if told is not None:
+                # The others may have removed it meanwhile, and this rank made it anew.
+                self._refuse_the_end()
                 masked, heard = (int(part, 16) for part in told.split("."))
                 return self._ranks(masked), self._ranks(heard)
             pause_since(began)
@@ -285,7 +288,7 @@ class Survivors:
         masked, heard = verdict
         heard_of |= heard
         if self._rank in masked:
-            self._raise_masked(epoch)
+            raise self._channel.left_out(epoch)
         fresh = sorted(masked - self.masked)
         if not fresh:
             return
@@ -299,17 +302,6 @@ class Survivors:
         )
         for peer in fresh:
             channel.pages[peer].words[Word.MASKED] = epoch + 1
-
-    def _raise_masked(self, epoch: int) -> NoReturn:
-        channel = self._channel
-        error: CommError = channel.error(
-            PeerTimeoutError,
-            f"the others of group {channel.group!r} have gone on without this rank, {self._rank}, since call "
-            f"#{epoch}, for which it was late; call clean_mask() on every rank, or build a new group",
-            epoch,
-            [self._rank],
-        )
-        raise error
 
 
 class _Patience:

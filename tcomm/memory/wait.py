@@ -58,6 +58,9 @@ class Wait:
             channel.words[Word.WAITING_FOR] = absent[0] + 1
             channel.words[Word.LAST_PROGRESS_NS] = int(self._began * 1e9)
             self._refuse_the_dead(absent)
+            if self._deadline is None:
+                # Those who go on without this rank live, and will never come.
+                channel.refuse_to_end(self._epoch)
             now = time.monotonic()
             if self._deadline is not None and now >= self._deadline and (late := self._absent()):
                 channel.time_out(self._culprits(late), self._epoch)

@@ -198,6 +198,30 @@ def test_an_interruption_makes_the_others_raise():
         b.begin(CALL, 1.0)
 
 
+@pytest.mark.parametrize("end", ["time_out", "lose"])
+def test_who_is_left_out_by_those_it_counts_on_raises_alone(end):
+    a, b, c = pair(world_size=3)
+    a.begin(CALL, 1.0)
+    assert not a.is_left_out
+    b.words[Word.LEFT_OUT] = 0b001
+    assert (a.is_left_out, c.is_left_out) == (True, False)
+    with pytest.raises(PeerTimeoutError, match="have gone on without this rank, 0, since call #1") as one:
+        getattr(a, end)([2], 1)
+    assert (one.value.seq, one.value.peers) == (1, (0,))
+    epoch = a.begin(CALL, None)
+    with pytest.raises(PeerTimeoutError, match="have gone on without this rank, 0"):
+        a.await_peers(0, epoch << 32 | CALL.signature)
+    a.words[Word.MASKED] -= 2
+    a.interrupt()
+    assert [end.words[Word.POISON_CODE] for end in (b, c)] == [0, 0]
+    # Each goes on without the other: they differ, and both count.
+    c.begin(CALL, 1.0)
+    c.words[Word.LEFT_OUT], b.words[Word.LEFT_OUT] = 0b010, 0b100
+    with pytest.raises((PeerLostError, PeerTimeoutError), match="rank 0 left"):
+        getattr(c, end)([0], 1)
+    assert b.words[Word.POISON_CODE] != 0
+
+
 def test_lanes_count_as_absent_until_the_kernel_has_seen_them():
     a, b = pair()
     epoch = a.begin(CALL, 0.2)

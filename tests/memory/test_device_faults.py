@@ -20,7 +20,8 @@ from tcomm.kernels.all_reduce import LAUNCHERS
 from tcomm.memory import device_arena as device_arena_module
 from tcomm.memory.base import SymmetricBuffer
 from tcomm.memory.call_notes import CallNotes
-from tcomm.memory.control import CONTROL_BYTES, ControlPage, ErrorKind, HostWord, Word
+from tcomm.memory.channel import Channel
+from tcomm.memory.control import CONTROL_BYTES, ControlPage, ErrorKind, HostWord, PoisonCode, Word
 from tcomm.memory.device_channel import DeviceChannel
 from tcomm.memory.probe import prove_access
 from tcomm.memory.runtime import StreamOrder
@@ -492,6 +493,37 @@ def test_a_timeout_is_raised_before_the_next_launch_and_stops_all_waits():
     assert channel.calls == 1
     channel.close("the test is over")
     with pytest.raises(GroupClosedError):
+        channel.begin(_CALL, 1.0)
+
+
+def test_who_is_left_out_stops_its_own_waits_until_all_start_again():
+    channel = _channel()
+    channel._waits_for_kernels = False
+    pages = [ControlPage(torch.zeros(CONTROL_BYTES, dtype=torch.uint8)) for _ in range(2)]
+    host = channel._host = Channel("graphs", 0, pages, [None, None], 1)
+    channel.begin(_CALL, 2.0)
+    pages[1].words[Word.LEFT_OUT] = 1
+    _put_down(channel, ErrorKind.TIMEOUT, 1)
+    channel._page[Word.ERROR_KIND] = ErrorKind.TIMEOUT
+    for _ in range(2):
+        with pytest.raises(PeerTimeoutError, match="have gone on without this rank, 0, since call #1") as one:
+            channel.begin(_CALL, 1.0)
+    assert (one.value.op, one.value.peers) == ("all_reduce", (0,))
+    assert (host.words[Word.MASKED], pages[1].words[Word.POISON_CODE]) == (2, 0)
+    assert channel._record[HostWord.ABORT] == 1
+    pages[1].words[Word.LEFT_OUT] = 0
+    channel.start_again()
+    assert not channel.record.any()
+    assert int(channel._page[Word.ERROR_KIND]) == ErrorKind.NONE
+    assert channel.begin(_CALL, 1.0) == 2
+    # What was given up is over for good.
+    host.give_up(PoisonCode.PEER_LOST, 1, 7)
+    pages[1].words[Word.LEFT_OUT] = 1
+    _put_down(channel, ErrorKind.TIMEOUT, 1)
+    with pytest.raises(PeerLostError, match="was given up at call #7"):
+        channel.begin(_CALL, 1.0)
+    channel.start_again()
+    with pytest.raises(PeerLostError, match="was given up at call #7"):
         channel.begin(_CALL, 1.0)
 
 

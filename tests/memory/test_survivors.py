@@ -60,7 +60,7 @@ def _by_hand(member, directory):
     survivors.masks_late = False
     told = [survivors.is_needed, survivors.active]
     member.meet("looked")
-    for wrong in (member.rank, 2, -1):
+    for wrong in (member.rank, 2, -1, 1.0, "1", None):
         with pytest.raises(ConfigError, match="give another rank, 0 to 1"):
             survivors.set_masked(wrong, True)
     peer = 1 - member.rank
@@ -70,8 +70,13 @@ def _by_hand(member, directory):
         step(arena, survivors)
     member.meet("alone")
     assert [survivors.epoch_of(rank) for rank in range(2)] == [1, 2]
-    with pytest.raises(PeerTimeoutError, match=f"since call #{member.rank + 2}, for which it was late"):
-        survivors.refuse_if_left_out()
+    # Two that leave each other out both go on; one that counts on the other does not.
+    survivors.refuse_if_left_out()
+    member.meet("both go on")
+    if member.rank == 1:
+        arena.channel.words[Word.LEFT_OUT] = 0
+        with pytest.raises(PeerTimeoutError, match="since call #3, for which it was late"):
+            survivors.refuse_if_left_out()
     with pytest.raises(ConfigError, match=f"rank {peer} has completed call #{peer + 1} and this rank"):
         survivors.set_masked(peer, False)
     arena.channel.pages[peer].words[Word.MASKED] = 8
@@ -137,6 +142,31 @@ def test_a_verdict_is_removed_once_all_have_completed_the_call(on_ranks, tmp_pat
         assert len(left) == 1
         assert left[0].endswith("-2-0")
         assert after == []
+
+
+def _finds_no_verdict_any_more(member, directory):
+    """Rank 1 stops before it looks for a verdict, by which the others have gone on and which they removed."""
+    arena, survivors = _make(member, directory)
+    step(arena, survivors)
+    if member.rank == 0:
+        member.meet("over")
+        return arena.channel.words[Word.MASKED]
+    os.makedirs(directory, exist_ok=True)
+    find = survivors._verdicts.find
+
+    def too_late(*question):
+        arena.channel.words[Word.MASKED] = 3
+        return find(*question)
+
+    survivors._verdicts.find = too_late
+    with pytest.raises(PeerTimeoutError, match="without this rank, 1, since call #2"):
+        step(arena, survivors, 0.1)
+    member.meet("over")
+    return sorted(survivors.masked)
+
+
+def test_a_verdict_made_anew_is_nobodys(on_ranks, tmp_path):
+    assert on_ranks(2, _finds_no_verdict_any_more, str(tmp_path)) == [0, []]
 
 
 def _late_for_anothers_sake(member, directory):
@@ -234,9 +264,10 @@ def _breaks_off(member, directory):
         arena.channel.interrupt()
         with pytest.raises(PeerLostError, match="rank 1 was interrupted in the middle of it"):
             step(arena, survivors)
+        code_of_the_other = arena.channel.pages[0].words[Word.POISON_CODE]
     member.meet("interrupted")
     if member.rank == 1:
-        return arena.channel.pages[0].words[Word.POISON_CODE], survivors.masks_late
+        return code_of_the_other, survivors.masks_late
     step(arena, survivors)
     survivors.masks_late = False
     # Whom the others have gone on without leaves them alone, whatever it was set to.
@@ -264,12 +295,14 @@ def _left_out_by_hand(member, directory):
         found.append(survivors.is_needed)
         if member.rank == 2:
             with pytest.raises(PeerTimeoutError, match="have gone on without this rank, 2"):
-                step(arena, survivors, 0.2)
+                step(arena, survivors, 0.2 if masks_late else None)
             member.meet("rank 2 has given up")
         else:
             # As if rank 2 had opened a round.
             arena.channel.words[FAULTS + 2] = arena.channel.words[Word.EPOCH] + 1 << 8 | 1
             member.meet("rank 2 has given up")
+            with pytest.raises(ConfigError, match="and raised in the next: it cannot just go on"):
+                survivors.set_masked(2, False)
             step(arena, survivors)
         member.meet("over")
         arena.set_epoch(10)

@@ -119,12 +119,14 @@ class BufferMemory:
             device: of the tokens.
 
         Raises:
-            UsageError: when the buffer is not of that mode, too small, or was given back.
+            UsageError: when the buffer is not of that mode, too small, or was given back; when memory is to
+                be made and ranks are left out.
         """
         key = (max_tokens, hidden, num_experts)
         found = None if self._is_destroyed else self._engines.get(key)
         if found is None:
             self.check_low_latency(*key)
+            self._refuse_masked()
             members = members_of(self.group, "moe/low_latency")
             found = self._engines[key] = LowLatency(
                 members, *key, timeout=self._timeout, device=device, engine=self._engine
@@ -205,6 +207,17 @@ class BufferMemory:
         """
         for masks in self.masks():
             masks.clean()
+
+    def _refuse_masked(self) -> None:
+        """Raise where ranks do not come that would have to make memory too."""
+        status = torch.zeros(self.group_size, dtype=torch.int32, device="cpu")
+        if self.enable_shrink:
+            self.low_latency_query_mask_buffer(status)
+        if masked := status.nonzero().flatten().tolist():
+            raise UsageError(
+                f"an exchange of other sizes needs memory of all ranks, and ranks {masked} are masked; make "
+                "it before, by a call of each size, or call low_latency_clean_mask_buffer() on every rank"
+            )
 
     def _refuse_destroyed(self) -> None:
         if self._is_destroyed:

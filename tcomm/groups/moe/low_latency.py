@@ -110,7 +110,7 @@ class LowLatency:
         self._packed = [Packed(number, self.layout, self.workspace.device) for number in memory]
         self._in_memory: list[weakref.ref[LowLatencyHandle] | None] = [None] * MOST_RESULTS
         self._engine: Engine
-        self.masks = Masks(self.workspace, mask_exchange)
+        self.masks = Masks(self.workspace, mask_exchange, self._results)
         """Which ranks the exchange goes on without; see `docs/moe/elastic.md`."""
         survivors = self.masks.survivors
         if self.workspace.engine == "cpu":
@@ -163,13 +163,17 @@ class LowLatency:
         call = self._describe("low_latency_dispatch", topk_idx.shape[1], str(form))
         seconds = workspace.seconds(timeout)
 
+        def receive(job: DispatchJob) -> None:
+            self._engine.receive_dispatch(job)
+            job.handle.missing = frozenset(self.masks.survivors.masked)
+
         def send() -> tuple[DispatchJob, Hook | None]:
             workspace.drain()
             handle = self._next_handle(topk_idx)
             job = DispatchJob(x, form, handle, call, seconds, cumulative_recv_stats, waits)
             self._engine.send_dispatch(job)
             self._admit(handle)
-            return job, self._complete(lambda: self._engine.receive_dispatch(job), return_recv_hook)
+            return job, self._complete(lambda: receive(job), return_recv_hook)
 
         job, hook = workspace.run(send)
         packed = job.handle.packed
@@ -209,7 +213,7 @@ class LowLatency:
 
         Raises:
             ConfigError: when an argument is wrong; nothing was sent.
-            UsageError: when the handle's result is not alive.
+            UsageError: when the handle's result is not alive, or its dispatch raised.
             CollectiveMismatchError, PeerLostError, PeerTimeoutError: from the wait.
         """
         workspace = self.workspace
@@ -232,6 +236,8 @@ class LowLatency:
 
         def send() -> Hook | None:
             workspace.drain()
+            if handle.missing is None:
+                raise UsageError("the handle's result was not received: its dispatch raised; dispatch again")
             self._engine.send_combine(job)
             return self._complete(receive, return_recv_hook)
 
@@ -251,7 +257,8 @@ class LowLatency:
             handle's own until it is combined.
 
         Raises:
-            UsageError: when the handle's result is not alive.
+            UsageError: when the handle's result is not alive, or the memory is still to be made and ranks
+                are masked.
             CapabilityError: when there is no memory for it.
         """
         self._refuse_dead(handle)
@@ -267,6 +274,12 @@ class LowLatency:
         """Memory of what is lent: a half for each result. **Collective** the first time."""
         if self._combine_space is None:
             space = self.workspace
+            self.masks.survivors.refuse_if_masked()
+            if masked := sorted(self.masks.survivors.masked):
+                raise UsageError(
+                    f"next_combine_buffer() makes memory on all ranks the first time, and ranks {masked} are "
+                    "masked; call it once before, or combine without zero_copy"
+                )
             self._combine_space = Workspace(
                 self._combine_members, self.layout.combine_nbytes,
                 timeout=space.timeout, device=space.device, engine=space.engine,

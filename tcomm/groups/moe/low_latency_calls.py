@@ -67,6 +67,8 @@ class LowLatencyHandle:
         """[T, k] int64: the choices that were sent."""
         self.number = 0
         """Of its dispatch among those of this rank."""
+        self.missing: frozenset[int] | None = None
+        """Ranks that were left out when it was received, whose rows it lacks; None before."""
         self.routing: Any = None
         """What the engine wrote down for the way back."""
         num_experts = layout.world_size * layout.num_local_experts

@@ -92,8 +92,7 @@ class KernelEngine:
         on_host = space.device.type == "cpu"
         if job.wait_stats is not None and (on_host or job.host_epoch):
             waited = int(((time.monotonic() if on_host else agreed) - began) * 1e6)
-            ranks = torch.arange(space.world_size, device=space.device)
-            job.wait_stats += (ranks != space.rank) * waited
+            job.wait_stats[self._survivors.active] += waited
 
     def send_combine(self, job: CombineJob) -> None:
         """Push each source's rows, or say where they begin."""
@@ -117,6 +116,8 @@ class KernelEngine:
             self._lent() if job.lends else None,
         )  # fmt: skip
         if job.lends:
+            # Who was stopped, and masked, may have read what owners have written since.
+            self._survivors.refuse_if_masked()
             self._count(routing.by_rank(self._layout), self._row_nbytes)
 
     @property

@@ -110,8 +110,7 @@ class HostEngine:
         if job.recv_stats is not None:
             job.recv_stats += packed.counts
         if job.wait_stats is not None:
-            others = torch.arange(layout.world_size, device="cpu") != space.rank
-            job.wait_stats += others * waited
+            job.wait_stats[self._survivors.active] += waited
         space.finish(job.epoch)
 
     def send_combine(self, job: CombineJob) -> None:
@@ -151,6 +150,8 @@ class HostEngine:
                     add_weighted(acc, rows, which[part, j], job.weights[part, j], counts)
             job.out[part] = acc
         if job.lends:
+            # Who was stopped, and masked, may have read what owners have written since.
+            self._survivors.refuse_if_masked()
             row_nbytes = self._layout.hidden * self._layout.itemsize
             away = sum(plan.starts[owner + 1] - plan.starts[owner] for owner in self._survivors.active)
             space.traffic.wire_nbytes += away * row_nbytes

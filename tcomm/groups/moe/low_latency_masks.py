@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 
 import torch
 
-from tcomm.errors import ConfigError, UsageError
+from tcomm.errors import ConfigError, PeerTimeoutError, UsageError
 from tcomm.groups.handle import SETUP_SECONDS
+from tcomm.groups.moe.low_latency_calls import LowLatencyHandle
+from tcomm.groups.moe.results import Results
 from tcomm.groups.moe.workspace import Workspace
 from tcomm.memory.base import Exchange
 from tcomm.memory.channel import Channel
@@ -18,6 +21,8 @@ from tcomm.signature import CallDescription
 
 __all__ = ["Masks"]
 
+logger = logging.getLogger("tcomm")
+
 
 class Masks:
     """The masks of an exchange.
@@ -25,10 +30,12 @@ class Masks:
     Args:
         workspace: of the exchange.
         exchange: of its ranks, for nothing else.
+        results: of the exchange.
     """
 
-    def __init__(self, workspace: Workspace, exchange: Exchange) -> None:
+    def __init__(self, workspace: Workspace, exchange: Exchange, results: Results) -> None:
         self._space = workspace
+        self._results = results
         self._exchange = exchange
         arena = workspace.arena
         self._device_arena = arena if isinstance(arena, DeviceArena) else None
@@ -60,21 +67,32 @@ class Masks:
         In a call that is open, who is masked is not waited for any more.
 
         Raises:
-            UsageError: when a rank is to take part again in a call that is open.
+            UsageError: when a rank is to take part again in a call that is open, or while a result is alive
+                that was received without it.
             ConfigError: when it is no other rank, or one that has made other calls since it was masked.
             CapabilityError: while a graph is captured.
         """
-        survivors = self.survivors
 
         def update() -> None:
-            if not is_masked and rank in survivors.masked and self._space.is_open:
-                raise UsageError(
-                    f"a call is open, in which rank {rank} has no part; call its hook on every rank before "
-                    "that rank takes part again"
-                )
-            survivors.set_masked(rank, is_masked)
+            if not is_masked and rank in self.survivors.masked:
+                self._refuse_half_a_part(rank)
+            self.survivors.set_masked(rank, is_masked)
 
         self._space.run(update)
+
+    def _refuse_half_a_part(self, rank: int) -> None:
+        """Raise where a rank that takes part again would find a call, or a result, that lacks its rows."""
+        if self._space.is_open:
+            raise UsageError(
+                f"a call is open, in which rank {rank} has no part; call its hook on every rank before "
+                "that rank takes part again"
+            )
+        for handle in self._results.alive:
+            if isinstance(handle, LowLatencyHandle) and rank in (handle.missing or ()):
+                raise UsageError(
+                    f"a result of dispatch #{handle.number} is alive that has no rows of rank {rank}; "
+                    "combine it, or drop its handle, on every rank before that rank takes part again"
+                )
 
     def query(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """[R] int32: 1 for each rank that is masked, into `out` where there is one.
@@ -102,6 +120,8 @@ class Masks:
     def clean(self) -> None:
         """Let all ranks take part again. **Collective** among all of them, masked ones too.
 
+        Results of before are alive no more: they may lack rows of those that were masked.
+
         Raises:
             PeerLostError: when a rank is dead or gone: it cannot come back.
             PeerLostError, PeerTimeoutError: when the group was given up.
@@ -113,7 +133,7 @@ class Masks:
     def _clean(self) -> None:
         space, host, device = self._space, self._space.host_arena, self._device_arena
         space.arena.runtime.refuse_in_capture("all ranks have to meet")
-        space.drain()
+        self._complete_what_is_open(host.channel)
         host.channel.name_call(CallDescription("clean_mask"))
         self._refuse_the_lost(host.channel)
         mine = max(host.channel.words[Word.EPOCH], self.survivors.epoch_of(space.rank))
@@ -125,7 +145,19 @@ class Masks:
         if device is not None:
             device.set_epoch(epoch)
         self.survivors.forget()
+        self._results.clear()
         self._exchange.all_gather(b"", SETUP_SECONDS, check)
+
+    def _complete_what_is_open(self, channel: Channel) -> None:
+        """Complete a call that was left open, unless the others have gone on without this rank."""
+        if channel.is_left_out:
+            channel.words[Word.MASKED] = channel.words[Word.EPOCH] + 2
+        try:
+            self._space.drain()
+        except PeerTimeoutError as error:
+            if not channel.words[Word.MASKED]:
+                raise
+            logger.warning("the call that was open at clean_mask has no result: %s", error)
 
     def _refuse_the_lost(self, channel: Channel) -> None:
         """Raise when not all can come; the others go on as before."""

@@ -49,6 +49,15 @@ class Results:
         """Stop counting one: it was combined. Nothing happens when it is not counted."""
         self._alive = [entry for entry in self._alive if entry[1]() not in (None, result)]
 
+    def clear(self) -> None:
+        """Let no result be alive any more."""
+        self._alive.clear()
+
+    @property
+    def alive(self) -> list[object]:
+        """Those whose memory is still their own."""
+        return [found for _, ref in self._alive if (found := ref()) is not None]
+
     def is_alive(self, result: object) -> bool:
         """Whether its memory is still its own."""
         return any(entry[1]() is result for entry in self._alive)

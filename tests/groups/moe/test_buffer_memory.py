@@ -113,6 +113,11 @@ def test_ranks_are_left_out_only_where_that_is_asked_for(group):
     buffer.low_latency_update_mask_buffer(3)
     buffer.low_latency_query_mask_buffer(status)
     assert status.tolist() == [0, 0, 1, 0]
+    with pytest.raises(
+        AssertionError, match=r"other sizes needs memory of all ranks, and ranks \[2\] are mask"
+    ):
+        buffer.low_latency(16, 16, 8, CPU)
+    assert buffer.low_latency(8, 16, 8, CPU) is second
     buffer.low_latency_clean_mask_buffer()
     assert (first.masks.cleaned, second.masks.cleaned) == (1, 1)
     with pytest.raises(AssertionError, match="enable_shrink=False leaves no rank out"):

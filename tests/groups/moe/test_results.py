@@ -24,3 +24,8 @@ def test_a_third_live_result_is_refused_until_one_is_combined_or_dropped():
     results.refuse_another()
     results.release(first)
     assert results.is_alive(third)
+    assert results.alive == [third]
+    results.clear()
+    assert results.alive == []
+    results.release(third)
+    assert not results.is_alive(third)
