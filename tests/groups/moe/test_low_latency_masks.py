@@ -1,5 +1,4 @@
 import functools
-import itertools
 import logging
 import os
 import time
@@ -14,7 +13,6 @@ from tcomm.errors import (
     PeerTimeoutError,
     UsageError,
 )
-from tcomm.groups.moe.workspace import Workspace
 from tcomm.memory.control import CONTROL_BYTES
 from tests.groups.moe.low_latency_cases import (
     Case,
@@ -25,7 +23,7 @@ from tests.groups.moe.low_latency_cases import (
     wanted_rows,
     wanted_sum,
 )
-from tests.memory.fake_symm_mem import device_arena
+from tests.memory.fake_symm_mem import give_workspaces_device_memory
 
 STEPS, LOST = 6, 2
 CASES = [Case(seed, 4, zero_copy=seed % 2 == 1) for seed in range(STEPS)]
@@ -398,20 +396,6 @@ def test_by_default_a_dead_rank_is_named_with_masks_too(on_ranks):
     assert [o.value for o in outcomes] == [(2,), (2,), None]
 
 
-def _on_device(member):
-    """Let workspaces have a device's memory, which kernels see, apart from the host's."""
-    count = itertools.count()
-
-    def make_memory(space, nbytes):
-        arena = device_arena(
-            member, host=space.host_arena.channel, staging_bytes=nbytes, name=f"device {next(count)}"
-        )
-        space._devices.arena = arena
-        return arena
-
-    Workspace._make_memory = make_memory
-
-
 def _by_hand_on_device(member, exchange):
     """In a call, and before one."""
     layout, masks, told = exchange.layout, exchange.masks, []
@@ -432,7 +416,7 @@ def _by_hand_on_device(member, exchange):
 
 
 def _elastic_on_device(member):
-    _on_device(member)
+    give_workspaces_device_memory(member)
     exchange = make(member, engine="triton", num_experts=6)
     layout, masks = exchange.layout, exchange.masks
     exchange._lending_space()
