@@ -7,7 +7,8 @@ import torch
 
 from tcomm.errors import ConfigError, PeerTimeoutError, UsageError
 from tests.groups.moe.low_latency_cases import make, tokens_of
-from tests.groups.moe.test_low_latency_masks import CASES, _on_device, sum_of, wanted
+from tests.groups.moe.test_low_latency_masks import CASES, sum_of, wanted
+from tests.memory.fake_symm_mem import give_workspaces_device_memory
 
 OUT, SECONDS = 2, 0.4
 
@@ -15,7 +16,7 @@ OUT, SECONDS = 2, 0.4
 def _waits_in_vain(member, engine, on_device):
     """Rank 2 waits in a dispatch when the others mask it: it raises, and they go on, and then all do."""
     if on_device:
-        _on_device(member)
+        give_workspaces_device_memory(member)
     exchange = make(member, engine=engine, num_experts=6)
     layout, masks, told = exchange.layout, exchange.masks, [sum_of(exchange, CASES[0])]
     exchange._lending_space()
