@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
+import msgspec
 import numpy as np
 
 from tcomm.eplb.shapes import IntArray
@@ -12,8 +14,7 @@ from tcomm.errors import ConfigError
 __all__ = ["Copy", "LayerMoves", "Migration", "migration"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Copy:
+class Copy(msgspec.Struct, frozen=True, gc=False):
     """The weights of an expert, from one slot to another."""
 
     expert: int
@@ -82,13 +83,16 @@ def migration(old: IntArray, new: IntArray, num_gpus: int) -> Migration:
 
 
 def _layer(old: list[int], new: list[int], size: int) -> LayerMoves:
+    if old == new:
+        return LayerMoves((), (), (), ())
+    # Of each expert the first slot on each rank; ranks come in ascending order, as slots do.
     holders: dict[int, dict[int, int]] = {}
     for slot, expert in enumerate(old):
         holders.setdefault(expert, {}).setdefault(slot // size, slot)
     needed: dict[int, dict[int, int]] = {}
     local, duplicates, missing = [], [], []
     for slot, expert in enumerate(new):
-        if expert in {old[slot], -1}:
+        if expert < 0 or expert == old[slot]:
             continue
         rank, where = slot // size, holders.get(expert, {})
         if not where:
@@ -102,60 +106,62 @@ def _layer(old: list[int], new: list[int], size: int) -> LayerMoves:
     copies = [
         Copy(expert, holders[expert][sender], slots[receiver])
         for expert, slots in sorted(needed.items())
-        for sender, receiver in _assigned(sorted(holders[expert]), sorted(slots))
+        for sender, receiver in _assigned(list(holders[expert]), list(slots))
     ]
     return LayerMoves(_rounds(copies, size), tuple(local), tuple(duplicates), tuple(missing))
 
 
-def _assigned(senders: list[int], receivers: list[int]) -> list[tuple[int, int]]:
+def _assigned(senders: list[int], receivers: list[int]) -> Iterable[tuple[int, int]]:
     """Each receiver with its sender."""
     each = len(receivers) // len(senders)
-    evenly = each * len(senders)
-    pairs = [(senders[i // each], receiver) for i, receiver in enumerate(receivers[:evenly])]
-    return pairs + list(zip(senders, receivers[evenly:], strict=False))
+    evenly = [sender for sender in senders for _ in range(each)]
+    return zip(evenly + senders, receivers, strict=False)
 
 
 def _rounds(copies: list[Copy], size: int) -> tuple[tuple[Copy, ...], ...]:
     """The edges of a two-sided graph in as few colours as its busiest end needs."""
-    at: dict[tuple[str, int], dict[int, int]] = {}
-    ends = [(("from", copy.source // size), ("to", copy.target // size)) for copy in copies]
+    # An end is a rank that gives, or one that gets, which has a negative number.
+    ends = [(copy.source // size, ~(copy.target // size)) for copy in copies]
+    at: dict[int, dict[int, int]] = {end: {} for pair in ends for end in pair}
     colour = [0] * len(copies)
     for edge, (sender, receiver) in enumerate(ends):
-        mine, theirs = _free(at.setdefault(sender, {})), _free(at.setdefault(receiver, {}))
+        mine, theirs = _free(at[sender]), _free(at[receiver])
         if mine != theirs:
             _make_free(at, ends, colour, receiver, (mine, theirs))
         colour[edge] = mine
         at[sender][mine] = at[receiver][mine] = edge
     rounds: list[list[Copy]] = [[] for _ in range(max(colour, default=-1) + 1)]
-    for edge, copy in enumerate(copies):
-        rounds[colour[edge]].append(copy)
+    for copy, number in zip(copies, colour, strict=True):
+        rounds[number].append(copy)
     return tuple(map(tuple, rounds))
 
 
 def _free(used: dict[int, int]) -> int:
-    return next(number for number in range(len(used) + 1) if number not in used)
+    number = 0
+    while number in used:
+        number += 1
+    return number
 
 
 def _make_free(
-    at: dict[tuple[str, int], dict[int, int]],
-    ends: list[tuple[tuple[str, int], tuple[str, int]]],
+    at: dict[int, dict[int, int]],
+    ends: list[tuple[int, int]],
     colour: list[int],
-    end: tuple[str, int],
+    end: int,
     pair: tuple[int, int],
 ) -> None:
     """Exchange two colours along the path from `end`, which lacks the second: it then lacks the first."""
-    path = []
     wanted, other = pair
-    while wanted in at[end]:
-        edge = at[end][wanted]
-        path.append(edge)
-        end = ends[edge][1] if ends[edge][0] == end else ends[edge][0]
+    edge = at[end].pop(wanted, None)
+    while edge is not None:
+        # This edge takes the other colour at both its ends; what had it there comes next, the other way.
+        colour[edge] = other
+        at[end][other] = edge
+        sender, receiver = ends[edge]
+        end = receiver if end == sender else sender
+        following = at[end].get(other)
+        at[end][other] = edge
+        if following is None:
+            del at[end][wanted]
+        edge = following
         wanted, other = other, wanted
-    for edge in path:
-        for side in ends[edge]:
-            at[side].pop(colour[edge], None)
-    for edge in path:
-        colour[edge] = pair[1] if colour[edge] == pair[0] else pair[0]
-    for edge in path:
-        for side in ends[edge]:
-            at[side][colour[edge]] = edge
