@@ -1,34 +1,152 @@
-"""Maps of a group that grows or shrinks, made as wide as the larger of the two."""
+"""Ranks that come and go: what becomes of the numbers of ranks, and of the slots that go with them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import operator
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from tcomm.eplb.shapes import IntArray
 from tcomm.errors import ConfigError
 
-__all__ = ["widen_maps"]
+__all__ = ["RankChange", "rank_change", "renumbered", "widen_maps"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RankChange:
+    """What ranks become. Slots go with their rank: each rank keeps its number of slots."""
+
+    new_ranks: tuple[int, ...]
+    """Of each old rank: its new number; -1 for one that leaves."""
+    num_ranks: int
+    """Ranks from now on."""
+    is_before: bool
+    """Whether the group that moves weights still has the old ranks."""
+
+    @property
+    def is_none(self) -> bool:
+        """Whether all stays as it is."""
+        return self.new_ranks == tuple(range(self.num_ranks))
+
+    @property
+    def moving_size(self) -> int:
+        """Ranks of the group that moves weights."""
+        return len(self.new_ranks) if self.is_before else self.num_ranks
+
+    @property
+    def old_ranks(self) -> tuple[int, ...]:
+        """Of each new rank: its old number; -1 for one that joins."""
+        old = [-1] * self.num_ranks
+        for rank, new in enumerate(self.new_ranks):
+            if new >= 0:
+                old[new] = rank
+        return tuple(old)
+
+    def widened(self, old: IntArray, new: IntArray) -> tuple[IntArray, IntArray]:
+        """Both maps with the slots of every rank that moves weights, by its number in their group.
+
+        Args:
+            old: [L, P], the map in force, of the old ranks.
+            new: [L, P], the map to come, of the new ranks.
+
+        Returns:
+            Two of [L, slots of a rank * `moving_size`]; -1 in slots of a rank that a map does not know.
+
+        Raises:
+            ConfigError: when a map does not divide among its ranks.
+        """
+        if self.is_before:
+            return old, renumbered(new, self.old_ranks, len(self.new_ranks))
+        return renumbered(old, self.new_ranks, self.num_ranks), new
+
+
+def rank_change(mapping: Mapping[int, int] | None, num_old: int, group_size: int) -> RankChange:
+    """What a mapping of ranks means.
+
+    Args:
+        mapping: the new rank of each old one, -1 for one that leaves; None: nothing changes.
+        num_old: ranks that share the slots of the map in force.
+        group_size: ranks of the group that moves weights. As many as in the mapping: those are the old
+            ranks, some of which leave. Otherwise they are the new ones.
+
+    Raises:
+        ConfigError: when the mapping is none, or the numbers do not fit.
+    """
+    if mapping is None:
+        if num_old != group_size:
+            raise ConfigError(
+                f"the experts are on {num_old} ranks and the group has {group_size}; give rank_mapping: the "
+                "new rank of each old one"
+            )
+        return RankChange(tuple(range(num_old)), num_old, True)
+    new = _new_ranks(mapping, num_old)
+    staying = sorted(rank for rank in new if rank != -1)
+    is_before = len(new) == group_size
+    num_ranks = len(staying) if is_before else group_size
+    if not staying or len(set(staying)) != len(staying) or not 0 <= staying[0] <= staying[-1] < num_ranks:
+        raise ConfigError(
+            f"rank_mapping gives the new ranks {list(new)}; give different ones of 0 to {num_ranks - 1}, and "
+            "-1 to those that leave"
+        )
+    return RankChange(new, num_ranks, is_before)
+
+
+def _new_ranks(mapping: Mapping[int, int], num_old: int) -> tuple[int, ...]:
+    """The new number of each old rank."""
+    if isinstance(mapping, Mapping) and set(mapping) == set(range(num_old)):
+        try:
+            return tuple(operator.index(mapping[rank]) for rank in range(num_old))
+        except TypeError:
+            pass
+    given = dict(mapping) if isinstance(mapping, Mapping) else mapping
+    raise ConfigError(
+        f"rank_mapping={given!r}; give a dict with a new rank, or -1, for each old one of 0 to {num_old - 1}"
+    )
+
+
+def renumbered(phy2log: IntArray, ranks: Sequence[int], num_ranks: int) -> IntArray:
+    """A map after its ranks have got other numbers.
+
+    Args:
+        phy2log: [L, P].
+        ranks: the new number of each rank of the map; -1 for one that is left out.
+        num_ranks: ranks of the result.
+
+    Returns:
+        [L, slots of a rank * num_ranks], -1 in the slots of ranks that were not there.
+
+    Raises:
+        ConfigError: when the ranks do not share the slots evenly.
+    """
+    num_layers, num_slots = phy2log.shape
+    if num_slots % len(ranks):
+        raise ConfigError(
+            f"a map of {[num_layers, num_slots]} does not divide among {len(ranks)} ranks; give one of "
+            "[layers, slots] with as many slots on each"
+        )
+    size = num_slots // len(ranks)
+    result = np.full((num_layers, num_ranks, size), -1, np.int64)
+    for rank, new in enumerate(ranks):
+        if new >= 0:
+            result[:, new] = phy2log[:, rank * size : (rank + 1) * size]
+    return result.reshape(num_layers, num_ranks * size)
 
 
 def widen_maps(
     old: IntArray, new: IntArray, rank_mapping: Mapping[int, int] | None, world_size: int
 ) -> tuple[IntArray, IntArray]:
-    """Both maps with the slots of every rank that takes part, by its number in the group.
-
-    A mapping of as many ranks as the group has means that some leave: the new map, which is theirs who
-    stay, gets slots of -1 for those. A shorter one means that some have joined: the old map gets slots of -1
-    for them.
+    """`RankChange.widened`, of a mapping; without one both stay as they are.
 
     Args:
         old: [L, P], the map in force.
         new: [L, P], the map to come.
-        rank_mapping: from old rank to new rank, -1 for one that leaves; None: the ranks stay as they are.
-        world_size: ranks of the group that moves the weights: the larger one.
+        rank_mapping: as for `rank_change`, with an entry for each rank of the old map.
+        world_size: ranks of the group that moves the weights.
 
     Raises:
-        ConfigError: when the mapping is none of such ranks, or a map does not divide among its ranks.
+        ConfigError: as `rank_change` and `RankChange.widened` do.
 
     Example:
         Of 3 ranks with a slot each, the middle one leaves:
@@ -37,47 +155,5 @@ def widen_maps(
     """
     if rank_mapping is None:
         return old, new
-    _check(rank_mapping, world_size)
-    if len(rank_mapping) == world_size:
-        stay = {before: after for before, after in rank_mapping.items() if after >= 0}
-        return old, _widened("new", new, stay, len(stay), world_size)
-    joined = {after: before for before, after in rank_mapping.items()}
-    return _widened("old", old, joined, len(rank_mapping), world_size), new
-
-
-def _check(rank_mapping: Mapping[int, int], world_size: int) -> None:
-    """Whether it names all ranks of the smaller group, each once."""
-    if not isinstance(rank_mapping, Mapping):
-        raise ConfigError(f"rank_mapping={rank_mapping!r}; give a dict from old rank to new rank")
-    count, told = len(rank_mapping), dict(rank_mapping)
-    if not 0 < count <= world_size or sorted(rank_mapping) != list(range(count)):
-        raise ConfigError(
-            f"rank_mapping={told} must have the keys 0 to N - 1 for the N old ranks, of which a group of "
-            f"{world_size} ranks has at most as many"
-        )
-    stay = sorted(after for after in rank_mapping.values() if after != -1)
-    if count == world_size and stay != list(range(len(stay))):
-        raise ConfigError(f"rank_mapping={told}: the ranks that stay are numbered 0 to {len(stay) - 1}")
-    if not stay or len(set(stay)) < len(stay):
-        raise ConfigError(f"rank_mapping={told}: nobody stays, or two ranks become the same one")
-    if count < world_size and not (len(stay) == count and stay[0] >= 0 and stay[-1] < world_size):
-        raise ConfigError(
-            f"rank_mapping={told}: where ranks join, the {count} old ones all stay, as some of "
-            f"0 to {world_size - 1}"
-        )
-
-
-def _widened(
-    which: str, narrow: IntArray, column_of: Mapping[int, int], num_ranks: int, world_size: int
-) -> IntArray:
-    """The map with a block of slots for each rank: block `column_of[rank]` of the narrow one, or -1."""
-    if narrow.ndim != 2 or narrow.shape[1] % num_ranks:
-        raise ConfigError(
-            f"the {which} map of {list(narrow.shape)} does not divide among {num_ranks} ranks; give one of "
-            "[layers, slots] with as many slots on each"
-        )
-    blocks = narrow.reshape(len(narrow), num_ranks, -1)
-    wide = np.full((len(narrow), world_size, blocks.shape[2]), -1, dtype=narrow.dtype)
-    for rank, column in column_of.items():
-        wide[:, rank] = blocks[:, column]
-    return wide.reshape(len(narrow), -1)
+    num_old = len(rank_mapping) if isinstance(rank_mapping, Mapping) else world_size
+    return rank_change(rank_mapping, num_old, world_size).widened(old, new)

@@ -48,7 +48,7 @@ def rearrange_expert_weights_inplace(  # noqa: PLR0913 - as its users know it, a
         expert_weights: for each layer its tensors of [P / G, ...], contiguous, those of all layers alike.
         ep_group: `GroupCoordinator`, process group or `StatelessProcessGroup` of G ranks.
         is_profile: reserve the memory that a layer takes, and move nothing.
-        rank_mapping: from old rank to new rank where ranks join or leave: see `widen_maps`.
+        rank_mapping: from old rank to new rank where ranks join or leave: see `rank_change`.
         mover: what moves the weights, to be kept by the caller; None: one is made, and closed at the end.
         communicator: for `make_mover`, where no mover is given.
         timeout: for `make_mover`, likewise.

@@ -1,103 +1,15 @@
-"""Ranks that come and go: what becomes of the numbers of ranks and slots, and what is told to new ranks."""
+"""Ranks that join: what they are told."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 
-from tcomm.eplb.shapes import IntArray
 from tcomm.eplb.state.meeting import UNKNOWN, Errand, Meeting, Visit, fingerprint
 from tcomm.errors import ConfigError
 
-__all__ = ["RankChange", "SharedState", "rank_change", "receive_state", "renumbered", "share_state"]
-
-
-@dataclasses.dataclass(frozen=True)
-class RankChange:
-    """What ranks become. Slots go with their rank: each rank keeps its number of slots."""
-
-    new_ranks: tuple[int, ...]
-    """Of each old rank: its new number; -1 for one that leaves."""
-    num_ranks: int
-    """Ranks from now on."""
-    is_before: bool
-    """Whether the group that moves weights still has the old ranks."""
-
-    @property
-    def is_none(self) -> bool:
-        """Whether all stays as it is."""
-        return self.new_ranks == tuple(range(self.num_ranks))
-
-    @property
-    def moving_size(self) -> int:
-        """Ranks of the group that moves weights."""
-        return len(self.new_ranks) if self.is_before else self.num_ranks
-
-    @property
-    def old_ranks(self) -> tuple[int, ...]:
-        """Of each new rank: its old number; -1 for one that joins."""
-        old = [-1] * self.num_ranks
-        for rank, new in enumerate(self.new_ranks):
-            if new >= 0:
-                old[new] = rank
-        return tuple(old)
-
-
-def rank_change(mapping: Mapping[int, int] | None, num_old: int, group_size: int) -> RankChange:
-    """What a mapping of ranks means.
-
-    Args:
-        mapping: the new rank of each old one, -1 for one that leaves; None: nothing changes.
-        num_old: ranks that share the slots of the map in force.
-        group_size: ranks of the group that moves weights. As many as in the mapping: those are the old
-            ranks, some of which leave. Otherwise they are the new ones.
-
-    Raises:
-        ConfigError: when the mapping is none, or the numbers do not fit.
-    """
-    if mapping is None:
-        if num_old != group_size:
-            raise ConfigError(
-                f"the experts are on {num_old} ranks and the group has {group_size}; give rank_mapping: the "
-                "new rank of each old one"
-            )
-        return RankChange(tuple(range(num_old)), num_old, True)
-    if sorted(mapping) != list(range(num_old)):
-        raise ConfigError(
-            f"rank_mapping has ranks {sorted(mapping)}; give a new one, or -1, for each of 0 to {num_old - 1}"
-        )
-    new = tuple(int(mapping[rank]) for rank in range(num_old))
-    staying = sorted(rank for rank in new if rank != -1)
-    is_before = len(new) == group_size
-    num_ranks = len(staying) if is_before else group_size
-    if not staying or len(set(staying)) != len(staying) or not 0 <= staying[0] <= staying[-1] < num_ranks:
-        raise ConfigError(
-            f"rank_mapping gives the new ranks {list(new)}; give different ones of 0 to {num_ranks - 1}, and "
-            "-1 to those that leave"
-        )
-    return RankChange(new, num_ranks, is_before)
-
-
-def renumbered(phy2log: IntArray, ranks: Sequence[int], num_ranks: int) -> IntArray:
-    """A map after its ranks have got other numbers.
-
-    Args:
-        phy2log: [L, P].
-        ranks: the new number of each rank of the map; -1 for one that is left out.
-        num_ranks: ranks of the result.
-
-    Returns:
-        [L, slots of a rank * num_ranks], -1 in the slots of ranks that were not there.
-    """
-    blocks = phy2log.reshape(len(phy2log), len(ranks), -1)
-    result = np.full((len(phy2log), num_ranks, blocks.shape[2]), -1, np.int64)
-    for rank, new in enumerate(ranks):
-        if new >= 0:
-            result[:, new] = blocks[:, rank]
-    return result.reshape(len(phy2log), -1)
+__all__ = ["SharedState", "receive_state", "share_state"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

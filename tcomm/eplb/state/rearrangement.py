@@ -14,9 +14,9 @@ import torch
 from tcomm.eplb.maps import gpu_loads, preserved_slots
 from tcomm.eplb.migration import LayerMoves, Migration, migration
 from tcomm.eplb.moving.mover import WeightMover
+from tcomm.eplb.moving.rank_mapping import RankChange, renumbered
 from tcomm.eplb.plans import Plan, make_plan, plan_of
 from tcomm.eplb.shapes import FloatArray, IntArray
-from tcomm.eplb.state.elastic import RankChange, renumbered
 from tcomm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -128,11 +128,7 @@ def plan_move(before: IntArray, stats: EplbStats, policy: str, change: RankChang
     """
     old = renumbered(before, change.new_ranks, change.num_ranks)
     plan = _plan(old, stats, policy)
-    if change.is_before:
-        after = renumbered(plan.phy2log, change.old_ranks, len(change.new_ranks))
-        held = before
-    else:
-        held, after = old, plan.phy2log
+    held, after = change.widened(before, plan.phy2log)
     moves = migration(held, after, change.moving_size)
     missing = [(layer, slot) for layer, part in enumerate(moves.layers) for slot in part.missing]
     if missing:

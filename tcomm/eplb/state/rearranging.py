@@ -10,8 +10,9 @@ import torch
 from tcomm.eplb.moving.creation import create_eplb_communicator
 from tcomm.eplb.moving.making import make_mover
 from tcomm.eplb.moving.mover import WeightMover
+from tcomm.eplb.moving.rank_mapping import RankChange, rank_change
 from tcomm.eplb.shapes import IntArray
-from tcomm.eplb.state.elastic import RankChange, SharedState, rank_change, share_state
+from tcomm.eplb.state.elastic import SharedState, share_state
 from tcomm.eplb.state.meeting import UNKNOWN, Errand, Meeting, Visit, fingerprint
 from tcomm.eplb.state.model_state import EplbModelState
 from tcomm.eplb.state.rearrangement import PlannedMove, carry_out, plain_mode, plan_move

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from tcomm.eplb.moving.rank_mapping import rank_change
 from tcomm.eplb.policies import EPLB_POLICIES, AbstractEplbPolicy
-from tcomm.eplb.state.elastic import rank_change
 from tcomm.eplb.state.model_state import EplbModelState
 from tcomm.eplb.state.rearrangement import carry_out, plan_move
 from tcomm.eplb.state.statistics import EplbStats
