@@ -37,6 +37,11 @@ class LayerMoves:
     missing: tuple[int, ...]
     """Slots whose expert no rank has: somebody must load it."""
 
+    @property
+    def has_copies(self) -> bool:
+        """Whether anything has to be copied. There are no duplicates of nothing."""
+        return bool(self.rounds or self.local)
+
 
 @dataclasses.dataclass(frozen=True)
 class Migration:

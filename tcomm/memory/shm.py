@@ -25,10 +25,13 @@ from tcomm.errors import CapabilityError
 from tcomm.memory.base import Exchange, NotShared, SymmetricBuffer
 from tcomm.memory.liveness import hold_lock, is_locked
 
-__all__ = ["Offer", "Segment", "SharedMemoryTransport", "remove_orphans", "why_unordered"]
+__all__ = ["VERDICT", "Offer", "Segment", "SharedMemoryTransport", "remove_orphans", "why_unordered"]
 
 _PREFIX = "tcomm-"
 _ORPHAN_SECONDS = 60.0
+_OLD_VERDICT_SECONDS = 24 * 3600.0
+VERDICT = "-verdict-"
+"""In the names of links by which ranks decide; see `verdicts`."""
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -221,11 +224,19 @@ def _open_all(offers: list[Offer], rank: int, own: Segment | None) -> tuple[list
 
 
 def remove_orphans(directory: str) -> None:
-    """Remove names whose makers were killed before they could: old, ours, and with nobody's lock."""
+    """Remove names whose makers were killed before they could: old, ours, and with nobody's lock.
+
+    Links have no lock: those of verdicts go when they are so old that nobody can still ask for them.
+    """
     mine = f"{_PREFIX}{os.getuid()}-*"
     for path in pathlib.Path(directory).glob(mine):
         with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime < _ORPHAN_SECONDS:
+            seconds = time.time() - path.lstat().st_mtime
+            if path.is_symlink():
+                if VERDICT in path.name and seconds > _OLD_VERDICT_SECONDS:
+                    path.unlink()
+                continue
+            if seconds < _ORPHAN_SECONDS:
                 continue
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:

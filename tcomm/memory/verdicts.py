@@ -2,6 +2,7 @@
 
 A proposal is the target of a symbolic link in the memory file system, whose name is the question's. Making
 it either succeeds whole, or somebody was first; nobody waits, and whoever dies leaves nothing half done.
+Links of a group that was killed are removed by who starts a group a day later.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 
 from tcomm.memory.channel import Channel
 from tcomm.memory.control import Word
+from tcomm.memory.shm import VERDICT
 
 __all__ = ["Verdicts"]
 
@@ -27,7 +29,7 @@ class Verdicts:
     def __init__(self, channel: Channel, directory: str) -> None:
         self._channel = channel
         nonce = channel.pages[0].words[Word.NONCE]
-        self.prefix = f"{directory}/tcomm-{os.getuid()}-verdict-{nonce:x}"
+        self.prefix = f"{directory}/tcomm-{os.getuid()}{VERDICT}{nonce:x}"
         """Of the names of all questions."""
         self._known: list[tuple[int, str]] = []
 

@@ -65,9 +65,12 @@ def test_copies_local_duplicate_and_missing_ones():
     assert layer.rounds == ((Copy(0, 0, 2),),)
     assert layer.local == (Copy(1, 1, 0),)
     assert layer.duplicates == (Copy(0, 2, 3),)
+    assert layer.has_copies
     (layer,) = migration(np.array([[0, 1, 2, -1]]), np.array([[5, -1, 2, 5]]), 2).layers
     assert layer.missing == (0, 3)
     assert layer.rounds == layer.local == ()
+    assert not layer.has_copies
+    assert migration(np.array([[0, 1]]), np.array([[1, 1]]), 1).layers[0].has_copies
 
 
 def test_senders_serve_receivers_in_order_and_share_what_is_left():

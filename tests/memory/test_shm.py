@@ -137,8 +137,14 @@ def test_only_old_unlocked_names_of_ours_are_removed(tmp_path):
     os.utime(tmp_path / names["locked"], (old, old))
     link = tmp_path / (prefix + "link")
     link.symlink_to(tmp_path / names["other"])
+    for name, hours in (("new", 23), ("old", 25)):
+        verdict = tmp_path / f"{prefix[:-1]}{shm.VERDICT}{name}"
+        verdict.symlink_to("commit")
+        os.utime(verdict, (time.time() - 3600 * hours,) * 2, follow_symlinks=False)
+    os.utime(link, (0, 0), follow_symlinks=False)
     shm.remove_orphans(str(tmp_path))
-    assert set(os.listdir(tmp_path)) == set(names.values()) - {names["orphan"]} | {link.name}
+    kept = {link.name, f"{prefix}verdict-new"}
+    assert set(os.listdir(tmp_path)) == set(names.values()) - {names["orphan"]} | kept
     os.close(fd)
 
 

@@ -15,12 +15,12 @@ from tcomm.eplb.moving.groups import ExpertGroup, size_of
 from tcomm.eplb.moving.making import make_mover
 from tcomm.eplb.moving.mover import WeightMover
 from tcomm.eplb.moving.rank_mapping import widen_maps
-from tcomm.eplb.moving.rows import LayerRows
+from tcomm.eplb.moving.rows import check_layers
 from tcomm.eplb.shapes import IntArray
 from tcomm.errors import CommError, ConfigError, UsageError
 from tcomm.groups.arguments import UNSET, Timeout, Unset
 
-__all__ = ["has_moves", "map_of", "rearrange_expert_weights_inplace"]
+__all__ = ["map_of", "rearrange_expert_weights_inplace"]
 
 logger = logging.getLogger("tcomm")
 
@@ -66,7 +66,7 @@ def rearrange_expert_weights_inplace(  # noqa: PLR0913 - as its users know it, a
     world_size = size_of(ep_group)
     layers = [list(weights) for weights in expert_weights]
     moves = _plan(old_global_expert_indices, new_global_expert_indices, layers, world_size, rank_mapping)
-    if not layers or not (is_profile or any(map(has_moves, moves))):
+    if not layers or not (is_profile or any(needed.has_copies for needed in moves)):
         _tell_all(on_layer, moves, is_profile)
         return
     used = mover or make_mover(ep_group, layers[0], timeout=timeout, communicator=communicator)
@@ -86,25 +86,24 @@ def _tell_all(on_layer: Callable[[int], None] | None, moves: Sequence[LayerMoves
             on_layer(layer)
 
 
-def has_moves(moves: LayerMoves) -> bool:
-    """Whether a layer needs any copy."""
-    return bool(moves.rounds or moves.local)
-
-
 def map_of(which: str, given: torch.Tensor | npt.ArrayLike) -> IntArray:
     """A map [L, P] on the host.
 
     Raises:
         ConfigError: when it has other axes, no integers, or numbers below -1.
     """
-    host = given.detach().to("cpu").numpy() if isinstance(given, torch.Tensor) else np.asarray(given)
+    try:
+        host = given.detach().to("cpu").numpy() if isinstance(given, torch.Tensor) else np.asarray(given)
+    except ValueError as error:
+        raise ConfigError(f"the {which} expert indices are no map: {error}") from None
     if host.ndim != 2 or not np.issubdtype(host.dtype, np.integer):
         raise ConfigError(
             f"the {which} expert indices are {host.dtype}{list(host.shape)}; needed integers [layers, slots]"
         )
-    if host.size and host.min() < -1:
-        raise ConfigError(f"the {which} expert indices contain {host.min()}; give experts, or -1 for none")
-    return host.astype(np.int64)
+    indices = host.astype(np.int64)
+    if indices.size and indices.min() < -1:
+        raise ConfigError(f"the {which} expert indices contain {indices.min()}; give experts, or -1 for none")
+    return indices
 
 
 def _plan(
@@ -123,16 +122,15 @@ def _plan(
         )
     if len(layers) != len(before):
         raise UsageError(f"weights of {len(layers)} layers and maps of {len(before)}; give one for each")
-    rows = [LayerRows.of(weights) for weights in layers]
-    for layer, theirs in enumerate(rows):
-        if theirs != rows[0]:
-            raise ConfigError(f"the weights of layer {layer} are {theirs}, and those of layer 0 {rows[0]}")
-    if rows and before.shape[1] != world_size * rows[0].num_slots:
+    rows = check_layers(layers)
+    if rows is None:
+        return ()
+    if before.shape[1] != world_size * rows.num_slots:
         raise UsageError(
-            f"maps of {before.shape[1]} slots for {world_size} ranks with {rows[0].num_slots} slots each; "
-            f"needed {world_size * rows[0].num_slots}"
+            f"maps of {before.shape[1]} slots for {world_size} ranks with {rows.num_slots} slots each; "
+            f"needed {world_size * rows.num_slots}"
         )
-    moves = migration(before, after, world_size).layers if rows else ()
+    moves = migration(before, after, world_size).layers
     _tell_missing(moves, after)
     return moves
 
@@ -155,7 +153,7 @@ def _move(
     on_layer: Callable[[int], None] | None,
 ) -> None:
     for layer, (needed, weights) in enumerate(zip(moves, layers, strict=True)):
-        if has_moves(needed):
+        if needed.has_copies:
             try:
                 mover.prepare(layer, needed, weights)
             except CommError as error:

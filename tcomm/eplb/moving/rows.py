@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -14,7 +15,7 @@ from tcomm.errors import ConfigError
 from tcomm.groups.arguments import check_tensor, dtype_name, is_plain
 from tcomm.signature import CallDescription
 
-__all__ = ["LayerRows", "rows_to_give", "write_rows"]
+__all__ = ["LayerRows", "check_layers", "rows_to_give", "write_rows"]
 
 _ALIGNMENT = 16
 
@@ -46,6 +47,8 @@ class LayerRows:
             raise ConfigError(f"the weights of a layer are {weights!r}; give a list of tensors, at least one")
         for number, weight in enumerate(weights):
             check_tensor(f"moving experts, weight {number}:", weight, loses_gradient=False)
+            if weight.is_meta:
+                raise ConfigError(f"weight {number} of a layer is on the meta device; load it first")
             if not weight.dim() or not is_plain(weight):
                 raise ConfigError(
                     f"weight {number} of a layer is {list(weight.shape)} with strides "
@@ -112,6 +115,31 @@ class LayerRows:
 
     def __str__(self) -> str:
         return f"{', '.join(self.kinds)} in {self.num_slots} slots on {self.device}"
+
+
+def check_layers(layers: Sequence[Sequence[torch.Tensor]]) -> LayerRows | None:
+    """What the weights of each layer look like: all alike, and none in memory of another layer.
+
+    Returns:
+        None where there is no layer.
+
+    Raises:
+        ConfigError: when they are not that; names the layer.
+    """
+    rows = [LayerRows.of(weights) for weights in layers]
+    for layer, theirs in enumerate(rows):
+        if theirs != rows[0]:
+            raise ConfigError(f"the weights of layer {layer} are {theirs}, and those of layer 0 {rows[0]}")
+    ends = sorted(
+        (w.data_ptr(), w.data_ptr() + w.nbytes, n) for n, ws in enumerate(layers) for w in ws if w.nbytes
+    )
+    for (_, end, layer), (begin, _, other) in itertools.pairwise(ends):
+        if begin < end and layer != other:
+            raise ConfigError(
+                f"layers {min(layer, other)} and {max(layer, other)} share memory of their weights, which would "
+                "be moved once for each; give every layer its own"
+            )
+    return rows[0] if rows else None
 
 
 def rows_to_give(moves: LayerMoves, rank: int, num_slots: int) -> list[int]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableSequence
+from collections.abc import Iterable, Iterator, MutableSequence
 from typing import Protocol, runtime_checkable
 
 import torch
 
+from tcomm.eplb.moving.rows import check_layers
 from tcomm.errors import ConfigError
 
 __all__ = ["MixtureOfExperts", "check_model", "check_weights"]
@@ -84,7 +85,7 @@ def check_model(model: object, num_ranks: int) -> MixtureOfExperts:
 
 
 def check_weights(model: MixtureOfExperts, num_layers: int, num_local: int) -> None:
-    """Check that a model has the weights of every layer, a row for each slot.
+    """Check that a model has the weights of every layer, a row for each slot, so that they can be moved.
 
     Raises:
         ConfigError: when it has not; says where.
@@ -95,9 +96,12 @@ def check_weights(model: MixtureOfExperts, num_layers: int, num_local: int) -> N
             "set_eplb_state has to collect them"
         )
     for layer, weights in enumerate(model.expert_weights):
+        if isinstance(weights, Iterator):
+            raise ConfigError(f"expert_weights of layer {layer} can be read only once; give a list")
         rows = [tuple(weight.shape[:1]) for weight in weights]
         if not rows or any(row != (num_local,) for row in rows):
             raise ConfigError(
                 f"expert_weights of layer {layer} have {[row[0] if row else 0 for row in rows]} rows; "
                 f"each needs {num_local}, one for each slot of this rank"
             )
+    check_layers([list(weights) for weights in model.expert_weights])

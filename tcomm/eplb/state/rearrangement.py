@@ -198,9 +198,9 @@ def switches_of(
         mover_of: gives what moves its weights; called where some have to move, **collective** there.
     """
     parts = [(layer, move.migration.layers[layer]) for layer in move.layers]
-    mover = mover_of(state) if any(_has_copies(moves) for _, moves in parts) else None
+    mover = mover_of(state) if any(moves.has_copies for _, moves in parts) else None
     return [
-        LayerSwitch(state, layer, moves, move.after[layer], mover if _has_copies(moves) else None)
+        LayerSwitch(state, layer, moves, move.after[layer], mover if moves.has_copies else None)
         for layer, moves in parts
     ]
 
@@ -241,10 +241,6 @@ def plain_mode() -> Iterator[None]:
     """An engine steps in inference mode; what is made here is used outside of it, too."""
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def _has_copies(moves: LayerMoves) -> bool:
-    return bool(moves.rounds or moves.local or moves.duplicates)
 
 
 def _told(layer: int, done: list[int], state: EplbModelState) -> str:

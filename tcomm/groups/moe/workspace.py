@@ -136,13 +136,13 @@ class Workspace(GroupHandle):
         verdicts = [msgspec.msgpack.decode(data, type=_Verdict) for data in told]
         refuse_differences(self.name, [verdict.same for verdict in verdicts])
         if refusals := [verdict.refusal for verdict in verdicts if verdict.refusal]:
-            raise CapabilityError("; ".join(refusals) + "; give fewer tokens a rank, or a smaller buffer")
+            raise CapabilityError("; ".join(refusals) + "; give fewer tokens a rank, or smaller buffers")
 
     def _make_memory(self, nbytes: int) -> KernelArena:
         if self._arena is None:
             raise CapabilityError(
-                f"group {self.name!r} cannot exchange tokens: {self.capabilities.no_shared_memory}; "
-                "AgRsAll2AllManager works without shared memory"
+                f"group {self.name!r} has no symmetric memory: {self.capabilities.no_shared_memory}; without "
+                "it tokens go by AgRsAll2AllManager, and weights of experts by an EplbCommunicator"
             )
         with torch.inference_mode(False):
             if self.device.type == "cpu":

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcomm.eplb.migration import Copy, LayerMoves, migration
-from tcomm.eplb.moving.rows import LayerRows, rows_to_give, write_rows
+from tcomm.eplb.moving.rows import LayerRows, check_layers, rows_to_give, write_rows
 from tcomm.errors import ConfigError
 from tests.eplb.moving.weights import ROW_NBYTES, Layers
 
@@ -41,8 +41,9 @@ def test_weights_of_any_dtype_are_rows_of_bytes_in_their_own_memory():
         ([torch.tensor(1.0)], "needed contiguous [slots of a rank, ...]"),
         ([torch.zeros(2, 4)[:, ::2]], "is [2, 2] with strides [4, 2]"),
         ([torch.zeros(2), torch.zeros(3)], "weight 1 has 3 slots on cpu, and weight 0 2"),
-        ([torch.zeros(2), torch.zeros(2, device="meta")], "weight 1 has 2 slots on meta"),
+        ([torch.zeros(2), torch.zeros(2, device="meta")], "weight 1 of a layer is on the meta device"),
         ([torch.zeros(0, 2)], "have no slots"),
+        ([torch.zeros(2, 2, device="meta")], "weight 0 of a layer is on the meta device; load it first"),
     ],
 )
 def test_what_cannot_be_moved_is_refused(weights, text):
@@ -56,6 +57,22 @@ def test_other_weights_than_the_first_are_refused():
         ConfigError, match=r"the weights are float32\[4\] in 2 slots on cpu, and those of the"
     ):
         LayerRows.of([torch.zeros(2, 3)]).bytes_of([torch.zeros(2, 4)])
+
+
+def test_layers_are_alike_and_each_has_memory_of_its_own():
+    whole, empty = torch.zeros(6, 4), torch.zeros(2, 0)
+    layers = [[whole[at : at + 2], empty] for at in (4, 0, 2)]
+    assert check_layers(layers) == LayerRows.of(layers[0])
+    assert check_layers([]) is None
+    # Within a layer both are moved alike.
+    assert check_layers([[whole[:2], whole[:2]]]) is not None
+    for tied in (whole[:2], whole[1:3]):
+        with pytest.raises(ConfigError, match="layers 1 and 2 share memory of their weights"):
+            check_layers([*layers[:2], [tied, empty]])
+    with pytest.raises(
+        ConfigError, match=r"layer 1 are float32\[3\] in 2 slots on cpu, and those of layer 0"
+    ):
+        check_layers([[torch.zeros(2, 4)], [torch.zeros(2, 3)]])
 
 
 def test_a_call_differs_with_layer_moves_and_weights():

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from tcomm.eplb.migration import migration
-from tcomm.eplb.moving.rearrange import has_moves
 from tcomm.eplb.moving.rows import LayerRows
 from tcomm.eplb.moving.symmetric import SymmetricMover
 from tcomm.groups.setup import from_store
@@ -47,14 +46,14 @@ def _random(member, cases, size):
         moves = migration(old, new, member.world_size).layers
         for layer, each in enumerate(moves):
             with torch.inference_mode(case % 2 == 1):
-                if has_moves(each):
+                if each.has_copies:
                     mover.prepare(layer, each, layers.weights[layer])
                     mover.commit(layer, each, layers.weights[layer])
         after = mover.space.traffic.wire_nbytes, mover.space.traffic.num_phases
         taken.append((after[0] - before[0], after[1] - before[1]))
         copies = [copy for each in moves for round_ in each.rounds for copy in round_]
         mine = sum(copy.target // size == member.rank for copy in copies)
-        needed.append((mine * ROW_NBYTES, 2 * sum(map(has_moves, moves))))
+        needed.append((mine * ROW_NBYTES, 2 * sum(each.has_copies for each in moves)))
         wrong += [layers.wrong(layer, old[layer], new[layer]) for layer in range(3)]
     nbytes = mover.space.arena.staging.buffer.nbytes
     refused = _refused(member, mover, layers.weights[0], old[:1], new[:1])

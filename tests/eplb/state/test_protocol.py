@@ -48,6 +48,9 @@ def test_slots_are_those_of_all_ranks_and_of_experts_with_redundant_ones():
         ),
         ([[torch.zeros(3)], []], "of layer 1 have [] rows; each needs 3"),
         ([[torch.zeros(3)], [torch.zeros(())]], "of layer 1 have [0] rows"),
+        ([[torch.zeros(3)], iter([torch.zeros(3)])], "of layer 1 can be read only once; give a list"),
+        ([[torch.zeros(3, 1)], [torch.zeros(3)]], "of layer 1 are float32[] in 3 slots on cpu, and those"),
+        ([[torch.zeros(2, 3).T]] * 2, "is [3, 2] with strides [1, 3]; needed contiguous"),
     ],
 )
 def test_each_layer_has_a_row_for_each_slot(weights, complaint):
@@ -55,5 +58,5 @@ def test_each_layer_has_a_row_for_each_slot(weights, complaint):
     model.expert_weights = weights
     with pytest.raises(ConfigError, match=re.escape(complaint)):
         check_weights(model, 2, 3)
-    model.expert_weights = [[torch.zeros(3, 1)], [torch.zeros(3)]]
+    model.expert_weights = [[torch.zeros(3)], (torch.zeros(3),)]
     check_weights(model, 2, 3)
