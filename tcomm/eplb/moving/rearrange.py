@@ -12,6 +12,7 @@ import torch
 from tcomm.eplb.migration import LayerMoves, migration
 from tcomm.eplb.moving.communicator import EplbCommunicator
 from tcomm.eplb.moving.groups import ExpertGroup, size_of
+from tcomm.eplb.moving.interrupts import interrupts_later
 from tcomm.eplb.moving.making import make_mover
 from tcomm.eplb.moving.mover import WeightMover
 from tcomm.eplb.moving.rank_mapping import widen_maps
@@ -159,9 +160,11 @@ def _move(
             except CommError as error:
                 error.args = (f"{error}; {_how_far(layer, len(moves))}",)
                 raise
-            mover.commit(layer, needed, weights)
-        if on_layer is not None:
-            on_layer(layer)
+        with interrupts_later():
+            if needed.has_copies:
+                mover.commit(layer, needed, weights)
+            if on_layer is not None:
+                on_layer(layer)
 
 
 def _how_far(layer: int, num_layers: int) -> str:

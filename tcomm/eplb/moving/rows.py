@@ -136,8 +136,8 @@ def check_layers(layers: Sequence[Sequence[torch.Tensor]]) -> LayerRows | None:
     for (_, end, layer), (begin, _, other) in itertools.pairwise(ends):
         if begin < end and layer != other:
             raise ConfigError(
-                f"layers {min(layer, other)} and {max(layer, other)} share memory of their weights, which would "
-                "be moved once for each; give every layer its own"
+                f"layers {min(layer, other)} and {max(layer, other)} share memory of their weights, which "
+                "would be moved once for each; give every layer its own"
             )
     return rows[0] if rows else None
 

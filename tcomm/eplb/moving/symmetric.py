@@ -57,6 +57,7 @@ class SymmetricMover:
         # Who drops a mover, or ends with it, removes its verdicts too.
         self._release = weakref.finalize(self, _release, self._channel, self._verdicts)
         self._prepared: tuple[int, LayerMoves] | None = None
+        self._pid = os.getpid()
         whole = ((rank, 0, 0, (self._rows.nbytes,), torch.uint8) for rank in range(self.space.world_size))
         self._staged = [self._rows.views_of(self.space.view(*each)) for each in whole]
 
@@ -149,6 +150,9 @@ class SymmetricMover:
 
     def close(self) -> None:
         """See `WeightMover.close`."""
+        if self._pid != os.getpid():
+            # A forked child inherits it, and its parent has not left.
+            return
         peers = [peer for peer in self._channel.peers if not self._channel.is_gone(peer)]
         self.space.close()
         self._verdicts.close(peers)

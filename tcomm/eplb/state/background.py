@@ -94,8 +94,9 @@ class Background(Rearranging):
         for state, load in zip(self.model_states.values(), loads, strict=True):
             before, change = self._consult(Meeting(self.ep_group), state, load, None, self.num_steps)
             assert state.eplb_stats is not None
-            # Made here: groups are made in one order on all ranks, and other threads make others.
-            self._mover(state)
+            if len(before):
+                # Made here: groups are made in one order on all ranks, and other threads make others.
+                self._mover(state)
             planner = functools.partial(plan_move, before, state.eplb_stats, self.policy_name, change)
             planners.append((state, planner))
         under_way = self._under_way = _UnderWay(time.perf_counter())

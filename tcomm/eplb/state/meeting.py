@@ -115,12 +115,15 @@ class Meeting:
             What each rank said.
 
         Raises:
+            ConfigError: when the group is destroyed.
             CollectiveMismatchError: on every rank, when they differ in anything that is compared.
             PeerLostError, PeerTimeoutError: when a rank did not come; names it.
         """
         mine = Visit(errand, step, num_models, facts, zlib.crc32(host_identity().encode()), num_ready)
         row = torch.tensor(mine, dtype=torch.int64, device="cpu")
         control = self.group.control
+        if self.group.destroyed:
+            raise ConfigError(f"Group {self.group.unique_name} is destroyed.")
         gathered = row if control is None else control.all_gather_single(row)
         visits = [Visit(*numbers) for numbers in gathered.view(-1, len(mine)).tolist()]
         knowing = max(visits, key=lambda visit: visit.step)

@@ -13,6 +13,7 @@ import torch
 
 from tcomm.eplb.maps import gpu_loads, preserved_slots
 from tcomm.eplb.migration import LayerMoves, Migration, migration
+from tcomm.eplb.moving.interrupts import interrupts_later
 from tcomm.eplb.moving.mover import WeightMover
 from tcomm.eplb.moving.rank_mapping import RankChange, renumbered
 from tcomm.eplb.plans import Plan, make_plan, plan_of
@@ -226,13 +227,14 @@ def carry_out(
     for switch in switches_of(state, move, mover_of):
         try:
             switch.prepare()
-            switch.commit()
+            with interrupts_later():
+                switch.commit()
+                done.append(switch.layer)
         except BaseException as error:
             # What was under way is over for all; the next rearrangement begins with another mover.
             state.close()
             error.add_note(_told(switch.layer, done, state))
             raise
-        done.append(switch.layer)
     return time.perf_counter() - start
 
 

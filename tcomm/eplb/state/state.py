@@ -345,6 +345,8 @@ class EplbState(Stepping):
         try:
             if self.async_worker is not None:
                 self.async_worker.stop()
+            self._under_way = None
+            self.rearrange_event.clear()
         finally:
             for state in self.model_states.values():
                 state.close()

@@ -17,6 +17,7 @@ from typing import NoReturn, Protocol
 import torch
 
 from tcomm.config import resolve_timeout
+from tcomm.eplb.moving.interrupts import interrupts_later
 from tcomm.errors import CommError, UsageError
 from tcomm.groups.arguments import Timeout
 
@@ -147,12 +148,13 @@ class Worker:
         if agreed == _FINISHED or agreed <= job.num_committed:
             return False
         assert job.switches is not None
-        job.switches[job.num_committed].commit()
-        with self._changed:
-            job.num_committed += 1
-            if job.is_done:
-                self._job = None
-            self._changed.notify_all()
+        with interrupts_later():
+            job.switches[job.num_committed].commit()
+            with self._changed:
+                job.num_committed += 1
+                if job.is_done:
+                    self._job = None
+                self._changed.notify_all()
         return True
 
     def stop(self) -> None:

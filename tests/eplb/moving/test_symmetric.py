@@ -73,6 +73,13 @@ def _dropped(member):
     mover.prepare(0, moves, layers.weights[0])
     prefix, directory = mover._verdicts.prefix, mover.space.config.shm_dir
     member.meet("prepared")
+    child = os.fork()
+    if not child:
+        mover.close()
+        del mover
+        gc.collect()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
     there = os.path.lexists(f"{prefix}-2-0")
     member.meet("looked")
     del mover
@@ -81,7 +88,7 @@ def _dropped(member):
     return there, [name for name in os.listdir(directory) if os.path.basename(prefix) in name]
 
 
-def test_movers_that_are_dropped_leave_nothing_behind(on_ranks):
+def test_movers_that_are_dropped_leave_nothing_behind_and_a_child_takes_nothing(on_ranks):
     assert on_ranks(2, _dropped) == [(True, [])] * 2
 
 

@@ -46,7 +46,7 @@ class SlowState(EplbState):
 
 def _made(group, kind=EplbState, layers=3, **given):
     model = Toy(group, layers=layers, experts=6, redundant=2)
-    state = kind(config(use_async=True, **given), CPU, ep_group=group)
+    state = kind(config(**{"use_async": True, **given}), CPU, ep_group=group)
     state.add_model(model, ModelConfig())
     [only] = state.model_states.values()
     return state, only, model.fill(only.physical_to_logical_map)
@@ -215,6 +215,56 @@ def test_what_cannot_be_planned_is_raised_by_a_step():
         assert only.last_expert_load is not None
         assert (only.phy2log()[:, :6] != torch.arange(6).numpy()).any() or only.last_rearrangement.num_layers
         state.close()
+
+
+@pytest.mark.parametrize("use_async", [True, False])
+def test_ctrl_c_comes_when_a_layer_has_weights_and_map(use_async):
+    load = torch.tensor([[1, 40, 1, 1, 1, 1]] * 3)
+    with lone_group() as group:
+        state, only, model = _made(group, use_async=use_async)
+        first, switch = only.phy2log(), only.switch_layer
+
+        def interrupted(*args):
+            signal.raise_signal(signal.SIGINT)
+            switch(*args)
+
+        only.switch_layer = interrupted
+        if use_async:
+            state.rearrange(global_expert_load=load)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            state.drain_async() if use_async else state.rearrange(global_expert_load=load)
+        assert use_async or "layers 0 have their new places" in caught.value.__notes__[0]
+        assert _changed(first, only.phy2log()) == [0]
+        assert model.holds() == only.phy2log().tolist()
+        only.switch_layer = switch
+        state.drain_async()
+        assert _changed(first, only.phy2log()) == ([0, 1, 2] if use_async else [0])
+        assert model.holds() == only.phy2log().tolist()
+        state.close()
+
+
+def test_a_model_without_layers_has_nothing_to_move():
+    load = torch.zeros((0, 6), dtype=torch.int64)
+    for use_async in (True, False):
+        with lone_group() as group:
+            state, only, _ = _made(group, layers=0, use_async=use_async)
+            state.step(is_profile=True)
+            state.rearrange(global_expert_load=load)
+            state.drain_async()
+            assert (only.last_rearrangement.num_layers, only.last_rearrangement.after) == (0, 1.0)
+            state.close()
+
+
+def test_closed_in_the_middle_nothing_is_under_way():
+    with lone_group() as group:
+        state, only, model = _made(group)
+        state.rearrange(global_expert_load=torch.tensor([[40, 1, 1, 1, 1, 1]] * 3))
+        assert state.rearrange_event.is_set()
+        state.close()
+        assert not state.rearrange_event.is_set()
+        assert model.holds() == only.phy2log().tolist()
+        with pytest.raises(UsageError, match=r"the worker of group 'ep:.*' is stopped"):
+            state.rearrange(global_expert_load=torch.tensor([[1, 40, 1, 1, 1, 1]] * 3))
 
 
 def test_without_a_thread_there_is_nothing_to_start_or_drain():

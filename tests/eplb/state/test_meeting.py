@@ -30,6 +30,9 @@ def test_alone_everybody_agrees():
         assert meeting.total(values).tolist() == [1, 2]
         assert meeting.total(values) is not values
         assert meeting.hand_out(values, 0).tolist() == [1, 2]
+        group.destroy()
+        with pytest.raises(ConfigError, match=r"Group ep:\d+ is destroyed\."):
+            meeting.agree(Errand.SHARE, 5, 2, 9)
 
 
 def test_only_a_coordinator_will_do():
