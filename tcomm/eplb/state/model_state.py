@@ -244,6 +244,12 @@ class EplbModelState:
         self.logical_replica_count[layer].copy_(torch.from_numpy(counts[0]))
         self.expert_load_window[:, layer].zero_()
 
+    def tell_model(self) -> None:
+        """Tell a model that wants to know it how many slots there are. Local."""
+        tell = getattr(self.model, "update_physical_experts_metadata", None)
+        if tell is not None:
+            tell(self.physical_to_logical_map.shape[1], self.slots_per_rank)
+
     def close(self) -> None:
         """Give back what moves weights. Not collective; may be called twice."""
         mover, self.mover, self.mover_group = self.mover, None, None

@@ -213,10 +213,7 @@ class Rearranging(SingleModel):
     @staticmethod
     def _settle(state: EplbModelState, move: PlannedMove, rank: int) -> None:
         """Go by the new ranks from now on, and tell the model how many slots there are."""
-        phy2log = move.plan.phy2log
         if move.change.is_before:
-            state.adopt(phy2log)
+            state.adopt(move.plan.phy2log)
             state.own_rank = move.change.new_ranks[rank]
-        tell = getattr(state.model, "update_physical_experts_metadata", None)
-        if tell is not None:
-            tell(phy2log.shape[1], state.slots_per_rank)
+        state.tell_model()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self, overload
 
+import numpy as np
 import torch
 
 from tcomm.eplb.shapes import Shape, checked_map
@@ -329,16 +330,42 @@ class EplbState(Stepping):
         self._refuse_while_busy("update_mapping")
         state = self._state_of(model_config)
         given = physical_to_logical_map.cpu().numpy()
-        num_layers, num_slots = len(state.logical_replica_count), given.shape[-1]
-        shape = Shape(state.num_experts, num_slots, num_gpus=max(1, num_slots // state.slots_per_rank))
+        num_layers, num_slots = len(state.logical_replica_count), given.shape[-1] if given.ndim else 0
+        num_ranks, rest = divmod(num_slots, state.slots_per_rank)
+        if rest:
+            raise ConfigError(
+                f"physical_to_logical_map has {num_slots} slots; give a multiple of the "
+                f"{state.slots_per_rank} that each rank has"
+            )
+        shape = Shape(state.num_experts, num_slots, num_gpus=max(1, num_ranks))
         phy2log = checked_map("physical_to_logical_map", given, num_layers, shape, whole=False)
         for layer, row in enumerate(phy2log):
             if lost := set(range(state.num_experts)) - set(row.tolist()):
                 raise ConfigError(
                     f"physical_to_logical_map has no slot with expert {min(lost)} in layer {layer}"
                 )
+        had = state.num_ranks
         state.adopt(phy2log)
         state.own_rank = None
+        if state.num_ranks != had:
+            state.tell_model()
+
+    def reconfigure_physical_expert_slots(self, model_config: Any, num_physical_experts: int) -> None:
+        """Have slots of more ranks, or of fewer, behind the others. Local, and the same on all ranks.
+
+        Args:
+            model_config: of the model; None: of the only one.
+            num_physical_experts: slots from now on. New ones are empty; of those that go every expert is
+                somewhere else, too.
+
+        Raises:
+            ConfigError: as `update_mapping` does.
+        """
+        phy2log = self._state_of(model_config).phy2log()
+        kept = phy2log[:, : max(0, num_physical_experts)]
+        wide = np.full((len(kept), max(0, num_physical_experts)), -1, np.int64)
+        wide[:, : kept.shape[1]] = kept
+        self.update_mapping(torch.from_numpy(wide), model_config)
 
     def close(self) -> None:
         """End what runs beside, and give back what moves weights. Not collective; may be called twice."""

@@ -38,6 +38,15 @@ def test_a_map_on_the_host_is_a_copy():
     assert state.phy2log().tolist() == [[0, 1, 2, 3, 0, 1]] * 2
 
 
+def test_a_model_that_wants_to_know_is_told_how_many_slots_there_are():
+    state = _state(most_slots=12)
+    state.adopt(np.array([[0, 1, 2, 3, 0, 1, -1, -1, -1]] * 2))
+    state.tell_model()
+    assert (state.model.num_physical_experts, state.model.num_local_physical_experts) == (9, 3)
+    state.model = None
+    state.tell_model()
+
+
 def test_a_pass_is_recorded_and_forgotten():
     state = _state()
     state.expert_load_pass[1, 2] = 5

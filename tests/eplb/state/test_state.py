@@ -424,9 +424,27 @@ def test_a_state_may_begin_with_any_map_and_go_on_by_another(group):
         ([[0, 1, 2, 3, 0, 0], [0, 1, 2, 0, 0, 0]], "no slot with expert 3 in layer 1"),
         ([[0, 1, 2, 3, 0, 0]], r"is int64 \[1, 6\]; give integers \[2, 6\]"),
         ([[0, 1, 2, 3, 0, 0, 1, 1, 1, 1, 1, 1]] * 2, "12 slots of 4 experts do not fit"),
+        ([[0, 1, 2, 3, 0, 0, 1]] * 2, "has 7 slots; give a multiple of the 6 that each rank has"),
+        (0, "num_replicas=0 is wrong"),
     ]:
         with pytest.raises(ConfigError, match=said):
             state.update_mapping(torch.tensor(wrong))
+
+
+def test_slots_of_more_ranks_are_empty_at_first(group):
+    state, model = ToyState(config(), CPU, ep_group=group), Toy(group)
+    state.add_model(model, ModelConfig(), max_physical_experts=12)
+    first = state.physical_to_logical_map.tolist()
+    state.reconfigure_physical_expert_slots(ModelConfig(), 12)
+    assert state.physical_to_logical_map.tolist() == [row + [-1] * 6 for row in first]
+    assert (model.num_physical_experts, model.num_local_physical_experts) == (12, 6)
+    state.reconfigure_physical_expert_slots(None, 6)
+    assert state.physical_to_logical_map.tolist() == first
+    assert (model.num_physical_experts, model.num_redundant_experts) == (6, 2)
+    for number in (8, 0, -6, 18):
+        with pytest.raises(ConfigError):
+            state.reconfigure_physical_expert_slots(None, number)
+    assert state.physical_to_logical_map.tolist() == first
 
 
 def test_closing_ends_what_moves_weights_and_what_runs_beside(group):
