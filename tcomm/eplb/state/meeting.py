@@ -14,7 +14,7 @@ from tcomm.errors import CollectiveMismatchError, ConfigError
 from tcomm.groups.parallel.coordinator import GroupCoordinator
 from tcomm.memory.probe import host_identity
 
-__all__ = ["UNKNOWN", "Errand", "Meeting", "Visit", "fingerprint"]
+__all__ = ["UNKNOWN", "Errand", "Meeting", "Visit", "checked_group", "fingerprint"]
 
 UNKNOWN = -1
 """What a rank that joins says of what it cannot know."""
@@ -82,6 +82,17 @@ def fingerprint(*facts: IntArray) -> int:
     return value
 
 
+def checked_group(group: object) -> GroupCoordinator:
+    """The group, when it is one whose ranks can meet.
+
+    Raises:
+        ConfigError: when it is not.
+    """
+    if not isinstance(group, GroupCoordinator):
+        raise ConfigError(f"{group!r} is no GroupCoordinator; give the expert parallel group")
+    return group
+
+
 class Meeting:
     """Collectives of a group's ranks over numbers in host memory.
 
@@ -93,9 +104,7 @@ class Meeting:
     """
 
     def __init__(self, group: GroupCoordinator) -> None:
-        if not isinstance(group, GroupCoordinator):
-            raise ConfigError(f"{group!r} is no GroupCoordinator; give the expert parallel group")
-        self.group = group
+        self.group = checked_group(group)
         self.rank = group.rank_in_group
         self.num_ranks = group.world_size
 

@@ -13,7 +13,7 @@ from tcomm.eplb.moving.mover import WeightMover
 from tcomm.eplb.moving.rank_mapping import RankChange, rank_change
 from tcomm.eplb.shapes import IntArray
 from tcomm.eplb.state.elastic import SharedState, share_state
-from tcomm.eplb.state.meeting import UNKNOWN, Errand, Meeting, Visit, fingerprint
+from tcomm.eplb.state.meeting import UNKNOWN, Errand, Meeting, Visit, checked_group, fingerprint
 from tcomm.eplb.state.model_state import EplbModelState
 from tcomm.eplb.state.rearrangement import PlannedMove, carry_out, plain_mode, plan_move
 from tcomm.eplb.state.single import SingleModel
@@ -57,12 +57,16 @@ class Rearranging(SingleModel):
 
     @property
     def ep_group(self) -> GroupCoordinator:
-        """The group that was given, or the expert parallel group of now. Assign the next one to it."""
+        """The group that was given, or the expert parallel group of now. Assign the next one to it.
+
+        Raises:
+            ConfigError: when it is no `GroupCoordinator`.
+        """
         return get_ep_group() if self._group is None else self._group
 
     @ep_group.setter
     def ep_group(self, group: GroupCoordinator) -> None:
-        self._group = group
+        self._group = checked_group(group)
 
     def make_mover(self, group: GroupCoordinator, weights: Sequence[torch.Tensor]) -> WeightMover:
         """What moves the weights of a model, by `eplb_config.communicator`; a subclass may know better.

@@ -11,7 +11,7 @@ import torch
 from tcomm.eplb.shapes import Shape, checked_map
 from tcomm.eplb.state.elastic import receive_state
 from tcomm.eplb.state.joining import Joining, build_initial_global_physical_to_logical_map
-from tcomm.eplb.state.meeting import Meeting
+from tcomm.eplb.state.meeting import Meeting, checked_group
 from tcomm.eplb.state.model_state import EplbModelState
 from tcomm.eplb.state.protocol import MixtureOfExperts, check_model, check_weights
 from tcomm.eplb.state.stepping import Stepping, checked_load
@@ -84,7 +84,7 @@ class EplbState(Stepping):
     ) -> None: ...
 
     def __init__(self, *args: Any, ep_group: GroupCoordinator | None = None, **kwargs: Any) -> None:
-        self._group = ep_group
+        self._group = None if ep_group is None else checked_group(ep_group)
         self.model_states = {}
         if isinstance(args[0] if args else None, torch.Tensor) or "physical_to_logical_map" in kwargs:
             self._start_with_tensors(*args, **kwargs)

@@ -28,6 +28,8 @@ logger = logging.getLogger("tcomm")
 _FAILED = -1
 _FINISHED = 1 << 30
 """More than any number of layers."""
+_SECONDS_TO_NOTICE = 2.0
+"""How long the thread may take, behind the deadline of its wait, to say what it waited for."""
 
 
 class Switch(Protocol):
@@ -70,8 +72,8 @@ class Worker:
         smallest: gives the smallest of the ranks' numbers. **Collective**, and bounded in time.
         device: of the weights; on a GPU the thread has a stream of its own.
         name: of the group, for errors and logs.
-        timeout: for how long `stop`, and a step after a failure elsewhere, wait for the thread: seconds, a
-            profile, or None: as long as it takes.
+        timeout: of the waits of `Switch.prepare`: seconds, a profile, or None: as long as it takes. `stop`,
+            and a step after a failure elsewhere, wait for the thread a little longer.
     """
 
     def __init__(
@@ -85,7 +87,8 @@ class Worker:
         self._smallest = smallest
         self._device = device
         self._name = name
-        self._timeout = resolve_timeout(timeout)
+        seconds = resolve_timeout(timeout)
+        self._patience = None if seconds is None else seconds + _SECONDS_TO_NOTICE
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_stopping = False
@@ -168,10 +171,10 @@ class Worker:
             self._changed.notify_all()
         if self._thread is None or self._thread is threading.current_thread():
             return
-        self._thread.join(self._timeout)
+        self._thread.join(self._patience)
         if self._thread.is_alive():
             raise CommError(
-                f"the worker of group {self._name!r} still waits for its peers after {self._timeout} s",
+                f"the worker of group {self._name!r} still waits for its peers after {self._patience} s",
                 group=self._name,
                 op="eplb",
             )
@@ -180,7 +183,7 @@ class Worker:
     def _give_up(self, job: _Job) -> NoReturn:
         """Raise what the thread failed of; where it has not noticed yet, it soon will."""
         with self._changed:
-            self._changed.wait_for(lambda: job.failure is not None, self._timeout)
+            self._changed.wait_for(lambda: job.failure is not None, self._patience)
             self._job = None
             self._changed.notify_all()
         done = job.num_committed

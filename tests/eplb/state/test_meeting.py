@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from tcomm.eplb.state.meeting import UNKNOWN, Errand, Meeting, Visit, fingerprint
+from tcomm.eplb.state.meeting import UNKNOWN, Errand, Meeting, Visit, checked_group, fingerprint
 from tcomm.errors import CollectiveMismatchError, ConfigError
 from tests.eplb.state.toy import expert_group, lone_group
 
@@ -38,6 +38,10 @@ def test_alone_everybody_agrees():
 def test_only_a_coordinator_will_do():
     with pytest.raises(ConfigError, match="None is no GroupCoordinator; give the expert parallel group"):
         Meeting(None)
+    with pytest.raises(ConfigError, match="3 is no GroupCoordinator"):
+        checked_group(3)
+    with lone_group() as group:
+        assert checked_group(group) is group
 
 
 def _meets(member):

@@ -10,6 +10,7 @@ from tcomm.eplb.state import meeting, rearranging
 from tcomm.eplb.state.rearranging import count_nodes
 from tcomm.eplb.state.state import EplbState
 from tcomm.errors import CollectiveMismatchError, ConfigError, NotOfferedError, UsageError
+from tcomm.groups.parallel.coordinator import GroupCoordinator
 from tests.eplb.state.toy import ModelConfig, Toy, ToyState, config, expert_group, lone_group
 
 
@@ -38,8 +39,13 @@ def test_the_group_is_that_given_or_that_of_now(monkeypatch):
             _ = state.ep_group
         monkeypatch.setattr(rearranging, "get_ep_group", lambda: group)
         assert state.ep_group is group
-        state.ep_group = other = object()
+        other = GroupCoordinator([[0]], 0, "gloo", True, group_name="other")
+        state.ep_group = other
         assert state.ep_group is other
+        for take in (lambda: setattr(state, "ep_group", 3), lambda: EplbState(config(), "cpu", ep_group=3)):
+            with pytest.raises(ConfigError, match="3 is no GroupCoordinator"):
+                take()
+        other.destroy()
 
 
 def test_what_moves_weights_suits_the_group_and_the_config():

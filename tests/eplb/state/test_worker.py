@@ -134,19 +134,29 @@ def test_what_the_thread_fails_of_is_raised_by_a_step(caplog):
     worker.stop()
 
 
-def test_a_failure_elsewhere_is_raised_here_too():
+def test_a_failure_elsewhere_is_raised_here_too(monkeypatch):
+    monkeypatch.setattr("tcomm.eplb.state.worker._SECONDS_TO_NOTICE", 0.05)
     hold, told = threading.Event(), []
     worker = Worker(lambda number: -1, CPU, name="ep", timeout=0.05)
     worker.start(lambda: [Layer(0, told, hold)])
     with pytest.raises(CommError, match=r"another rank of group 'ep' .* 0 layers"):
         worker.on_step()
     assert not worker.is_busy
-    with pytest.raises(CommError, match=r"'ep' still waits for its peers after 0\.05 s"):
+    with pytest.raises(CommError, match=r"'ep' still waits for its peers after 0\.1 s"):
         worker.stop()
     hold.set()
     worker.thread.join(20)
     worker.stop()
     assert ("commit", 0, True) not in told
+
+
+def test_a_thread_that_notices_a_little_later_is_waited_for():
+    hold = threading.Event()
+    worker = Worker(_alone, CPU, timeout=0.05)
+    worker.start(lambda: [Layer(0, [], hold)])
+    threading.Timer(0.3, hold.set).start()
+    worker.stop()
+    assert not worker.thread.is_alive()
 
 
 def test_it_stops_in_the_middle():
