@@ -61,8 +61,10 @@ class Meeting:
         """Take the next call, and remove what this rank left of the call before the last."""
         self._number += 1
         old = [self._key(f"{step}/{self.rank}", 2) for step in ("before", "after", "stuck")]
+        if self.rank == 0:
+            old += [self._key(step, 2) for step in ("verdict", "settled")]
         with self._storing():
-            for key in [*old, *[self._key("verdict", 2)] * (self.rank == 0)]:
+            for key in old:
                 if self._number > 1 and self._store.check([key]):
                     self._store.delete_key(key)
 
@@ -157,10 +159,18 @@ class Meeting:
                 time.sleep(_LONG_PAUSE_SECONDS)
             return msgspec.json.decode(self._store.get(key), type=Trouble)
 
-    def _propose(self, told: bytes) -> bytes:
+    def settle(self, is_agreed: bool) -> bool:
+        """After a verdict to commit: whether all do so now, by the first word of any rank.
+
+        Args:
+            is_agreed: this rank's.
+        """
+        return self._propose(_COMMIT if is_agreed else b"keep", "settled") == _COMMIT
+
+    def _propose(self, told: bytes, what: str = "verdict") -> bytes:
         with self._storing():
             # The store makes it or gives what was there, at once: the first one counts.
-            return bytes(self._store.compare_set(self._key("verdict"), "", told.decode()))
+            return bytes(self._store.compare_set(self._key(what), "", told.decode()))
 
     def _give_up(self, verdict: bytes) -> None:
         trouble = msgspec.json.decode(verdict, type=Trouble)

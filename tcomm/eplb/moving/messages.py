@@ -130,6 +130,17 @@ class MessageMover:
         """Where the rows of a copy wait for `commit`."""
         return [brought[copy.target % self._rows.num_slots] for brought in self._brought]
 
+    def settle(self, is_agreed: bool) -> bool:
+        """See `WeightMover.settle`. Asks the group's store.
+
+        Raises:
+            UsageError: when no layer was prepared.
+            PeerLostError: when the store is gone.
+        """
+        if self._prepared is None:
+            raise UsageError("settle without a layer that was prepared; prepare it first")
+        return self._meeting.settle(is_agreed)
+
     def commit(self, layer: int, moves: LayerMoves, weights: Sequence[torch.Tensor]) -> None:
         """See `WeightMover.commit`. Local."""
         if self._prepared != (layer, moves):

@@ -54,6 +54,18 @@ class WeightMover(Protocol):
             UsageError: when another layer was prepared, or none.
         """
 
+    def settle(self, is_agreed: bool) -> bool:
+        """Whether to commit what was prepared: of all ranks' words the first counts. Waits for nobody.
+
+        For ranks that agree on the time of a commit by something that may fail on some of them alone.
+
+        Args:
+            is_agreed: whether this rank has heard that all are to commit now.
+
+        Raises:
+            UsageError: when no layer was prepared.
+        """
+
     def reserve(self, weights: Sequence[torch.Tensor]) -> None:
         """Touch the memory that moving a layer takes, and move nothing. **Collective.**
 

@@ -22,7 +22,7 @@ from tcomm.signature import CallDescription
 
 __all__ = ["SymmetricMover"]
 
-_COMMIT = "commit"
+_COMMIT, _KEEP = "commit", "keep"
 
 
 class SymmetricMover:
@@ -57,6 +57,7 @@ class SymmetricMover:
         # Who drops a mover, or ends with it, removes its verdicts too.
         self._release = weakref.finalize(self, _release, self._channel, self._verdicts)
         self._prepared: tuple[int, LayerMoves] | None = None
+        self._agreed_epoch = 0
         self._pid = os.getpid()
         whole = ((rank, 0, 0, (self._rows.nbytes,), torch.uint8) for rank in range(self.space.world_size))
         self._staged = [self._rows.views_of(self.space.view(*each)) for each in whole]
@@ -114,11 +115,19 @@ class SymmetricMover:
             code, culprit = map(int, verdict.split("."))
             raise self._channel.poisoned(PoisonCode(code), culprit, epoch)
         space.finish(epoch)
+        self._agreed_epoch = epoch
 
     @staticmethod
     def _proposal(error: CommError) -> str:
         code = PoisonCode.PEER_TIMEOUT if isinstance(error, PeerTimeoutError) else PoisonCode.PEER_LOST
         return f"{code:d}.{error.peers[0]}"
+
+    def settle(self, is_agreed: bool) -> bool:
+        """See `WeightMover.settle`."""
+        if self._prepared is None:
+            raise UsageError("settle without a layer that was prepared; prepare it first")
+        told = _COMMIT if is_agreed else _KEEP
+        return self._verdicts.propose(told, self._agreed_epoch, number=1) == _COMMIT
 
     def commit(self, layer: int, moves: LayerMoves, weights: Sequence[torch.Tensor]) -> None:
         """See `WeightMover.commit`. Local."""

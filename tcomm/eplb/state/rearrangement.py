@@ -175,6 +175,10 @@ class LayerSwitch:
             with plain_mode():
                 self.mover.prepare(self.layer, self.moves, self._weights)
 
+    def settle(self, is_agreed: bool) -> bool:
+        """Whether to commit; see `WeightMover.settle`. Where no weights move, this rank's own word counts."""
+        return is_agreed if self.mover is None else self.mover.settle(is_agreed)
+
     def commit(self) -> None:
         """Write weights and map. Local; waits for nobody."""
         if self.mover is not None:

@@ -67,6 +67,8 @@ class Rearranging(SingleModel):
     @ep_group.setter
     def ep_group(self, group: GroupCoordinator) -> None:
         self._group = checked_group(group)
+        # What broke the group before may have let some ranks count a step more.
+        self.num_steps = 0
 
     def make_mover(self, group: GroupCoordinator, weights: Sequence[torch.Tensor]) -> WeightMover:
         """What moves the weights of a model, by `eplb_config.communicator`; a subclass may know better.

@@ -18,7 +18,7 @@ import torch
 
 from tcomm.config import resolve_timeout
 from tcomm.eplb.moving.interrupts import interrupts_later
-from tcomm.errors import CommError, UsageError
+from tcomm.errors import CollectiveMismatchError, CommError, UsageError
 from tcomm.groups.arguments import Timeout
 
 __all__ = ["Switch", "Worker"]
@@ -38,6 +38,9 @@ class Switch(Protocol):
     def prepare(self) -> None:
         """Bring the weights to this rank. **Collective**; returns on every living rank, or raises there."""
 
+    def settle(self, is_agreed: bool) -> bool:
+        """Whether to commit; of all ranks' words the first counts. Waits for nobody."""
+
     def commit(self) -> None:
         """Write weights and map. Waits for nobody."""
 
@@ -56,6 +59,12 @@ class _Job:
     def is_done(self) -> bool:
         """Whether the last layer has been switched."""
         return self.switches is not None and self.num_committed == len(self.switches)
+
+    @property
+    def how_far(self) -> str:
+        """For errors."""
+        done = self.num_committed
+        return f"{done} layers of this rearrangement hold the new map, the others the old one"
 
     @property
     def told(self) -> int:
@@ -136,29 +145,64 @@ class Worker:
 
         Raises:
             CommError: on every rank, when the thread of one has failed: what it failed of, where it was this
-                rank's. Layers that were switched stay so, the others stay as they were; the worker is free.
+                rank's; or when the ranks could not agree. Layers that were switched are so on all ranks, the
+                others are as they were; the worker is free.
+            CollectiveMismatchError: on every rank, when they are at different steps; it may go on.
         """
         job = self._job
         if job is None:
             return False
         with self._changed:
             told = job.told
-        agreed = self._smallest(told)
+        try:
+            agreed = self._smallest(told)
+        except CollectiveMismatchError:
+            # All have heard the same, and raise the same.
+            raise
+        except BaseException:
+            # Others may have heard what this rank has not, and switch. Whatever they do, it is over then.
+            try:
+                if job.num_committed < told < _FINISHED:
+                    self._switch(job, False)
+            finally:
+                self._leave(job)
+            raise
         if agreed == _FAILED:
             self._give_up(job)
         if agreed == _FINISHED:
             self._job = None
         if agreed == _FINISHED or agreed <= job.num_committed:
             return False
+        if not self._switch(job, True):
+            self._leave(job)
+            raise CommError(
+                f"another rank of group {self._name!r} could not agree on this step; {job.how_far}",
+                group=self._name,
+                op="eplb",
+            )
+        return True
+
+    def _leave(self, job: _Job) -> None:
+        """Do no more of it."""
+        with self._changed:
+            if self._job is job:
+                self._job = None
+            self._changed.notify_all()
+
+    def _switch(self, job: _Job, is_agreed: bool) -> bool:
+        """Switch the next layer, unless a rank was first to say that it has not heard of it."""
         assert job.switches is not None
         with interrupts_later():
-            job.switches[job.num_committed].commit()
+            switch = job.switches[job.num_committed]
+            if not switch.settle(is_agreed):
+                return False
+            switch.commit()
             with self._changed:
                 job.num_committed += 1
                 if job.is_done:
                     self._job = None
                 self._changed.notify_all()
-        return True
+            return True
 
     def stop(self) -> None:
         """End the thread. Not collective; may be called twice. Layers not switched yet stay as they are.
@@ -184,17 +228,14 @@ class Worker:
         """Raise what the thread failed of; where it has not noticed yet, it soon will."""
         with self._changed:
             self._changed.wait_for(lambda: job.failure is not None, self._patience)
-            self._job = None
-            self._changed.notify_all()
-        done = job.num_committed
-        told = f"{done} layers of this rearrangement hold the new map, the others the old one"
+        self._leave(job)
         if job.failure is None:
             raise CommError(
-                f"another rank of group {self._name!r} could not move its experts; {told}",
+                f"another rank of group {self._name!r} could not move its experts; {job.how_far}",
                 group=self._name,
                 op="eplb",
             )
-        job.failure.add_note(told)
+        job.failure.add_note(job.how_far)
         raise job.failure
 
     # The thread ----------------------------------------------------------------------------------

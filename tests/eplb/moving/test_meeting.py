@@ -50,6 +50,18 @@ def test_commit_first_means_commit_for_all(meetings):
     third.refuse_verdict()
 
 
+def test_of_the_words_on_what_was_prepared_the_first_counts(meetings):
+    first, second, third = meetings
+    for words, settled in (((False, True, True), False), ((True, False, False), True)):
+        for meeting in meetings:
+            meeting.commit()
+        assert [each.settle(word) for each, word in zip((third, first, second), words, strict=True)] == [
+            settled
+        ] * 3
+        for meeting in meetings:
+            meeting.begin()
+
+
 def test_giving_up_first_means_that_for_all_and_names_whom(meetings):
     first, second, third = meetings
     first.refuse_verdict()
@@ -95,8 +107,9 @@ def test_calls_leave_two_rounds_of_keys(meetings):
             meeting.begin()
             meeting._store.set(meeting._key(f"before/{meeting.rank}"), "")
             meeting.commit()
+            meeting.settle(True)
         counts.append(meetings[0]._store.num_keys())
-    assert counts[2:] == [8] * 4
+    assert counts[2:] == [10] * 4
 
 
 def test_a_store_that_is_gone_is_an_error_of_its_own(meetings):

@@ -81,6 +81,9 @@ def _random(member, cases, size):
         told(mover.prepare, member.rank, moves[1], layers.weights[0]),
         told(mover.reserve, layers.weights[0]),
     ]
+    refused.append(told(mover.settle, True))
+    mover.prepare(0, moves[1], layers.weights[0])
+    assert mover.settle(True) is mover.settle(False) is True
     mover.close()
     refused.append(told(mover.prepare, 0, moves[1], layers.weights[0]))
     return wrong, rounds, needed, mover.buffer.numel(), [text for _, text in refused]
@@ -97,9 +100,10 @@ def test_random_maps_move_byte_exactly_in_rounds(on_ranks):
                 "layer 0, which was not prepared",
                 "the ranks are to move different things\n  rank 0: move_experts",
                 "",
+                "settle without a layer",
                 "over since it was closed",
             ]
-            assert [part in text for part, text in zip(expected, refused, strict=True)] == [True] * 6
+            assert [part in text for part, text in zip(expected, refused, strict=True)] == [True] * 7
             assert 4 * ROW_NBYTES <= nbytes <= 4 * ROW_NBYTES + 16 * len(KINDS)
 
 

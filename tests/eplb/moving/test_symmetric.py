@@ -80,7 +80,16 @@ def _dropped(member):
         gc.collect()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-    there = os.path.lexists(f"{prefix}-2-0")
+    there = [os.path.lexists(f"{prefix}-2-0")]
+    for word in (True, False):
+        # Rank 1 speaks first.
+        if member.rank == 0:
+            member.meet("spoken")
+        there.append(mover.settle(word == bool(member.rank)))
+        if member.rank == 1:
+            member.meet("spoken")
+        mover.commit(0, moves, layers.weights[0])
+        mover.prepare(0, moves, layers.weights[0])
     member.meet("looked")
     del mover
     gc.collect()
@@ -89,7 +98,7 @@ def _dropped(member):
 
 
 def test_movers_that_are_dropped_leave_nothing_behind_and_a_child_takes_nothing(on_ranks):
-    assert on_ranks(2, _dropped) == [(True, [])] * 2
+    assert on_ranks(2, _dropped) == [([True, True, False], [])] * 2
 
 
 def _verdicts(mover):
@@ -111,7 +120,7 @@ def _refused(member, mover, weights, old, new):
     mover.prepare(0, moves, weights)
     mover.reserve(weights)
     staged = [int(row.abs().max()) for row in mover._staged[member.rank] if row.numel()]
-    told_of.append(told(mover.commit, 0, moves, weights)[1])
+    told_of += [told(mover.commit, 0, moves, weights)[1], told(mover.settle, True)[1]]
     mover.prepare(0, moves, weights)
     return told_of, staged
 
@@ -134,8 +143,9 @@ def test_random_maps_move_byte_exactly_and_each_expert_once(on_ranks):
                 "layer 0, which was not prepared",
                 "the ranks called different things\n  rank 0: take_experts rows [5, 4]",
                 "layer 0, which was not prepared",
+                "settle without a layer",
             ]
-            assert [part in text for part, text in zip(expected, texts, strict=True)] == [True] * 5
+            assert [part in text for part, text in zip(expected, texts, strict=True)] == [True] * 6
             assert staged == [0] * 6
 
 

@@ -1,3 +1,4 @@
+import functools
 import os
 import signal
 import threading
@@ -9,6 +10,7 @@ import torch
 from tcomm.eplb.moving.making import make_mover
 from tcomm.eplb.state.background import start_async_worker
 from tcomm.eplb.state.state import EplbState
+from tcomm.eplb.state.worker import Worker
 from tcomm.errors import CollectiveMismatchError, ConfigError, PeerLostError, UsageError
 from tests.eplb.state.toy import ModelConfig, Toy, config, expert_group, lone_group, skewed_choices
 
@@ -24,6 +26,9 @@ class _Slow:
     def prepare(self, *args):
         time.sleep(self._seconds)
         self._mover.prepare(*args)
+
+    def settle(self, is_agreed):
+        return self._mover.settle(is_agreed)
 
     def commit(self, *args):
         self._mover.commit(*args)
@@ -44,8 +49,8 @@ class SlowState(EplbState):
         return _Slow(make_mover(group, weights), self.seconds * (group.rank_in_group == self.slow_rank))
 
 
-def _made(group, kind=EplbState, layers=3, **given):
-    model = Toy(group, layers=layers, experts=6, redundant=2)
+def _made(group, kind=EplbState, layers=3, redundant=2, **given):
+    model = Toy(group, layers=layers, experts=6, redundant=redundant)
     state = kind(config(**{"use_async": True, **given}), CPU, ep_group=group)
     state.add_model(model, ModelConfig())
     [only] = state.model_states.values()
@@ -200,6 +205,39 @@ def test_a_death_in_the_middle_leaves_whole_layers(on_ranks):
     told = [outcome for outcome in outcomes if outcome.rank != 1]
     assert [outcome.value for outcome in told] == [((1,), [0])] * 3, told
     assert max(outcome.seconds for outcome in told) < 15
+
+
+def _half_told(member):
+    """In the step that switches the second layer the last rank tells rank 0 alone, and dies."""
+    with expert_group(member) as group:
+        state, only, model = _made(group, layers=3, redundant=3)
+        first, ready = only.phy2log(), []
+
+        def smallest(self, number):
+            ready.append(number)
+            if member.rank == 2 and number == 2:
+                channel = group.control._arena.channel
+                channel._peer_words = channel._peer_words[:1]
+                type(channel).await_peers = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            return EplbState._smallest(self, number)
+
+        state.async_worker = Worker(functools.partial(smallest, state), CPU, timeout=20)
+        state.rearrange(global_expert_load=torch.tensor([[40, 1, 1, 1, 1, 1]] * 3))
+        with pytest.raises(PeerLostError, match="rank 2 "):
+            state.drain_async()
+        size = model.num_local_physical_experts
+        assert model.holds() == only.phy2log()[:, member.rank * size : (member.rank + 1) * size].tolist()
+        assert not state.rearrange_event.is_set()
+        state.num_steps = member.rank
+        state.ep_group = group
+        assert state.num_steps == 0
+        state.close()
+        return _changed(first, only.phy2log()), max(ready)
+
+
+def test_who_did_not_hear_of_a_switch_makes_it_as_well(on_ranks):
+    outcomes = on_ranks(3, _half_told, check=False)
+    assert [outcome.value for outcome in outcomes[:2]] == [([0, 1], 2)] * 2, outcomes
 
 
 def test_what_cannot_be_planned_is_raised_by_a_step():

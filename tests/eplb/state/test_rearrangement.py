@@ -1,3 +1,5 @@
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ import torch
 from tcomm.eplb.moving.rank_mapping import rank_change
 from tcomm.eplb.policies import EPLB_POLICIES, AbstractEplbPolicy
 from tcomm.eplb.state.model_state import EplbModelState
-from tcomm.eplb.state.rearrangement import carry_out, plan_move
+from tcomm.eplb.state.rearrangement import LayerSwitch, carry_out, plan_move
 from tcomm.eplb.state.statistics import EplbStats
 from tcomm.errors import ConfigError, PeerLostError
 from tests.eplb.state.toy import GatheringMover, Toy, lone_group
@@ -109,6 +111,16 @@ def test_each_layer_is_prepared_committed_and_switched_before_the_next():
         assert carry_out(state, move, lambda given: mover if given is state else None) > 0
         assert mover.calls == [("prepare", 0), ("commit", 0), ("prepare", 1), ("commit", 1)]
         assert model.holds() == state.physical_to_logical_map.tolist() == move.after.tolist()
+
+
+def test_what_moves_weights_settles_when():
+    asked = []
+    mover = types.SimpleNamespace(settle=lambda word: asked.append(word) or True)
+    switch = LayerSwitch(None, 0, None, None, mover)
+    assert switch.settle(False) is True
+    assert asked == [False]
+    alone = LayerSwitch(None, 0, None, None, None)
+    assert [alone.settle(word) for word in (True, False)] == [True, False]
 
 
 def test_nothing_that_moves_weights_is_made_when_none_have_to_move():

@@ -15,6 +15,7 @@ class Layer:
 
     def __init__(self, number, told, hold=None, error=None):
         self._number, self._told, self._hold, self._error = number, told, hold, error
+        self.verdict = None
 
     def prepare(self):
         if self._hold is not None:
@@ -22,6 +23,9 @@ class Layer:
         if self._error is not None:
             raise self._error
         self._told.append(("prepare", self._number, threading.current_thread() is threading.main_thread()))
+
+    def settle(self, is_agreed):
+        return is_agreed if self.verdict is None else self.verdict
 
     def commit(self):
         self._told.append(("commit", self._number, threading.current_thread() is threading.main_thread()))
@@ -148,6 +152,31 @@ def test_a_failure_elsewhere_is_raised_here_too(monkeypatch):
     worker.thread.join(20)
     worker.stop()
     assert ("commit", 0, True) not in told
+
+
+@pytest.mark.parametrize("hears", [True, False])
+@pytest.mark.parametrize("verdict", [True, False])
+def test_who_does_not_hear_of_a_step_switches_as_the_others_do(hears, verdict):
+    told, layer = [], None
+
+    def smallest(number):
+        if number == 1 and not hears:
+            raise PeerLostError("rank 2 died", peers=(2,))
+        return number
+
+    layer = Layer(0, told)
+    layer.verdict = verdict
+    worker = Worker(smallest, CPU, name="ep")
+    worker.start(lambda: [layer, Layer(1, told)])
+    if hears and verdict:
+        _until(worker, lambda: not worker.is_busy)
+    else:
+        text = "rank 2 died" if not hears else "another rank of group 'ep' could not agree .* 0 layers"
+        with pytest.raises(CommError, match=text):
+            _until(worker, lambda: False)
+    assert (("commit", 0, True) in told) == verdict
+    assert not worker.is_busy
+    worker.stop()
 
 
 def test_a_thread_that_notices_a_little_later_is_waited_for():

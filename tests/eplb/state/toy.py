@@ -119,6 +119,9 @@ class GatheringMover:
         self.calls.append(("prepare", layer))
         self.rows = [self.group.all_gather(weight.contiguous(), 0) for weight in weights]
 
+    def settle(self, is_agreed):
+        return is_agreed
+
     def commit(self, layer, moves, weights):
         self.calls.append(("commit", layer))
         first = self.group.rank_in_group * len(weights[0])
