@@ -1,4 +1,5 @@
 import logging
+import signal
 
 import numpy as np
 import pytest
@@ -65,6 +66,19 @@ def test_an_expert_that_nobody_has_is_told_once_and_its_slot_stays(alone, caplog
     ]
 
 
+def test_ctrl_c_comes_when_a_layer_is_new_and_has_been_told_of(alone):
+    weights, heard = _weights(2), []
+
+    def hear(layer):
+        signal.raise_signal(signal.SIGINT)
+        heard.append(layer)
+
+    with pytest.raises(KeyboardInterrupt):
+        rearrange_expert_weights_inplace([[0, 1]] * 2, [[1, 0]] * 2, weights, alone, on_layer=hear)
+    assert heard == [0]
+    assert [weight[0].tolist()[0][0] for weight in weights] == [3, 0]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "weights", "kind", "text"),
     [
@@ -74,6 +88,9 @@ def test_an_expert_that_nobody_has_is_told_once_and_its_slot_stays(alone, caplog
         ([0, 1], [[1, 0]], _weights(), ConfigError, "the old expert indices are int64[2]; needed"),
         ([[0, 1]], [[1.0, 0]], _weights(), ConfigError, "the new expert indices are float64[1, 2]"),
         ([[0, 1]], [[1, -2]], _weights(), ConfigError, "the new expert indices contain -2"),
+        ([[0, 1], [0]], [[1, 0]], _weights(), ConfigError, "the old expert indices are no map"),
+        (np.array([[0, 2**64 - 9]], np.uint64), [[1, 0]], _weights(), ConfigError, "indices contain -9"),
+        ([[0, 1]] * 2, [[1, 0]] * 2, _weights() * 2, ConfigError, "layers 0 and 1 share memory"),
         ([[0, 1]], [[1, 0]], [[]], ConfigError, "give a list of tensors, at least one"),
         ([[0, 1]], [[1, 0]], [[torch.zeros(3, 2).t()]], ConfigError, "needed contiguous [slots"),
         (
