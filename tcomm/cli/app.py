@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -132,56 +133,57 @@ def bench(
     _bench_collective(request, timeout, json_file)
 
 
-def _bench_collective(request: BenchRequest, timeout: float, json_file: pathlib.Path | None) -> None:
-    rows = run_bench(request, timeout)
+def _write(rows: Sequence[Mapping[str, Any]], json_file: pathlib.Path | None) -> None:
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _refuse_wrong(rows: Sequence[Mapping[str, Any]], told: str) -> None:
+    if not all(row["checked"] for row in rows):
+        raise TcommError(told)
+
+
+def _bench_collective(request: BenchRequest, timeout: float, json_file: pathlib.Path | None) -> None:
+    rows = run_bench(request, timeout)
+    _write(rows, json_file)
     _table(
         f"{request.op}, {request.ranks} ranks, {rows[0]['affinity']}, torch {torch.__version__}",
         HEADER,
         columns(rows),
     )
-    if not all(row["checked"] for row in rows):
-        raise TcommError("some results were wrong")
+    _refuse_wrong(rows, "some results were wrong")
 
 
 def _bench_call_overhead(schedule: Schedule, json_file: pathlib.Path | None) -> None:
     found = measure_overhead(schedule)
-    if json_file is not None:
-        json_file.write_text(json.dumps(overhead_rows(found), indent=1) + "\n")
+    _write(overhead_rows(found), json_file)
     _table(f"a call in one process, torch {torch.__version__}", OVERHEAD_HEADER, overhead_columns(found))
 
 
 def _bench_eplb(json_file: pathlib.Path | None) -> None:
     rows = run_eplb_bench()
-    if json_file is not None:
-        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+    _write(rows, json_file)
     _table("plans from nothing, one thread", EPLB_BENCH_HEADER, eplb_bench_columns(rows))
     _table("plans from a map in force", DRIFT_HEADER, drift_columns(rows))
-    if not all(row["checked"] for row in rows):
-        raise TcommError("some plans differ from the reference's, or are not near enough to the full plan")
+    _refuse_wrong(rows, "some plans differ from the reference's, or are not near enough to the full plan")
 
 
 def _bench_moe(request: MoeRequest, against: str, timeout: float, json_file: pathlib.Path | None) -> None:
     if against != "gloo":
         raise ConfigError(f"--against {against!r}: moe is measured against gloo")
     rows = run_moe_bench(request, timeout)
-    if json_file is not None:
-        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+    _write(rows, json_file)
     told = f"{request.ranks} ranks, hidden {request.hidden}, top {request.top_k} of {request.num_experts}"
     _table(f"moe, {told}, {rows[0]['affinity']}, torch {torch.__version__}", MOE_HEADER, moe_columns(rows))
-    if not all(row["checked"] for row in rows):
-        raise TcommError("some results were wrong")
+    _refuse_wrong(rows, "some results were wrong")
 
 
 def _bench_moves(request: MoveRequest, timeout: float, json_file: pathlib.Path | None) -> None:
     rows = run_move_bench(request, timeout)
-    if json_file is not None:
-        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+    _write(rows, json_file)
     told = f"{rows[0]['experts']} experts in {rows[0]['slots']} slots, {request.ranks} ranks"
     _table(f"{told}, {rows[0]['affinity']}, torch {torch.__version__}", MOVE_HEADER, move_columns(rows))
-    if not all(row["checked"] for row in rows):
-        raise TcommError("some experts are not where they should be")
+    _refuse_wrong(rows, "some experts are not where they should be")
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
@@ -193,12 +195,10 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 def _bench_objects(request: ObjectRequest, timeout: float, json_file: pathlib.Path | None) -> None:
     rows = run_object_bench(request, timeout)
-    if json_file is not None:
-        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+    _write(rows, json_file)
     affinities = " / ".join(dict.fromkeys(row["affinity"] for row in rows))
     _table(f"object_broadcast, {affinities}, torch {torch.__version__}", OBJECT_HEADER, object_columns(rows))
-    if not all(row["checked"] for row in rows):
-        raise TcommError("some results were wrong")
+    _refuse_wrong(rows, "some results were wrong")
 
 
 def _baselines(names: str) -> tuple[str, ...]:
