@@ -1,5 +1,6 @@
 import os
 import pathlib
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -22,6 +23,8 @@ def _wants_gpu(config):
 
 def pytest_configure(config):
     use_no_name_server()
+    # A job in the background of a shell is started with Ctrl-C ignored, and tests send it to themselves.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Once in a process, before Triton is imported: its kernels are compiled, or all of them interpreted.
     if _wants_gpu(config):
         # A queue for each stream, or ranks in streams would wait for a rank behind them.
