@@ -127,7 +127,8 @@ class SymmetricMover:
         if self._prepared is None:
             raise UsageError("settle without a layer that was prepared; prepare it first")
         told = _COMMIT if is_agreed else _KEEP
-        return self._verdicts.propose(told, self._agreed_epoch, number=1) == _COMMIT
+        # Asked of the next call: who has not begun that one may still ask, though it has completed this one.
+        return self._verdicts.propose(told, self._agreed_epoch + 1, number=1) == _COMMIT
 
     def commit(self, layer: int, moves: LayerMoves, weights: Sequence[torch.Tensor]) -> None:
         """See `WeightMover.commit`. Local."""

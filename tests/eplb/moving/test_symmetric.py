@@ -101,6 +101,25 @@ def test_movers_that_are_dropped_leave_nothing_behind_and_a_child_takes_nothing(
     assert on_ranks(2, _dropped) == [([True, True, False], [])] * 2
 
 
+def _settles_late(member):
+    """What a rank hears that asks when the others have switched the layer and left."""
+    layers = Layers.filled([range(4)], member.rank, 2)
+    mover = _mover(member, layers.weights[0])
+    mover.prepare(0, migration([range(4)], [[2, 3, 0, 1]], 2).layers[0], layers.weights[0])
+    if member.rank == 1:
+        member.meet("left")
+    heard = mover.settle(member.rank == 0)
+    mover.close()
+    if member.rank == 0:
+        member.meet("left")
+    member.meet("closed")
+    return heard, _verdicts(mover)
+
+
+def test_who_asks_late_hears_what_those_heard_who_have_left(on_ranks):
+    assert on_ranks(2, _settles_late) == [(True, [])] * 2
+
+
 def _verdicts(mover):
     """Names in the memory file system that belong to the mover."""
     prefix = os.path.basename(mover._verdicts.prefix)
