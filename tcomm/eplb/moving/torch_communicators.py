@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import datetime
@@ -79,8 +80,9 @@ class _TorchCommunicator(EplbCommunicator):
             with torch.inference_mode(), torch.cuda.stream(self._stream):
                 self._execute(noted)
 
+    @abc.abstractmethod
     def _execute(self, noted: list[_Transfer]) -> None:
-        raise NotImplementedError
+        """Do what was noted, on the stream of this moment."""
 
     def _deadline(self) -> float:
         return time.monotonic() + (_FOR_EVER if self._seconds is None else self._seconds)
