@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tcomm.errors import DecodeError
+from tcomm.objects.payload import Payload
 
 __all__ = [
     "NUMBERS",
@@ -85,7 +86,7 @@ def make_number(name: str, payload: bytes) -> np.generic:
     return number
 
 
-def make_array(name: str, shape: Sequence[object], payload: memoryview, borrow: bool) -> np.ndarray[Any, Any]:
+def make_array(name: str, shape: Sequence[object], payload: Payload, borrow: bool) -> np.ndarray[Any, Any]:
     """An array over `payload`, or over a copy.
 
     Raises:
@@ -93,11 +94,14 @@ def make_array(name: str, shape: Sequence[object], payload: memoryview, borrow: 
     """
     dtype = NUMBERS[name]
     sizes = _check_shape(shape, dtype.itemsize, len(payload))
-    view = np.frombuffer(payload, dtype).reshape(sizes)
-    return view if borrow else view.copy()
+    if borrow:
+        return np.frombuffer(payload.view(), dtype).reshape(sizes)
+    array = np.empty(sizes, dtype)
+    payload.copy_into(array.reshape(-1).view(np.uint8).data)
+    return array
 
 
-def make_tensor(name: str, shape: Sequence[object], payload: memoryview, borrow: bool) -> torch.Tensor:
+def make_tensor(name: str, shape: Sequence[object], payload: Payload, borrow: bool) -> torch.Tensor:
     """A tensor on the CPU over `payload`, or over memory of its own.
 
     Raises:
@@ -105,9 +109,9 @@ def make_tensor(name: str, shape: Sequence[object], payload: memoryview, borrow:
     """
     dtype = TENSOR_DTYPES[name]
     sizes = _check_shape(shape, dtype.itemsize, len(payload))
-    if borrow and payload:
-        flat = torch.frombuffer(payload, dtype=torch.uint8)
+    if borrow and len(payload):
+        flat = torch.frombuffer(payload.view(), dtype=torch.uint8)
     else:
         flat = torch.empty(len(payload), dtype=torch.uint8, device="cpu")
-        flat.numpy()[:] = np.frombuffer(payload, np.uint8)
+        payload.copy_into(flat.numpy().data)
     return flat.view(dtype).reshape(sizes)

@@ -9,9 +9,10 @@ import struct
 
 import torch
 
-from tcomm.errors import ConfigError, DecodeError
+from tcomm.errors import CommError, ConfigError, DecodeError
 from tcomm.objects.layout import HEAD, MARK, SCALARS, VERSION, align, is_plain
 from tcomm.objects.packing import Packer, encode_plain
+from tcomm.objects.payload import Arrived
 from tcomm.objects.registry import ErrorText, register
 from tcomm.objects.unpacking import Unpacker, decode_plain
 
@@ -124,6 +125,7 @@ def decode(
     max_nbytes: int = MAX_NBYTES,
     max_depth: int = MAX_DEPTH,
     device: torch.device | None = None,
+    arrived: Arrived | None = None,
 ) -> object:
     """The value of a message, with the types that it had.
 
@@ -136,8 +138,11 @@ def decode(
         max_nbytes: bytes that the message may have.
         max_depth: containers that may lie in one another.
         device: where tensors go that lay on a device of its type; None: every tensor arrives on the CPU.
+        arrived: for a message that is still being written into `data`: waits until so many of its bytes are
+            there and returns how many are; large buffers are copied as they come. None: all are there.
 
     Raises:
+        CommError: what `arrived` raises.
         DecodeError: when the bytes are not a message, a cap is passed, or a class is not registered here.
         ConfigError: when read-only bytes are to be borrowed.
     """
@@ -148,23 +153,31 @@ def decode(
             "borrow=True needs writable memory, as torch has no read-only tensors; leave it out"
         )
     try:
+        if arrived is not None:
+            arrived(min(HEAD.size, len(data)))
         if len(data) and data[0] == MARK:
-            return _decode_structure(memoryview(data), borrow, max_depth, device)
+            return _decode_structure(memoryview(data), borrow, max_depth, device, arrived)
+        if arrived is not None:
+            arrived(len(data))
         value = decode_plain(data)
         if type(value) in SCALARS or is_plain(value, max_depth):
             return value
-    except DecodeError:
+    except CommError:
         raise
     except Exception as error:
         raise DecodeError(f"the bytes are no message: {type(error).__name__}: {error}") from error
     raise DecodeError("the bytes are no message: too deep, or of a type that may not travel")
 
 
-def _decode_structure(data: memoryview, borrow: bool, max_depth: int, device: torch.device | None) -> object:
+def _decode_structure(
+    data: memoryview, borrow: bool, max_depth: int, device: torch.device | None, arrived: Arrived | None
+) -> object:
     _, version, zero, nbytes = HEAD.unpack_from(data)
     if version != VERSION or zero:
         raise DecodeError(f"a message of version {version}.{zero}; here it is {VERSION}.0")
     end = HEAD.size + nbytes
+    if arrived is not None:
+        arrived(min(end, len(data)))
     sizes, tree = decode_plain(data[HEAD.size : end])
-    unpacker = Unpacker(data, end, sizes, borrow=borrow, max_depth=max_depth, device=device)
+    unpacker = Unpacker(data, end, sizes, borrow=borrow, max_depth=max_depth, device=device, arrived=arrived)
     return unpacker.finish(tree)

@@ -11,6 +11,7 @@ import torch
 from tcomm.errors import DecodeError
 from tcomm.objects.arrays import TORCH_DTYPES, make_array, make_number, make_tensor
 from tcomm.objects.layout import SCALARS, Tag, align, is_plain
+from tcomm.objects.payload import Arrived, Payload
 from tcomm.objects.registry import registered_named
 
 __all__ = ["Unpacker", "decode_plain"]
@@ -29,6 +30,7 @@ class Unpacker:
         borrow: whether arrays and tensors are views of `data`.
         max_depth: containers that may lie in one another.
         device: where tensors that lay on a device of its type go; None: all to the CPU.
+        arrived: for a message that is still coming; None: it is all there.
 
     Raises:
         DecodeError: when the buffers are not exactly what follows the structure.
@@ -43,21 +45,21 @@ class Unpacker:
         borrow: bool,
         max_depth: int,
         device: torch.device | None,
+        arrived: Arrived | None = None,
     ) -> None:
-        self._data = data
         self._borrow = borrow
         self._depth = max_depth
         self._device = device
-        self._places = []
+        self._payloads = []
         for size in sizes:
             if type(size) is not int or size < 0:
                 raise DecodeError("a buffer of the message has no possible size")
             offset = align(offset)
-            self._places.append((offset, offset + size))
+            self._payloads.append(Payload(data, offset, offset + size, arrived))
             offset += size
         if offset != len(data):
             raise DecodeError(f"the message says that it has {offset} bytes, and has {len(data)}")
-        self._places.reverse()
+        self._payloads.reverse()
 
     def finish(self, structure: object) -> object:
         """The value of a whole structure.
@@ -66,8 +68,8 @@ class Unpacker:
             DecodeError: when it is not one, or leaves a buffer over. Other errors mean the same.
         """
         value = self._unpack(structure)
-        if self._places:
-            raise DecodeError(f"{len(self._places)} buffers of the message belong to nothing")
+        if self._payloads:
+            raise DecodeError(f"{len(self._payloads)} buffers of the message belong to nothing")
         return value
 
     def _unpack(self, node: Any) -> Any:
@@ -86,10 +88,9 @@ class Unpacker:
         self._depth += 1
         return values
 
-    def _payload(self) -> memoryview:
+    def _payload(self) -> Payload:
         """The next buffer; each is used once, or few bytes could ask for much memory."""
-        begin, end = self._places.pop()
-        return self._data[begin:end]
+        return self._payloads.pop()
 
     def _plain(self, value: object) -> object:
         if not is_plain(value, self._depth):
@@ -128,10 +129,13 @@ class Unpacker:
         return text.decode(errors="surrogatepass")
 
     def _bytes(self) -> bytes:
-        return bytes(self._payload())
+        return self._payload().to_bytes()
 
     def _bytearray(self) -> bytearray:
-        return bytearray(self._payload())
+        payload = self._payload()
+        made = bytearray(len(payload))
+        payload.copy_into(memoryview(made))
+        return made
 
     def _array(self, name: str, shape: Sequence[object]) -> Any:
         return make_array(name, shape, self._payload(), self._borrow)

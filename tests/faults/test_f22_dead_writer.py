@@ -5,25 +5,34 @@ import time
 import numpy as np
 import pytest
 
-from tcomm.groups.queue.local import RingWriter
+from tcomm.groups.queue import ring_writer
+from tcomm.groups.queue.ring_writer import RingWriter
 from tests.faults.worlds import failure_of
 from tests.groups.queue.peers import from_rank_0
 
 
 def _dies_writing(member, where):
-    queue = from_rank_0(member, chunks=2)
+    queue = from_rank_0(member, chunk_bytes=1 << 20 if where == "piece" else 4096, chunks=2)
     if member.rank == 0:
         queue.enqueue("whole")
-        publish, count = RingWriter.publish, []
+        give_out, cut, count = RingWriter._give_out, ring_writer.cut, []
 
         def stop(writer, *args):
             count.append(1)
             if where == "slot" or len(count) == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
-            publish(writer, *args)
+            give_out(writer, *args)
 
-        RingWriter.publish = stop
-        queue.enqueue("never" if where == "slot" else np.arange(5000), 20)
+        def cut_off(parts, nbytes):
+            yield next(cut(parts, nbytes))
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if where == "piece":
+            ring_writer.cut = cut_off
+        else:
+            RingWriter._give_out = stop
+        queue.enqueue("never" if where == "slot" else np.arange(50000), 20)
     assert queue.dequeue(20) == "whole"
     failure = failure_of(queue.dequeue, 20)
     again = failure_of(queue.dequeue, 20)
@@ -31,7 +40,7 @@ def _dies_writing(member, where):
     return failure, again
 
 
-@pytest.mark.parametrize("where", ["slot", "chunk"])
+@pytest.mark.parametrize("where", ["slot", "chunk", "piece"])
 def test_f22_readers_of_a_writer_killed_in_a_message_never_see_a_part_and_name_it(world, where):
     outcomes = world(3, _dies_writing, where, check=False)
     assert outcomes[0].exitcode == -signal.SIGKILL

@@ -14,6 +14,7 @@ from tcomm.objects.arrays import (
     number_name,
     tensor_bytes,
 )
+from tcomm.objects.payload import Payload
 
 
 def test_dtypes_have_names():
@@ -42,14 +43,16 @@ def test_bytes_are_in_c_order_and_a_view_where_they_can_be():
 
 @pytest.mark.parametrize("borrow", [False, True])
 def test_arrays_are_made_of_their_bytes(borrow):
-    payload = memoryview(bytearray(np.arange(6, dtype=np.float32).tobytes()))
+    memory = memoryview(bytearray(8) + np.arange(6, dtype=np.float32).tobytes())
+    payload, nothing = Payload(memory, 8, 32), Payload(memory, 8, 8)
     array = make_array("<f4f", [2, 3], payload, borrow)
     tensor = make_tensor("float32", [2, 3], payload, borrow)
     assert array.tolist() == tensor.tolist() == [[0, 1, 2], [3, 4, 5]]
-    payload[3] = 0x41
+    memory[11] = 0x41
     assert array[0, 0] == tensor[0, 0] == (8 if borrow else 0)
     assert array.flags.writeable
-    assert make_tensor("int8", [0, 3], payload[:0], borrow).shape == (0, 3)
+    assert array.flags.owndata is not borrow
+    assert make_tensor("int8", [0, 3], nothing, borrow).shape == (0, 3)
     for make, name in ((make_array, "<f4f"), (make_tensor, "float32")):
         with pytest.raises(DecodeError, match=r"an array of shape \(5,\), 4 bytes each, came with 24 bytes"):
             make(name, [5], payload, borrow)

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from tcomm.errors import ConfigError, DecodeError
+from tcomm.errors import ConfigError, DecodeError, PeerLostError
 from tcomm.objects import registry
 from tcomm.objects.codec import MAX_DEPTH, MAX_NBYTES, ErrorText, decode, encode, encode_flat, register
 from tests.objects import values
+from tests.objects.coming import Coming
 from tests.objects.values import EXAMPLES, Colour, Point, Positive, same
 
 QUICK = hypothesis.settings(max_examples=150, deadline=None, database=None)
@@ -39,6 +40,25 @@ def test_what_comes_out_is_what_went_in_to_the_type(borrow):
         message = bytearray(encode(value).join())
         assert same(decode(message, borrow=borrow), value), (value, bytes(message[:99]))
     assert same(decode(memoryview(message)), value)
+
+
+@pytest.mark.parametrize("piece", [64, 4096, 1 << 20])
+def test_a_message_is_read_while_it_comes_and_nothing_of_it_before(piece):
+    large = bytes(range(256)) * 300
+    array = np.arange(9999, dtype=">i4").reshape(99, 101)
+    for value in [large, [bytearray(large), {"a": array, "b": large}], torch.arange(5000), "x" * 5000, (), 1]:
+        coming = Coming(encode(value).join(), piece)
+        assert same(decode(coming.data, arrived=coming.arrived), value)
+    coming = Coming(encode(large).join()[:-1], piece)
+    with pytest.raises(DecodeError, match="says that it has"):
+        decode(coming.data, arrived=coming.arrived)
+
+    def lose(nbytes):
+        raise PeerLostError(f"the writer died before byte {nbytes}")
+
+    for value, byte in ((large, 8), (1, 1)):
+        with pytest.raises(PeerLostError, match=f"before byte {byte}"):
+            decode(encode(value).join(), arrived=lose)
 
 
 @QUICK

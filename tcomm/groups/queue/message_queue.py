@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, NoReturn
 from tcomm.config import EngineConfig
 from tcomm.errors import CommError, ConfigError, DecodeError, GroupClosedError
 from tcomm.groups.queue.handle import Handle
-from tcomm.groups.queue.local import RingReader, RingWriter
 from tcomm.groups.queue.patience import Patience, default_seconds
 from tcomm.groups.queue.receiving import Receiver
 from tcomm.groups.queue.remote import REMOTE_CHUNK_BYTES, RemoteReader, RemoteReaders, parse_url
 from tcomm.groups.queue.ring import ShmRingBuffer, Word
+from tcomm.groups.queue.ring_reader import RingReader
+from tcomm.groups.queue.ring_writer import RingWriter
 from tcomm.groups.queue.sending import Sender
 from tcomm.objects.codec import decode, encode, encode_flat
 
@@ -264,19 +265,10 @@ class MessageQueue:
         receiver = self._receiver if self._process == _process else None
         receiver = receiver or self._receiving("dequeue")
         try:
-            message, in_slot = receiver.next_message(timeout, cancel, indefinite)
-            if not in_slot:
-                return decode(message, borrow=True)
-            try:
-                value = decode(message)
-            except DecodeError:
-                receiver.source.release()
-                raise
-            receiver.source.release()
+            return receiver.next_value(timeout, cancel, indefinite)
         except CommError as error:
             self._sign(error, "dequeue")
             raise
-        return value
 
     @contextlib.contextmanager
     def borrow(
@@ -292,7 +284,7 @@ class MessageQueue:
         """
         receiver = self._receiving("dequeue")
         with self._telling("borrow"):
-            message, in_slot = receiver.next_message(timeout, cancel, indefinite)
+            message, in_slot = receiver.next_whole(timeout, cancel, indefinite)
             receiver.lend(in_slot)
             try:
                 value = decode(message, borrow=True)

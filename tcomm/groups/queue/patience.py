@@ -10,10 +10,11 @@ from collections.abc import Callable
 from tcomm.config import Config, resolve_timeout
 from tcomm.errors import CommError
 
-__all__ = ["LOOK_SECONDS", "Patience", "default_seconds", "spin_until", "spins_among"]
+__all__ = ["LOOK_SECONDS", "SPINS_BETWEEN_YIELDS", "Patience", "default_seconds", "spin_until", "spins_among"]
 
 LOOK_SECONDS = 0.1
 """Between two looks at the dead, the deadline and signals."""
+SPINS_BETWEEN_YIELDS = 250
 _BUSY_SECONDS = 0.001
 _CANCEL_SECONDS = 0.02
 _YIELDS_BETWEEN_CLOCKS = 8

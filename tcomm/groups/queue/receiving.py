@@ -7,9 +7,12 @@ import threading
 from tcomm.config import resolve_timeout
 from tcomm.errors import DecodeError, UsageError
 from tcomm.groups.queue.chunks import Assembler
-from tcomm.groups.queue.local import RingReader
 from tcomm.groups.queue.patience import Patience
 from tcomm.groups.queue.remote import RemoteReader
+from tcomm.groups.queue.ring import PIECE_BYTES
+from tcomm.groups.queue.ring_reader import RingReader, WithdrawnError
+from tcomm.objects.codec import decode
+from tcomm.objects.payload import Arrived
 
 __all__ = ["Receiver"]
 
@@ -31,29 +34,52 @@ class Receiver:
         self._seconds = seconds
         self._assembler = Assembler()
         self._is_lent = False
+        self._patience = Patience(None, None)
+
+    def next_value(
+        self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool
+    ) -> object:
+        """The next object; raises as `next_message`, and DecodeError also when the message is none."""
+        while True:
+            message, in_slot = self.next_message(timeout, cancel, indefinite)
+            if not in_slot:
+                return decode(message, borrow=True)
+            arrived = self._arrived(message) if len(message) > PIECE_BYTES else None
+            try:
+                value = decode(message, arrived=arrived)
+            except WithdrawnError:
+                self.source.release()
+                continue
+            except DecodeError:
+                self.source.release()
+                raise
+            self.source.release()
+            return value
 
     def next_message(
         self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool
     ) -> tuple[memoryview, bool]:
         """A whole message, and whether it lies in a slot that the caller has to release.
 
-        Half a message that came before the deadline is kept for the next call.
+        A long one in a slot may still be coming. Half a message of several chunks that came before
+        the deadline is kept for the next call.
 
         Raises:
             PeerTimeoutError, PeerLostError, GroupClosedError, CommError: when none comes.
             DecodeError: when a chunk is not what follows; its slot is released.
             ConfigError: when the timeout makes no sense, or a slot is lent.
         """
-        self._check(timeout)
+        if timeout is not None or self._is_lent:
+            self._check(timeout)
         assembler = self._assembler
         if self._ring is not None and not assembler.is_open:
             whole = self._ring.take()
             if whole is not None:
                 return whole, True
-        source, patience = self.source, None
+        source = self.source
+        self._patience = patience = Patience(timeout, self._seconds, cancel, indefinite)
         while True:
             if not source.has_chunk():
-                patience = patience or Patience(timeout, self._seconds, cancel, indefinite)
                 source.wait(patience)
             try:
                 total, offset, chunk = source.look()
@@ -75,20 +101,53 @@ class Receiver:
                 assembler.drop()
                 return message, False
 
+    def _arrived(self, message: memoryview) -> Arrived | None:
+        """How much of a message in a slot has come; None: all. Raises WithdrawnError, and as `next_message`."""
+        ring, patience = self._ring, self._patience
+        if ring is None or len(message) <= PIECE_BYTES:
+            return None
+        return lambda nbytes: ring.wait_filled(nbytes, patience)
+
+    def next_whole(
+        self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool
+    ) -> tuple[memoryview, bool]:
+        """As `next_message`, when all of it has come."""
+        while True:
+            message, in_slot = self.next_message(timeout, cancel, indefinite)
+            if not in_slot or self._has_come(message):
+                return message, in_slot
+
+    def _has_come(self, message: memoryview) -> bool:
+        """Wait for all of a message in a slot; False when its writer did not finish it, and it is released."""
+        arrived = self._arrived(message)
+        try:
+            if arrived is not None:
+                arrived(len(message))
+        except WithdrawnError:
+            self.source.release()
+            return False
+        except DecodeError:
+            self.source.release()
+            raise
+        return True
+
     def next_chunk(
         self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool
     ) -> memoryview:
         """The bytes of the next chunk, in a slot that is lent until `take_back`. Raises as `next_message`."""
         self._check(timeout)
-        if not self.source.has_chunk():
-            self.source.wait(Patience(timeout, self._seconds, cancel, indefinite))
-        try:
-            chunk = self.source.look()[2]
-        except DecodeError:
-            self.source.release()
-            raise
-        self.lend(True)
-        return chunk
+        self._patience = Patience(timeout, self._seconds, cancel, indefinite)
+        while True:
+            if not self.source.has_chunk():
+                self.source.wait(self._patience)
+            try:
+                total, offset, chunk = self.source.look()
+            except DecodeError:
+                self.source.release()
+                raise
+            if offset or total != len(chunk) or self._has_come(chunk):
+                self.lend(True)
+                return chunk
 
     def lend(self, in_slot: bool) -> None:
         """The caller uses the slot of the message until `take_back`, if the message lies in one."""

@@ -12,14 +12,31 @@ from collections.abc import Iterator
 
 from tcomm.config import Config
 from tcomm.errors import CapabilityError, ConfigError, RendezvousError
-from tcomm.memory.liveness import Identity, hold_lock, my_identity
+from tcomm.memory.liveness import Identity, PeerProcess, hold_lock, my_identity
 from tcomm.memory.shm import Segment, remove_orphans, why_unordered
 
-__all__ = ["LINE", "ReaderWord", "RingHandle", "ShmRingBuffer", "SlotWord", "State", "Word", "namespace_word"]
+__all__ = [
+    "LINE",
+    "PIECE_BYTES",
+    "WITHDRAWN",
+    "ReaderWord",
+    "RingHandle",
+    "ShmRingBuffer",
+    "SlotWord",
+    "State",
+    "Word",
+    "namespace_word",
+    "watch_process",
+]
 
 LINE = 8
 """Words of a cache line."""
-_MAGIC, _VERSION = 0x74636F6D6D716575, 1
+PIECE_BYTES = 64 * 1024
+"""A longer message that fits a slot is read piece by piece while it is written."""
+WITHDRAWN = -1
+"""What FILLED says of a message that its writer did not finish."""
+_SHARED_BYTES = 2 << 20
+_MAGIC, _VERSION = 0x74636F6D6D716575, 2
 _PAGE, _ALIGNMENT = 4096, 64
 _MAX_NBYTES = 1 << 40
 RingHandle = tuple[int, int, int, str]
@@ -64,9 +81,12 @@ class ReaderWord(enum.IntEnum):
 class SlotWord(enum.IntEnum):
     """Index of each word in the line of a slot."""
 
-    LENGTH = 0
-    TOTAL = 1
-    OFFSET = 2
+    NUMBER = 0
+    LENGTH = 1
+    TOTAL = 2
+    OFFSET = 3
+    FILLED = 4
+    PLACE = 5
 
 
 @enum.unique
@@ -98,7 +118,8 @@ class ShmRingBuffer:
         is_creator: whether this made it.
         words: all before the slots, as 64-bit integers.
         slots: the slots, as unsigned bytes.
-        places: each slot, with the indices of its words for length, total and offset.
+        shared: memory that a long message has in place of its slot's, if it is free: it stays in the caches.
+        places: each slot, with the indices of its words for number and length.
         fd: of the file, open until `close`; the creator holds its lock.
 
     Raises:
@@ -114,7 +135,8 @@ class ShmRingBuffer:
         self.slots_begin = self.reader_line(n_reader)
         stride = -(-max_chunk_bytes // _ALIGNMENT) * _ALIGNMENT
         begin = -(-8 * (self.slots_begin + LINE * max_chunks) // _PAGE) * _PAGE
-        nbytes = begin + stride * max_chunks
+        shared_nbytes = min(max_chunk_bytes, _SHARED_BYTES) if max_chunk_bytes > PIECE_BYTES else 0
+        nbytes = begin + stride * max_chunks + shared_nbytes
         if reason := why_unordered():
             raise CapabilityError(f"no queue in shared memory: {reason}")
         self._segment = self._create(nbytes) if name is None else _open(name, nbytes)
@@ -125,8 +147,9 @@ class ShmRingBuffer:
         self.words = view[:begin].cast("q")
         ends = [begin + stride * index for index in range(max_chunks)]
         self.slots = [view[end : end + max_chunk_bytes] for end in ends]
+        self.shared = view[nbytes - shared_nbytes : nbytes]
         self.places = [
-            (slot, line + SlotWord.LENGTH, line + SlotWord.TOTAL, line + SlotWord.OFFSET)
+            (slot, line + SlotWord.NUMBER, line + SlotWord.LENGTH)
             for slot, line in zip(self.slots, range(self.slots_begin, len(self.words), LINE), strict=False)
         ]
         if self.is_creator:
@@ -219,6 +242,18 @@ class ShmRingBuffer:
                 f"{path} is no ring of {self.n_reader} readers and {self.max_chunks} x "
                 f"{self.max_chunk_bytes} bytes; run the same version of tcomm in every process"
             )
+
+
+def watch_process(ring: ShmRingBuffer, words: tuple[int, int, int], has_lock: bool) -> PeerProcess | None:
+    """Watch a process by the pid, start time and namespace that it wrote down, or by its lock on the file."""
+    me = my_identity()
+    pid, start_time, namespace = words
+    is_near = namespace == namespace_word(me)
+    if not is_near and not has_lock:
+        return None
+    # A second opening: a lock never excludes the description that it belongs to.
+    fd = os.open(f"/proc/self/fd/{ring.fd}", os.O_RDWR | os.O_CLOEXEC)
+    return PeerProcess(Identity(pid, start_time, me.namespace if is_near else ""), fd)
 
 
 def _check_sizes(n_reader: int, max_chunk_bytes: int, max_chunks: int) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from tcomm.config import resolve_timeout
 from tcomm.errors import QueueFullError, UsageError
 from tcomm.groups.queue.chunks import cut
-from tcomm.groups.queue.local import RingWriter
 from tcomm.groups.queue.patience import Patience
 from tcomm.groups.queue.remote import RemoteReaders
+from tcomm.groups.queue.ring import PIECE_BYTES
+from tcomm.groups.queue.ring_writer import RingWriter
 from tcomm.objects.codec import Encoded
 
 __all__ = ["Sender"]
@@ -32,6 +33,7 @@ class Sender:
         self._local = local
         self._remote = remote
         self._chunk_bytes = chunk_bytes
+        self._short = min(chunk_bytes, PIECE_BYTES) if remote is None and local is not None else -1
         self._seconds = seconds
         self._is_lent = False
         self.sides: list[RingWriter | RemoteReaders] = [s for s in (local, remote) if s is not None]
@@ -44,11 +46,12 @@ class Sender:
             side.publish_ready()
 
     def send_flat(self, message: bytes, timeout: float | str | None) -> None:
-        """As `send`, of a message in one piece; the way of most messages."""
-        self._check(timeout)
-        local, nbytes = self._local, len(message)
-        if local is None or self._remote is not None or nbytes > self._chunk_bytes or not local.put(message):
-            self.send(Encoded([message], nbytes), timeout)
+        """As `send`, of a message without views; the way of most messages."""
+        if timeout is not None or self._is_lent:
+            self._check(timeout)
+        local = self._local
+        if local is None or len(message) > self._short or not local.put(message):
+            self.send(Encoded([message], len(message)), timeout)
 
     def send(self, message: Encoded, timeout: float | str | None) -> None:
         """Give a message out.
@@ -64,8 +67,11 @@ class Sender:
             return
         if not local.has_room_now():
             self._make_room(Patience(timeout, self._seconds))
-        message.write_into(local.slot())
-        local.publish(nbytes, nbytes, 0)
+        if nbytes > self._short:
+            local.stream(message.parts, nbytes)
+        else:
+            message.write_into(local.slot())
+            local.publish(nbytes, nbytes, 0)
 
     def slot(self, timeout: float | str | None) -> memoryview:
         """Memory for a whole chunk, once there is room, lent until `take_back`. Raises as `send`."""

@@ -304,8 +304,8 @@ def test_the_fence_works_also_after_a_signal_between_its_halves():
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    st.lists(st.integers(-(2**63), 2**63 - 1), min_size=3, max_size=3)
-    | st.tuples(st.integers(0, 80), st.integers(0, 80), st.integers(0, 80)),
+    st.lists(st.integers(-(2**63), 2**63 - 1), min_size=6, max_size=6)
+    | st.tuples(st.just(2), *[st.integers(-80, 80)] * 5),
     st.binary(max_size=64),
 )
 def test_random_bytes_in_a_slot_are_one_clear_error_and_nothing_after_it(words, data):

@@ -17,7 +17,7 @@ def test_slots_and_their_words_are_the_memory_of_all_who_open_the_ring():
     for index in range(3):
         with other.get_data(index) as data, other.get_metadata(index) as words:
             assert bytes(data) == bytes([index + 1]) * 100
-            assert words.tolist() == [0, 7 + index, *[0] * 6]
+            assert words.tolist() == [0, 0, 7 + index, *[0] * 5]
     for get in (ring.get_data, ring.get_metadata):
         with pytest.raises(ConfigError, match="slot 3 of 3 slots"), get(3):
             pass

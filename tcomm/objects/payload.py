@@ -1,0 +1,85 @@
+"""Bytes of a message that may still be on their way while its beginning is read already."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["Arrived", "Payload"]
+
+Arrived = Callable[[int], int]
+"""Waits until so many bytes of a message have come, and says how many have; raises where they will not."""
+_BLOCK_BYTES = 4096
+
+
+class Payload:
+    """One buffer of a message.
+
+    Args:
+        data: the whole message, unsigned bytes.
+        begin: where the buffer begins in it.
+        end: where it ends.
+        arrived: None when all of `data` has come.
+    """
+
+    __slots__ = ("_arrived", "_begin", "_data", "_end")
+
+    def __init__(self, data: memoryview, begin: int, end: int, arrived: Arrived | None = None) -> None:
+        self._data = data
+        self._begin = begin
+        self._end = end
+        self._arrived = arrived
+
+    def __len__(self) -> int:
+        return self._end - self._begin
+
+    def view(self) -> memoryview:
+        """The buffer itself, once it has come."""
+        if self._arrived is not None:
+            self._arrived(self._end)
+        return self._data[self._begin : self._end]
+
+    def copy_into(self, target: memoryview) -> None:
+        """Copy the buffer as it comes.
+
+        Args:
+            target: unsigned bytes, as many.
+        """
+        if self._arrived is None:
+            target[:] = self._data[self._begin : self._end]
+            return
+        filled = 0
+        while filled < len(target):
+            filled += self._copy_some(self._begin + filled, target[filled:])
+
+    def to_bytes(self) -> bytes:
+        """A copy of the buffer, made as it comes."""
+        if self._arrived is None:
+            return bytes(self._data[self._begin : self._end])
+        # Of what the library offers, only this fills a bytes object part by part, without another copy.
+        return io.BufferedReader(_Stream(self), _BLOCK_BYTES).read(len(self))
+
+    def _copy_some(self, begin: int, target: memoryview) -> int:
+        assert self._arrived is not None
+        count = min(self._arrived(begin + 1), begin + len(target)) - begin
+        target[:count] = self._data[begin : begin + count]
+        return count
+
+
+class _Stream(io.RawIOBase):
+    """A payload as a file that is read once."""
+
+    def __init__(self, payload: Payload) -> None:
+        super().__init__()
+        self._payload = payload
+        self._at = payload._begin
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        room = min(len(target), self._payload._end - self._at)
+        count = self._payload._copy_some(self._at, target[:room]) if room else 0
+        self._at += count
+        return count

@@ -1,0 +1,39 @@
+import pytest
+
+from tcomm.errors import DecodeError
+from tcomm.groups.queue.ring import PIECE_BYTES, SlotWord, Word
+from tests.groups.queue.peers import pair
+
+
+def test_a_reader_sees_whether_a_chunk_has_come_and_how_many_were_taken():
+    with pair(2) as (writer, first, second):
+        sources = [reader._receiver.source for reader in (first, second)]
+        assert [source.has_chunk() for source in sources] == [False, False]
+        writer.enqueue("value")
+        assert [source.has_chunk() for source in sources] == [True, True]
+        assert first.dequeue(5) == "value"
+        assert [source.has_chunk() for source in sources] == [False, True]
+
+
+def test_a_chunk_is_there_once_it_has_its_number_and_also_before_the_head_counts_it():
+    with pair() as (writer, reader):
+        source = reader._receiver.source
+        words = source.ring.words
+        writer.enqueue("first")
+        words[Word.HEAD] = 0
+        assert (source.has_chunk(), reader.dequeue(5), source.has_chunk()) == (True, "first", False)
+        words[Word.HEAD] = 1
+        assert not source.has_chunk()
+        writer.enqueue("second")
+        assert reader.dequeue(5) == "second"
+
+
+def test_a_long_message_that_will_get_no_more_bytes_is_one_clear_error():
+    with pair(chunk_bytes=1 << 20) as (writer, reader):
+        ring = reader._receiver.source.ring
+        writer.enqueue(bytes(2 * PIECE_BYTES))
+        writer.enqueue("after")
+        ring.words[ring.slots_begin + SlotWord.FILLED] = PIECE_BYTES
+        with pytest.raises(DecodeError, match=rf"has {PIECE_BYTES} bytes of \d+, and will get no more"):
+            reader.dequeue(5)
+        assert reader.dequeue(5) == "after"

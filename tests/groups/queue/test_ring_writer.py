@@ -1,0 +1,136 @@
+import contextlib
+import itertools
+import threading
+
+import numpy as np
+import pytest
+
+from tcomm.errors import PeerTimeoutError
+from tcomm.groups.queue import ring_writer
+from tcomm.groups.queue.chunks import cut
+from tcomm.groups.queue.ring import PIECE_BYTES
+from tcomm.objects.codec import encode
+from tests.groups.queue.peers import pair
+
+LONG = 4 * PIECE_BYTES + 3
+
+
+class InterruptedByTestError(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def between_pieces(monkeypatch, step):
+    """Call `step(number)` after each piece of a message but the last."""
+
+    def cut_and_step(parts, nbytes):
+        for number, piece in enumerate(cut(parts, nbytes)):
+            if number:
+                step(number)
+            yield piece
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ring_writer, "cut", cut_and_step)
+        yield
+
+
+def _read_long(take, reader, timeout=5):
+    """What `take` makes of the next message."""
+    if take == "dequeue":
+        return reader.dequeue(timeout)
+    with getattr(reader, take)(timeout) as value:
+        return bytes(value)
+
+
+def test_readers_see_each_piece_of_a_long_message_when_it_is_written(monkeypatch):
+    with pair(2, chunk_bytes=1 << 20) as (writer, *readers):
+        rings, seen = [reader._receiver.source for reader in readers], []
+
+        def look(number):
+            for ring in rings:
+                total, offset, chunk = ring.look()
+                arrived = ring.wait_filled(number * PIECE_BYTES, None)
+                seen.append((total, offset, arrived, bytes(chunk[:arrived]) in message))
+
+        value = np.arange(LONG, dtype=np.uint8)
+        message = encode(value).join()
+        with between_pieces(monkeypatch, look):
+            writer.enqueue(value)
+        pieces = [(len(message), 0, number * PIECE_BYTES, True) for number in range(1, 5)]
+        assert seen == list(itertools.chain.from_iterable((piece, piece) for piece in pieces))
+        assert all(reader.dequeue(5).tolist() == value.tolist() for reader in readers)
+
+
+@pytest.mark.parametrize("take", ["dequeue", "borrow", "acquire_read"])
+def test_a_message_that_its_writer_did_not_finish_is_passed_over(monkeypatch, take):
+    def interrupt(number):
+        if number == 2:
+            raise InterruptedByTestError
+
+    with pair(chunk_bytes=1 << 20, chunks=2) as (writer, reader):
+        for round_ in range(3):
+            with between_pieces(monkeypatch, interrupt), pytest.raises(InterruptedByTestError):
+                writer.enqueue(bytes(LONG))
+            writer.enqueue(value := bytes([round_ + 1]) * LONG)
+            got = _read_long(take, reader)
+            assert (got[-LONG:] if take == "acquire_read" else got) == value
+        with pytest.raises(PeerTimeoutError, match="wrote nothing"):
+            reader.dequeue(0.01)
+
+
+@pytest.mark.parametrize("take", ["dequeue", "borrow", "acquire_read"])
+def test_a_writer_that_stops_in_a_message_is_named_and_the_message_comes_whole_later(monkeypatch, take):
+    go_on = threading.Event()
+    value = bytes(range(256)) * (LONG // 256)
+
+    def stop(number):
+        if number == 2:
+            assert go_on.wait(20)
+
+    with pair(chunk_bytes=1 << 20) as (writer, reader), between_pieces(monkeypatch, stop):
+        thread = threading.Thread(target=writer.enqueue, args=(value,))
+        thread.start()
+        for _ in range(2):
+            with pytest.raises(PeerTimeoutError, match=r"stopped in the middle of a message within 0\.05 s"):
+                _read_long(take, reader, 0.05)
+        go_on.set()
+        assert _read_long(take, reader)[-len(value) :] == value
+        thread.join(20)
+
+
+def test_long_messages_share_memory_only_when_all_readers_have_passed_the_last_one():
+    with pair(2, chunk_bytes=1 << 20) as (writer, first, second):
+        rings = [reader._receiver.source for reader in (first, second)]
+
+        def send(number):
+            writer.enqueue(np.full(LONG, number, np.uint8))
+
+        def is_shared(ring):
+            return np.shares_memory(ring.look()[2], np.frombuffer(ring.ring.shared, np.uint8))
+
+        send(1)
+        assert [is_shared(ring) for ring in rings] == [True, True]
+        assert first.dequeue(5)[-1] == 1
+        send(2)
+        assert not is_shared(rings[0])
+        with second.borrow(5) as value:
+            send(3)
+            assert (value == 1).all()
+        for reader, numbers in ((first, (2, 3)), (second, (2, 3))):
+            assert [set(reader.dequeue(5).tolist()) for _ in numbers] == [{number} for number in numbers]
+        send(4)
+        assert [is_shared(ring) for ring in rings] == [True, True]
+
+
+def test_a_message_longer_than_the_shared_memory_lies_in_its_slot():
+    with pair(chunk_bytes=3 << 20, chunks=2) as (writer, reader):
+        writer.enqueue(value := np.arange(3 << 17)[: (3 << 17) - 99])
+        assert len(reader._receiver.source.ring.shared) == 2 << 20
+        assert reader.dequeue(5).tolist() == value.tolist()
+
+
+def test_there_is_no_shared_memory_where_no_message_is_long():
+    with pair(chunk_bytes=PIECE_BYTES) as (writer, reader):
+        assert len(reader._receiver.source.ring.shared) == 0
+        writer.enqueue(value := bytes(PIECE_BYTES - 99))
+        assert reader.dequeue(5) == value
