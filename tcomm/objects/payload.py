@@ -9,7 +9,7 @@ from typing import Any
 __all__ = ["Arrived", "Payload"]
 
 Arrived = Callable[[int], int]
-"""Waits until so many bytes of a message have come, and says how many have; raises where they will not."""
+"""Waits until so many bytes of a message have come; says how many have, or raises."""
 _BLOCK_BYTES = 4096
 
 

@@ -2,7 +2,7 @@
 
 
 class Coming:
-    """`data` is other bytes where nothing has come; `arrived` lets come what is asked for, in whole pieces."""
+    """`data` is other bytes where nothing has come; `arrived` lets what is asked for come, in pieces."""
 
     def __init__(self, message, piece):
         self.data = memoryview(bytearray(byte ^ 0xFF for byte in message))

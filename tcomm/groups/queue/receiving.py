@@ -102,7 +102,7 @@ class Receiver:
                 return message, False
 
     def _arrived(self, message: memoryview) -> Arrived | None:
-        """How much of a message in a slot has come; None: all. Raises WithdrawnError, and as `next_message`."""
+        """Waits for bytes of a message in a slot, with WithdrawnError too; None: all have come."""
         ring, patience = self._ring, self._patience
         if ring is None or len(message) <= PIECE_BYTES:
             return None
@@ -118,7 +118,7 @@ class Receiver:
                 return message, in_slot
 
     def _has_come(self, message: memoryview) -> bool:
-        """Wait for all of a message in a slot; False when its writer did not finish it, and it is released."""
+        """Wait for all of a message in a slot; False, and it is released, when its writer gave it up."""
         arrived = self._arrived(message)
         try:
             if arrived is not None:

@@ -168,6 +168,8 @@ class RingReader:
         """
         words, cursor = self._words, self._cursor
         filled = self._places[cursor % self._chunks][1] + _FILLED
+        if words[filled] >= nbytes:
+            return int(words[filled])
 
         def is_there() -> bool:
             return not 0 <= words[filled] < nbytes
