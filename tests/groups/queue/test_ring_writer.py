@@ -21,12 +21,11 @@ class InterruptedByTestError(Exception):
 
 @contextlib.contextmanager
 def between_pieces(monkeypatch, step):
-    """Call `step(number)` after each piece of a message but the last."""
+    """Call `step(number)` before each piece of a message."""
 
     def cut_and_step(parts, nbytes):
         for number, piece in enumerate(cut(parts, nbytes)):
-            if number:
-                step(number)
+            step(number)
             yield piece
 
     with monkeypatch.context() as patched:
@@ -43,7 +42,7 @@ def _read_long(take, reader, timeout=5):
 
 
 def test_readers_see_each_piece_of_a_long_message_when_it_is_written(monkeypatch):
-    with pair(2, chunk_bytes=1 << 20) as (writer, *readers):
+    with pair(2, chunk_bytes=1 << 20, chunks=1) as (writer, *readers):
         rings, seen = [reader._receiver.source for reader in readers], []
 
         def look(number):
@@ -52,13 +51,26 @@ def test_readers_see_each_piece_of_a_long_message_when_it_is_written(monkeypatch
                 arrived = ring.wait_filled(number * PIECE_BYTES, None)
                 seen.append((total, offset, arrived, bytes(chunk[:arrived]) in message))
 
-        value = np.arange(LONG, dtype=np.uint8)
-        message = encode(value).join()
-        with between_pieces(monkeypatch, look):
-            writer.enqueue(value)
-        pieces = [(len(message), 0, number * PIECE_BYTES, True) for number in range(1, 5)]
-        assert seen == list(itertools.chain.from_iterable((piece, piece) for piece in pieces))
-        assert all(reader.dequeue(5).tolist() == value.tolist() for reader in readers)
+        for round_ in range(2):
+            seen.clear()
+            value = np.arange(round_, LONG + round_, dtype=np.uint8)
+            message = encode(value).join()
+            with between_pieces(monkeypatch, look):
+                writer.enqueue(value)
+            pieces = [(len(message), 0, number * PIECE_BYTES, True) for number in range(5)]
+            assert seen == list(itertools.chain.from_iterable((piece, piece) for piece in pieces))
+            assert all(reader.dequeue(5).tolist() == value.tolist() for reader in readers)
+
+
+def test_a_long_slot_that_is_written_by_hand_follows_a_long_message():
+    with pair(chunk_bytes=1 << 20, chunks=1) as (writer, reader):
+        for round_ in range(2):
+            writer.enqueue(value := bytes([round_]) * LONG)
+            assert reader.dequeue(5) == value
+            with writer.acquire_write(5) as slot:
+                slot[:] = bytes([round_ + 9]) * len(slot)
+            with reader.acquire_read(5) as chunk:
+                assert bytes(chunk) == bytes([round_ + 9]) * (1 << 20)
 
 
 @pytest.mark.parametrize("take", ["dequeue", "borrow", "acquire_read"])
