@@ -40,15 +40,22 @@ class Receiver:
         self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool
     ) -> object:
         """The next object; raises as `next_message`, and DecodeError also when the message is none."""
+        ring, in_slot, message = self._ring, True, None
+        if timeout is not None or self._is_lent:
+            self._check(timeout)
+        if ring is not None and not self._assembler.is_open:
+            message = ring.take()
         while True:
-            message, in_slot = self.next_message(timeout, cancel, indefinite)
-            if not in_slot:
-                return decode(message, borrow=True)
+            if message is None:
+                message, in_slot = self.next_message(timeout, cancel, indefinite)
+                if not in_slot:
+                    return decode(message, borrow=True)
             arrived = self._arrived(message) if len(message) > PIECE_BYTES else None
             try:
                 value = decode(message, arrived=arrived)
             except WithdrawnError:
                 self.source.release()
+                message = None
                 continue
             except DecodeError:
                 self.source.release()
@@ -69,14 +76,8 @@ class Receiver:
             DecodeError: when a chunk is not what follows; its slot is released.
             ConfigError: when the timeout makes no sense, or a slot is lent.
         """
-        if timeout is not None or self._is_lent:
-            self._check(timeout)
-        assembler = self._assembler
-        if self._ring is not None and not assembler.is_open:
-            whole = self._ring.take()
-            if whole is not None:
-                return whole, True
-        source = self.source
+        self._check(timeout)
+        assembler, source = self._assembler, self.source
         self._patience = patience = Patience(timeout, self._seconds, cancel, indefinite)
         while True:
             if not source.has_chunk():
