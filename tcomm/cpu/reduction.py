@@ -13,7 +13,7 @@ from tcomm.cpu.copies import SHORT_BYTES, has_threads_for
 
 __all__ = ["Own", "Reduce", "Reduction"]
 
-Reduce = Callable[[torch.Tensor, torch.Tensor], None]
+Reduce = Callable[[torch.Tensor, torch.Tensor], object]
 """Takes the caller's x and out, both contiguous; which of them it looks at was said when it was prepared."""
 
 Own = tuple[int, int]
@@ -25,7 +25,14 @@ _Numbers = Any
 _Chunk = Callable[[Sequence[_Numbers], _Numbers, _Numbers], object]
 """Reduces a chunk: takes each rank's, room for what is not finished yet, and where the result goes."""
 
+_Prepared = tuple[tuple[_Numbers, ...], _Numbers]
+"""A chunk of each rank's, and its room."""
+
+_Take = Callable[[torch.Tensor], Sequence[_Numbers]]
+"""The chunks of a tensor that a call is given."""
+
 _CHUNK_BYTES = 128 * 1024
+_ALONE_BYTES = 256 * 1024
 _VECTOR_BYTES = 64
 
 
@@ -76,25 +83,15 @@ class Reduction:
                 that takes it from flat sources; None: out is like a source.
         """
         rooms = self._rooms(sources[0])
-        chunks = tuple(zip(zip(*map(self._pieces, sources), strict=True), rooms, strict=True))
+        chunks = list(zip(zip(*map(self._pieces, sources), strict=True), rooms, strict=True))
+        if own is None and result is None and len(chunks) == 1 and not self._in_arrays:
+            return _over_whole(self._reduce_chunk, *chunks[0])
         take_results = self._make_take(result)
-        reduce_chunk = self._reduce_chunk
-
-        def reduce(_x: torch.Tensor, out: torch.Tensor) -> None:
-            for (parts, room), piece in zip(chunks, take_results(out), strict=True):
-                reduce_chunk(parts, room, piece)
-
-        def reduce_with_own(x: torch.Tensor, out: torch.Tensor) -> None:
-            for (before, after, room), mine, piece in zip(
-                chunks_around, take_own(x), take_results(out), strict=True
-            ):
-                reduce_chunk((*before, mine, *after), room, piece)
-
-        if own is not None:
+        if own is None:
+            run = _over_prepared(self._reduce_chunk, chunks, take_results)
+        else:
             rank, first = own
-            take_own = self._make_take(first)
-            chunks_around = tuple((parts[:rank], parts[rank + 1 :], room) for parts, room in chunks)
-        run = reduce if own is None else reduce_with_own
+            run = _over_own(self._reduce_chunk, chunks, rank, self._make_take(first), take_results)
         return _quietly(run) if self._in_arrays else run
 
     def _rooms(self, like: torch.Tensor) -> list[_Numbers]:
@@ -117,24 +114,56 @@ class Reduction:
         flat = numbers.reshape(-1)
         return [flat[piece] for piece in self._ranges]
 
-    def _make_take(self, place: torch.Tensor | int | None) -> Callable[[torch.Tensor], Sequence[_Numbers]]:
+    def _make_take(self, place: torch.Tensor | int | None) -> _Take:
         """How to get the chunks of what a call is given; those of a tensor known now are ready."""
         if isinstance(place, torch.Tensor):
             ready = self._pieces(place)
             return lambda _tensor: ready
         if place is None:
             return self._pieces
-        numel, in_arrays = self._numel, self._in_arrays
+        numel, in_arrays, is_one = self._numel, self._in_arrays, len(self._ranges) == 1
         ranges = tuple(slice(place + piece.start, place + piece.stop) for piece in self._ranges)
 
         def take(tensor: torch.Tensor) -> Sequence[_Numbers]:
             numbers: _Numbers = tensor.numpy() if in_arrays else tensor
-            flat = numbers if numbers.ndim == 1 else numbers.reshape(-1)
-            if len(ranges) == 1 and len(flat) == numel:
+            flat = numbers if tensor.dim() == 1 else numbers.reshape(-1)
+            if is_one and tensor.numel() == numel:
                 return (flat,)
             return [flat[piece] for piece in ranges]
 
         return take
+
+
+def _over_whole(reduce_chunk: _Chunk, parts: tuple[torch.Tensor, ...], room: torch.Tensor | None) -> Reduce:
+    """Reduces a short message as it is: the hot path, where every line is a tenth of a microsecond."""
+    return lambda _x, out: reduce_chunk(parts, room, out)
+
+
+def _over_prepared(reduce_chunk: _Chunk, chunks: Sequence[_Prepared], take_results: _Take) -> Reduce:
+    """Reduces what lies in staging, all of it."""
+    if len(chunks) == 1:
+        parts, room = chunks[0]
+        return lambda _x, out: reduce_chunk(parts, room, take_results(out)[0])
+
+    def reduce(_x: torch.Tensor, out: torch.Tensor) -> None:
+        for (parts, room), piece in zip(chunks, take_results(out), strict=True):
+            reduce_chunk(parts, room, piece)
+
+    return reduce
+
+
+def _over_own(
+    reduce_chunk: _Chunk, chunks: Sequence[_Prepared], rank: int, take_own: _Take, take_results: _Take
+) -> Reduce:
+    """Reduces what lies in staging, but for what is this rank's."""
+    around = [(parts[:rank], parts[rank + 1 :], room) for parts, room in chunks]
+
+    def reduce(x: torch.Tensor, out: torch.Tensor) -> None:
+        pieces = zip(around, take_own(x), take_results(out), strict=True)
+        for (before, after, room), mine, piece in pieces:
+            reduce_chunk((*before, mine, *after), room, piece)
+
+    return reduce
 
 
 def _is_for_arrays(op: str, dtype: torch.dtype, world_size: int, numel: int) -> bool:
@@ -144,10 +173,10 @@ def _is_for_arrays(op: str, dtype: torch.dtype, world_size: int, numel: int) -> 
     """
     nbytes = numel * dtype.itemsize
     is_same = op in {"sum", "avg"} and acc_dtype(dtype) == dtype and nbytes % _VECTOR_BYTES == 0
-    if not is_same or world_size == 1 or nbytes <= SHORT_BYTES:
-        return False
-    # torch gives threads to what is not taken in chunks.
-    return world_size > 2 or op == "avg" or not has_threads_for(nbytes, world_size)
+    if world_size > 2 or op == "avg":
+        return is_same and world_size > 1 and nbytes > SHORT_BYTES
+    # A single call of torch's costs little, and may have threads.
+    return is_same and world_size == 2 and nbytes > _ALONE_BYTES and not has_threads_for(nbytes, world_size)
 
 
 def _quietly(reduce: Reduce) -> Reduce:
@@ -172,7 +201,7 @@ def _make_simple(op: str, world_size: int, in_arrays: bool) -> _Chunk:
     if world_size == 1:
         return lambda parts, _room, out: out.copy_(parts[0])
     combine = _combine_of(op, in_arrays)
-    return lambda parts, _room, out: combine(parts[0], parts[1], out=out)
+    return lambda parts, _room, out: combine(*parts, out=out)
 
 
 def _make_chain(op: str, dtype: torch.dtype, world_size: int, in_arrays: bool) -> _Chunk:
