@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -172,11 +173,24 @@ def _is_for_arrays(op: str, dtype: torch.dtype, world_size: int, numel: int) -> 
     max and min of NaN, and two NaN added behind the last whole vector, have other bits there.
     """
     nbytes = numel * dtype.itemsize
-    is_same = op in {"sum", "avg"} and acc_dtype(dtype) == dtype and nbytes % _VECTOR_BYTES == 0
+    is_sum = op in {"sum", "avg"} and acc_dtype(dtype) == dtype
+    is_same = is_sum and nbytes % _VECTOR_BYTES == 0 and _adds_like_torch(dtype)
     if world_size > 2 or op == "avg":
         return is_same and world_size > 1 and nbytes > SHORT_BYTES
     # A single call of torch's costs little, and may have threads.
     return is_same and world_size == 2 and nbytes > _ALONE_BYTES and not has_threads_for(nbytes, world_size)
+
+
+@functools.cache
+def _adds_like_torch(dtype: torch.dtype) -> bool:
+    """Whether both take the same of two NaN here: that is up to the processor, and to how numpy was built."""
+    if not dtype.is_floating_point:
+        return True
+    first, second, by_numpy = torch.zeros((3, 4 * _VECTOR_BYTES), dtype=dtype, device="cpu")
+    first.fill_(float("nan"))
+    second.copy_(-first)
+    np.add(second.numpy(), first.numpy(), by_numpy.numpy())
+    return bool((torch.signbit(first + second) == torch.signbit(by_numpy)).all())
 
 
 def _quietly(reduce: Reduce) -> Reduce:
@@ -190,7 +204,7 @@ def _quietly(reduce: Reduce) -> Reduce:
 
 
 def _combine_of(op: str, in_arrays: bool) -> Callable[..., object]:
-    """Combines two into `out`. Of two NaN torch takes the second, and numpy the first."""
+    """Combines two into `out`. Of two NaN torch takes the second, and numpy mostly the first."""
     if in_arrays:
         return lambda first, second, out: np.add(second, first, out)
     return combine_of(op)
@@ -220,7 +234,7 @@ def _make_chain(op: str, dtype: torch.dtype, world_size: int, in_arrays: bool) -
     multiply = np.multiply if in_arrays else torch.mul
     scale: Any = 1.0 / world_size
     if in_arrays:
-        scale = torch.tensor(scale, dtype=dtype).numpy()
+        scale = torch.tensor(scale, dtype=dtype, device="cpu").numpy()
 
     def average_chunk(parts: Sequence[_Numbers], room: _Numbers, out: _Numbers) -> None:
         acc = parts[0]

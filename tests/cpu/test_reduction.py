@@ -61,11 +61,26 @@ def test_long_tensors_go_in_chunks_without_a_seam(dtype):
         ("sum", torch.float32, 2, 256 * 1024 + 64, True),
     ],
 )
-def test_numpy_takes_long_sums_of_whole_vectors(op, dtype, world_size, nbytes, in_arrays):
+def test_numpy_takes_long_sums_of_whole_vectors(monkeypatch, op, dtype, world_size, nbytes, in_arrays):
+    monkeypatch.setattr(reduction, "_adds_like_torch", lambda _: True)
     assert Reduction(op, dtype, world_size, nbytes // dtype.itemsize)._in_arrays is in_arrays
 
 
+def test_numpy_takes_nothing_where_it_takes_the_other_of_two_nan(monkeypatch):
+    add = reduction.np.add
+    reduction._adds_like_torch.cache_clear()
+    assert reduction._adds_like_torch(torch.int32)
+    found = reduction._adds_like_torch(torch.float64)
+    reduction._adds_like_torch.cache_clear()
+    monkeypatch.setattr(reduction.np, "add", lambda first, second, out: add(second, first, out))
+    assert reduction._adds_like_torch(torch.float64) is not found
+    reduction._adds_like_torch.cache_clear()
+    monkeypatch.setattr(reduction, "_adds_like_torch", lambda _: False)
+    assert not Reduction("sum", torch.float32, 3, 1 << 20)._in_arrays
+
+
 def test_two_ranks_leave_a_long_sum_to_torch_where_it_has_threads(monkeypatch):
+    monkeypatch.setattr(reduction, "_adds_like_torch", lambda _: True)
     for has_threads in (False, True):
         monkeypatch.setattr(reduction, "has_threads_for", lambda *_, has=has_threads: has)
         assert Reduction("sum", torch.float32, 2, 1 << 20)._in_arrays is not has_threads
