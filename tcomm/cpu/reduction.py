@@ -34,6 +34,7 @@ _Take = Callable[[torch.Tensor], Sequence[_Numbers]]
 
 _CHUNK_BYTES = 128 * 1024
 _ALONE_BYTES = 256 * 1024
+_STREAMED_BYTES = 1 << 20
 _VECTOR_BYTES = 64
 
 
@@ -177,8 +178,12 @@ def _is_for_arrays(op: str, dtype: torch.dtype, world_size: int, numel: int) -> 
     is_same = is_sum and nbytes % _VECTOR_BYTES == 0 and _adds_like_torch(dtype)
     if world_size > 2 or op == "avg":
         return is_same and world_size > 1 and nbytes > SHORT_BYTES
-    # A single call of torch's costs little, and may have threads.
-    return is_same and world_size == 2 and nbytes > _ALONE_BYTES and not has_threads_for(nbytes, world_size)
+    if world_size == 1 or not is_same or nbytes <= _ALONE_BYTES:
+        return False
+    # A single call of torch's is as good from there on, but for threads that get in each other's way.
+    return nbytes <= _STREAMED_BYTES or (
+        torch.get_num_threads() > 1 and not has_threads_for(nbytes, world_size)
+    )
 
 
 @functools.cache

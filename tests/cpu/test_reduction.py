@@ -79,12 +79,23 @@ def test_numpy_takes_nothing_where_it_takes_the_other_of_two_nan(monkeypatch):
     assert not Reduction("sum", torch.float32, 3, 1 << 20)._in_arrays
 
 
-def test_two_ranks_leave_a_long_sum_to_torch_where_it_has_threads(monkeypatch):
+@pytest.mark.parametrize(
+    ("nbytes", "num_threads", "has_cores", "in_arrays"),
+    [
+        (1 << 20, 1, False, True),
+        ((1 << 20) + 64, 1, False, False),
+        ((1 << 20) + 64, 2, False, True),
+        ((1 << 20) + 64, 2, True, False),
+    ],
+)
+def test_two_ranks_leave_a_longer_sum_to_torch_unless_its_threads_lack_cores(
+    monkeypatch, nbytes, num_threads, has_cores, in_arrays
+):
     monkeypatch.setattr(reduction, "_adds_like_torch", lambda _: True)
-    for has_threads in (False, True):
-        monkeypatch.setattr(reduction, "has_threads_for", lambda *_, has=has_threads: has)
-        assert Reduction("sum", torch.float32, 2, 1 << 20)._in_arrays is not has_threads
-        assert Reduction("sum", torch.float32, 3, 1 << 20)._in_arrays
+    monkeypatch.setattr(reduction, "has_threads_for", lambda *_: has_cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    assert Reduction("sum", torch.float32, 2, nbytes // 4)._in_arrays is in_arrays
+    assert Reduction("sum", torch.float32, 3, nbytes // 4)._in_arrays
 
 
 def _any_bits(seed, world_size, numel, dtype):
