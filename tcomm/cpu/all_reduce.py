@@ -10,12 +10,13 @@ and a rank that runs a plan disagree rather than mix.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 
-from tcomm.cpu.copies import SHORT_BYTES, memcpy
-from tcomm.cpu.reduction import make_reduction
+from tcomm.cpu.copies import Copies, Place
+from tcomm.cpu.reduction import Reduce, Reduction
 from tcomm.memory.arena import Arena
 from tcomm.memory.base import Staging
 from tcomm.memory.layout import cut, slice_numel
@@ -38,6 +39,14 @@ class _Piece:
     @property
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def reduction(self, numel: int) -> Reduction:
+        """For so many elements of every rank."""
+        return Reduction(self.op, self.dtype, self.arena.world_size, numel)
 
     def staged(self, holder: int, parity: int, offset: int = 0) -> torch.Tensor:
         """A tensor like this piece, `offset` bytes into a rank's half."""
@@ -97,95 +106,109 @@ def make_plan(
 
 def _pull(piece: _Piece) -> AllReducePlan:
     """Stage x at home; reduce what all ranks staged."""
-    channel, rank, world = piece.arena.channel, piece.arena.rank, piece.arena.world_size
-    signature = piece.call.signature
-    staged = tuple(tuple(piece.staged(peer, parity) for peer in range(world)) for parity in (0, 1))
-    reduce = make_reduction(piece.op, piece.dtype, world, piece.numel)
+    rank, world = piece.arena.rank, piece.arena.world_size
+    return _one_shot(
+        piece,
+        [Place(rank, 0, 0, piece.nbytes)],
+        [[piece.staged(peer, parity) for peer in range(world)] for parity in (0, 1)],
+    )
+
+
+def _push(piece: _Piece) -> AllReducePlan:
+    """Write x into this rank's slot of every rank; reduce this rank's own slots."""
+    rank, world = piece.arena.rank, piece.arena.world_size
+    slot = piece.staging.layout.slot_bytes
+    return _one_shot(
+        piece,
+        [Place(peer, rank * slot, 0, piece.nbytes) for peer in range(world)],
+        [[piece.staged(rank, parity, source * slot) for source in range(world)] for parity in (0, 1)],
+    )
+
+
+def _one_shot(
+    piece: _Piece, places: Sequence[Place], sources: Sequence[Sequence[torch.Tensor]]
+) -> AllReducePlan:
+    """Put x in its places; reduce what lies in the sources of the call's parity."""
+    channel, call, signature = piece.arena.channel, piece.call, piece.call.signature
     begin, publish, await_peers, finish = (
         channel.begin,
         channel.publish,
         channel.await_peers,
         channel.finish,
     )
-    call, nbytes = piece.call, piece.numel * piece.dtype.itemsize
-    addresses = tuple(staged[parity][rank].data_ptr() for parity in (0, 1))
-    is_short = nbytes <= SHORT_BYTES
+    stages = [Copies(piece.staging, parity, places).stage for parity in (0, 1)]
+    reduction = piece.reduction(piece.numel)
+    reduces = [reduction.over(sources[parity]) for parity in (0, 1)]
 
     def run(x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
         epoch = begin(call, timeout)
-        sources = staged[epoch & 1]
-        if is_short:
-            memcpy(addresses[epoch & 1], x.data_ptr(), nbytes)
-        else:
-            sources[rank].copy_(x)
+        stages[epoch & 1](x)
         word = epoch << 32 | signature
         publish(0, word)
         await_peers(0, word)
-        reduce(sources, out)
+        reduces[epoch & 1](x, out)
         finish(epoch)
-
-    return run
-
-
-def _push(piece: _Piece) -> AllReducePlan:
-    """Write x into this rank's slot of every rank; reduce this rank's own slots."""
-    channel, rank, world = piece.arena.channel, piece.arena.rank, piece.arena.world_size
-    signature = piece.call.signature
-    slot = piece.staging.layout.slot_bytes
-    outgoing = tuple(
-        tuple(piece.staged(peer, parity, rank * slot) for peer in range(world)) for parity in (0, 1)
-    )
-    incoming = tuple(
-        tuple(piece.staged(rank, parity, source * slot) for source in range(world)) for parity in (0, 1)
-    )
-    reduce = make_reduction(piece.op, piece.dtype, world, piece.numel)
-
-    def run(x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
-        epoch = channel.begin(piece.call, timeout)
-        for slot_of_mine in outgoing[epoch & 1]:
-            slot_of_mine.copy_(x)
-        word = epoch << 32 | signature
-        channel.publish(0, word)
-        channel.await_peers(0, word)
-        reduce(incoming[epoch & 1], out)
-        channel.finish(epoch)
 
     return run
 
 
 def _two_shot(piece: _Piece) -> AllReducePlan:
     """Stage the other ranks' slices of x; reduce one's own over all ranks; collect all slices."""
-    channel, rank, world = piece.arena.channel, piece.arena.rank, piece.arena.world_size
-    signature = piece.call.signature
-    length = slice_numel(piece.numel, piece.dtype.itemsize, world)
-    bounds = [(min(r * length, piece.numel), min((r + 1) * length, piece.numel)) for r in range(world)]
-    sizes = [stop - start for start, stop in bounds]
-    start, stop = bounds[rank]
-    staged = [[piece.staged(peer, parity).view(-1) for peer in range(world)] for parity in (0, 1)]
-    own_slices = [[tensor[start:stop] for tensor in staged[parity]] for parity in (0, 1)]
-    others = [r for r in range(world) if r != rank and sizes[r]]
-    results = [[staged[parity][r][slice(*bounds[r])] for r in range(world)] for parity in (0, 1)]
-    reduce = make_reduction(piece.op, piece.dtype, world, stop - start)
+    channel, call, signature = piece.arena.channel, piece.call, piece.call.signature
+    begin, publish, await_peers, finish = (
+        channel.begin,
+        channel.publish,
+        channel.await_peers,
+        channel.finish,
+    )
+    slices = _Slices(piece)
+    stages = [Copies(piece.staging, parity, slices.others()).stage for parity in (0, 1)]
+    reduces = [slices.reduce(parity) for parity in (0, 1)]
+    fetches = [Copies(piece.staging, parity, slices.results()).fetch for parity in (0, 1)]
 
     def run(x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
-        epoch = channel.begin(piece.call, timeout)
+        epoch = begin(call, timeout)
         parity = epoch & 1
-        parts = x.view(-1).split(sizes)
-        mine = staged[parity][rank]
-        for peer in others:
-            mine[slice(*bounds[peer])].copy_(parts[peer])
+        stages[parity](x)
         word = epoch << 32 | signature
-        channel.publish(0, word)
-        channel.await_peers(0, word)
-        if sizes[rank]:
-            # Nobody reads this rank's slice of its own staging before phase 1: the result goes there.
-            sources = own_slices[parity].copy()
-            sources[rank] = parts[rank]
-            reduce(sources, results[parity][rank])
-        channel.publish(1, word)
-        channel.await_peers(1, word)
-        for result, part in zip(results[parity], out.view(-1).split(sizes), strict=True):
-            part.copy_(result)
-        channel.finish(epoch)
+        publish(0, word)
+        await_peers(0, word)
+        reduces[parity](x, out)
+        publish(1, word)
+        await_peers(1, word)
+        fetches[parity](out)
+        finish(epoch)
 
     return run
+
+
+class _Slices:
+    """Which slice of a piece each rank reduces, and where it lies: at the same place in all halves."""
+
+    def __init__(self, piece: _Piece) -> None:
+        self._piece = piece
+        self._world, self._rank = piece.arena.world_size, piece.arena.rank
+        length = slice_numel(piece.numel, piece.dtype.itemsize, self._world)
+        starts = [min(rank * length, piece.numel) for rank in range(self._world + 1)]
+        self._bounds = list(itertools.pairwise(starts))
+
+    def others(self) -> list[Place]:
+        """What this rank stages: x up to its own slice, and behind it."""
+        start, stop = self._bounds[self._rank]
+        return [self._place(self._rank, 0, start), self._place(self._rank, stop, self._piece.numel)]
+
+    def results(self) -> list[Place]:
+        """Where all slices of the result are."""
+        return [self._place(rank, *bounds) for rank, bounds in enumerate(self._bounds)]
+
+    def _place(self, holder: int, start: int, stop: int) -> Place:
+        size = self._piece.dtype.itemsize
+        return Place(holder, start * size, start * size, (stop - start) * size)
+
+    def reduce(self, parity: int) -> Reduce:
+        """Reduces this rank's slice."""
+        start, stop = self._bounds[self._rank]
+        # Nobody reads this rank's slice of its own staging before phase 1: the result goes there.
+        staged = [self._piece.staged(rank, parity).view(-1)[start:stop] for rank in range(self._world)]
+        reduction = self._piece.reduction(stop - start)
+        return reduction.over(staged, (self._rank, start), staged[self._rank])

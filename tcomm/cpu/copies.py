@@ -4,21 +4,58 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 
 import torch
 
 from tcomm.memory.base import Staging
 
-__all__ = ["SHORT_BYTES", "Copies", "Place", "memcpy"]
+__all__ = ["SHORT_BYTES", "Copies", "Place", "has_threads_for", "make_move", "memcpy"]
 
 SHORT_BYTES = 32 * 1024
-"""For a shorter message, torch's dispatch costs three times the copy itself."""
+"""A shorter copy takes less than giving the GIL up and taking it back may."""
 
-# PYFUNCTYPE keeps the GIL: giving it up and taking it back would cost as much again.
-memcpy = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
-    ("memcpy", ctypes.PyDLL(None))
-)
+_THREADED_BYTES = 1 << 20
+
+_Memcpy = Callable[[int, int, int], object]
+"""Takes addresses of destination and source, and bytes."""
+
+# PYFUNCTYPE keeps the GIL, CFUNCTYPE gives it up: no other thread may have to wait for a long copy.
+_TYPES = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+memcpy = ctypes.PYFUNCTYPE(*_TYPES)(("memcpy", ctypes.PyDLL(None)))
+_long_memcpy = ctypes.CFUNCTYPE(*_TYPES)(("memcpy", ctypes.CDLL(None)))
+
+
+def has_threads_for(nbytes: int, world_size: int) -> bool:
+    """Whether torch has threads for so many bytes, and every rank cores for them: else they only cost.
+
+    Args:
+        nbytes: to copy, or of each operand.
+        world_size: ranks that do the same meanwhile.
+    """
+    cores = len(os.sched_getaffinity(0)) // world_size
+    return nbytes >= _THREADED_BYTES and min(torch.get_num_threads(), cores) > 1
+
+
+def _copy_in_threads(destination: int, source: int, nbytes: int) -> None:
+    """Between addresses, by torch."""
+    to, given = (_memory(address, nbytes) for address in (destination, source))
+    to.copy_(given)
+
+
+def _memory(address: int, nbytes: int) -> torch.Tensor:
+    return torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=torch.uint8)
+
+
+def make_move(nbytes: int, world_size: int) -> _Memcpy:
+    """The best way to copy so many bytes at once, where `world_size` ranks do so.
+
+    Source and destination may not overlap.
+    """
+    if nbytes <= SHORT_BYTES:
+        return memcpy
+    return _copy_in_threads if has_threads_for(nbytes, world_size) else _long_memcpy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,34 +85,22 @@ class Copies:
         half = staging.layout.half(parity)
         places = [place for place in places if place.nbytes]
         tensors = [staging.buffer.peer(p.holder, (p.nbytes,), torch.uint8, half + p.offset) for p in places]
-        self._is_short = sum(place.nbytes for place in places) <= SHORT_BYTES
-        self._addresses = tuple(
-            (tensor.data_ptr(), place.first, place.nbytes)
-            for tensor, place in zip(tensors, places, strict=True)
-        )
-        self._views = tuple(
-            (tensor, slice(place.first, place.first + place.nbytes))
+        # Views keep the memory alive that is reached by its address.
+        self._views = tuple(tensors)
+        world_size = staging.layout.world_size
+        self._parts = tuple(
+            (make_move(place.nbytes, world_size), tensor.data_ptr(), place.first, place.nbytes)
             for tensor, place in zip(tensors, places, strict=True)
         )
 
     def stage(self, x: torch.Tensor) -> None:
         """Copy from contiguous x to staging."""
-        if self._is_short:
-            start = x.data_ptr()
-            for address, first, nbytes in self._addresses:
-                memcpy(address, start + first, nbytes)
-        else:
-            flat = x.view(-1).view(torch.uint8)
-            for staged, where in self._views:
-                staged.copy_(flat[where])
+        start = x.data_ptr()
+        for move, address, first, nbytes in self._parts:
+            move(address, start + first, nbytes)
 
     def fetch(self, out: torch.Tensor) -> None:
         """Copy from staging to contiguous out."""
-        if self._is_short:
-            start = out.data_ptr()
-            for address, first, nbytes in self._addresses:
-                memcpy(start + first, address, nbytes)
-        else:
-            flat = out.view(-1).view(torch.uint8)
-            for staged, where in self._views:
-                flat[where].copy_(staged)
+        start = out.data_ptr()
+        for move, address, first, nbytes in self._parts:
+            move(start + first, address, nbytes)

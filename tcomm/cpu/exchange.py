@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tcomm.cpu.copies import SHORT_BYTES, Copies, Place, memcpy
+from tcomm.cpu.copies import Copies, Place, make_move
 from tcomm.memory.arena import Arena
 from tcomm.memory.base import Staging
 from tcomm.memory.layout import exchange_pieces, part_offset
@@ -126,14 +126,11 @@ def _make_keep(parts: Parts) -> Callable[[torch.Tensor, torch.Tensor], None]:
     if not nbytes:
         return _keep_nothing
 
-    def keep_short(x: torch.Tensor, out: torch.Tensor) -> None:
+    move = make_move(nbytes, parts.world_size)
+
+    def keep(x: torch.Tensor, out: torch.Tensor) -> None:
         start, end = x.data_ptr() + source, out.data_ptr() + target
         if start != end:
-            memcpy(end, start, nbytes)
+            move(end, start, nbytes)
 
-    def keep_long(x: torch.Tensor, out: torch.Tensor) -> None:
-        if x.data_ptr() + source != out.data_ptr() + target:
-            part = x.view(-1).view(torch.uint8)[source : source + nbytes]
-            out.view(-1).view(torch.uint8)[target : target + nbytes].copy_(part)
-
-    return keep_short if nbytes <= SHORT_BYTES else keep_long
+    return keep

@@ -5,11 +5,13 @@ Prepared once per kind of call; numerics and contract are those of the kernels.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from tcomm.cpu.copies import SHORT_BYTES, Copies, Place
 from tcomm.cpu.exchange import ExchangePlan, in_turn, staged_places
-from tcomm.cpu.reduction import make_reduction
+from tcomm.cpu.reduction import Own, Reduction
 from tcomm.memory.arena import Arena
 from tcomm.memory.base import Staging
 from tcomm.memory.layout import exchange_pieces, part_offset
@@ -42,24 +44,19 @@ def make_reduce_scatter_plan(
     staging = arena.staging
     if staging is None:
         raise AssertionError("the arena has no staging")
-    size = dtype.itemsize
-    pieces = exchange_pieces(algorithm, staging.layout, parts.scaled(size), piece_nbytes)
     runs, first = [], 0
+    pieces = exchange_pieces(algorithm, staging.layout, parts.scaled(dtype.itemsize), piece_nbytes)
     for piece in pieces:
-        reduction = _Reduction(algorithm, staging, piece, op, dtype, first)
-        runs.append(_prepare(algorithm, arena, staging, call, piece, reduction))
-        first += reduction.numel
+        part = _Part(algorithm, staging, piece, dtype)
+        runs.append(_prepare(arena, call, part, Reduction(op, dtype, part.world_size, part.numel), first))
+        first += part.numel
     return in_turn(runs)
 
 
 def _prepare(
-    algorithm: str,
-    arena: Arena,
-    staging: Staging,
-    call: CallDescription,
-    parts: Parts,
-    reduction: _Reduction,
+    arena: Arena, call: CallDescription, part: _Part, reduction: Reduction, first: int
 ) -> ExchangePlan:
+    """The plan of a piece, whose result begins at element `first` of out."""
     channel, signature = arena.channel, call.signature
     begin, publish, await_peers, finish = (
         channel.begin,
@@ -67,12 +64,12 @@ def _prepare(
         channel.await_peers,
         channel.finish,
     )
-    places = staged_places(algorithm, staging, parts)
-    if reduction.stages_own:
-        rank = parts.rank
-        offset = part_offset(algorithm, staging.layout, False, rank, rank)
-        places.append(Place(rank, offset, *parts.sends[rank]))
-    outgoing = [Copies(staging, parity, places).stage for parity in (0, 1)]
+    places = part.places()
+    outgoing = [Copies(part.staging, parity, places).stage for parity in (0, 1)]
+    reduces = [
+        reduction.over(part.sources(parity), part.own, first) if part.numel else _reduce_nothing
+        for parity in (0, 1)
+    ]
 
     def run(x: torch.Tensor, out: torch.Tensor, timeout: float | None) -> None:
         epoch = begin(call, timeout)
@@ -80,56 +77,60 @@ def _prepare(
         word = epoch << 32 | signature
         publish(0, word)
         await_peers(0, word)
-        reduction(epoch & 1, x, out)
+        reduces[epoch & 1](x, out)
         finish(epoch)
 
     return run
 
 
-class _Reduction:
-    """Reduces every rank's part for this one, of one piece.
+def _reduce_nothing(x: torch.Tensor, out: torch.Tensor) -> None:
+    """For a rank that gets nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Every rank's part for this one, of one piece.
 
     A short part of this rank's own is staged like the others: cheaper than a view of x at every call.
     """
 
-    def __init__(
-        self, algorithm: str, staging: Staging, parts: Parts, op: str, dtype: torch.dtype, first: int
-    ) -> None:
-        rank, size = parts.rank, dtype.itemsize
-        self.numel = parts.receives[rank][1] // size
+    algorithm: str
+    staging: Staging
+    parts: Parts
+    """In bytes."""
+    dtype: torch.dtype
+
+    @property
+    def world_size(self) -> int:
+        return self.parts.world_size
+
+    @property
+    def numel(self) -> int:
         """Elements of the result."""
-        self.stages_own = 0 < self.numel * size <= SHORT_BYTES
-        """Whether this rank's own part has to be staged."""
-        self._rank = rank
-        self._sources = [_sources(algorithm, staging, parts, p, dtype, self.numel) for p in (0, 1)]
-        self._reduce = make_reduction(op, dtype, parts.world_size, self.numel)
-        start = parts.sends[rank][0] // size
-        self._own = slice(start, start + self.numel)
-        self._result = slice(first, first + self.numel)
-        # A reduction may write over its first source, or the second of two.
-        self._may_overwrite = rank == 0 or parts.world_size == 2
+        return self.parts.receives[self.parts.rank][1] // self.dtype.itemsize
 
-    def __call__(self, parity: int, x: torch.Tensor, out: torch.Tensor) -> None:
-        sources = self._sources[parity]
-        if not self.stages_own:
-            if not self.numel:
-                return
-            mine = x.view(-1)[self._own]
-            sources = sources.copy()
-            keeps = self._may_overwrite or x.data_ptr() != out.data_ptr()
-            sources[self._rank] = mine if keeps else mine.clone()
-        flat = out if out.dim() == 1 else out.view(-1)
-        self._reduce(sources, flat if flat.numel() == self.numel else flat[self._result])
+    @property
+    def own(self) -> Own | None:
+        """This rank's own part, where it is read from x."""
+        rank = self.parts.rank
+        first, nbytes = self.parts.sends[rank]
+        return None if nbytes <= SHORT_BYTES else (rank, first // self.dtype.itemsize)
 
+    def places(self) -> list[Place]:
+        """What this rank stages."""
+        places = staged_places(self.algorithm, self.staging, self.parts)
+        if self.own is None:
+            rank = self.parts.rank
+            offset = part_offset(self.algorithm, self.staging.layout, False, rank, rank)
+            places.append(Place(rank, offset, *self.parts.sends[rank]))
+        return places
 
-def _sources(
-    algorithm: str, staging: Staging, parts: Parts, parity: int, dtype: torch.dtype, numel: int
-) -> list[torch.Tensor]:
-    """Each rank's part for this one; this rank's own only where it is staged."""
-    rank, layout = parts.rank, staging.layout
-    sources = []
-    for source in range(parts.world_size):
-        holder = source if algorithm == "pull" else rank
-        offset = layout.half(parity) + part_offset(algorithm, layout, False, source, rank)
-        sources.append(staging.buffer.peer(holder, (numel,), dtype, offset))
-    return sources
+    def sources(self, parity: int) -> list[torch.Tensor]:
+        """Each rank's part for this one; this rank's own is there only where it is staged."""
+        rank, layout = self.parts.rank, self.staging.layout
+        sources = []
+        for source in range(self.world_size):
+            holder = source if self.algorithm == "pull" else rank
+            offset = layout.half(parity) + part_offset(self.algorithm, layout, False, source, rank)
+            sources.append(self.staging.buffer.peer(holder, (self.numel,), self.dtype, offset))
+        return sources

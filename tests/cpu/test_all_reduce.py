@@ -14,6 +14,7 @@ from tests.kernels.test_tiles import GIB, allocated, sparse_bytes, sparse_stagin
 from tests.test_algorithms import CPU, TRITON, description, mistake, reduce_by, supported
 from tests.test_reference import difference, every_ranks_input
 
+LONG_DTYPES = [torch.float32, torch.bfloat16, torch.int64]
 SHAPES = [(0,), (1,), (2,), (7,), (127,), (1000,), (3, 0, 5), (2, 3, 11), (65536 + 1,), ()]
 
 
@@ -68,6 +69,29 @@ def _guard(member):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_nothing_is_written_around_the_output(on_ranks, world_size):
     on_ranks(world_size, _guard)
+
+
+def _long_views(member):
+    """Long messages between views that begin in the middle of memory, in place too."""
+    arena, world, found = member.arena(), member.world_size, []
+    for seed, (name, numel, dtype) in enumerate(itertools.product(CPU, [40_000, 40_001], LONG_DTYPES)):
+        inputs = every_ranks_input(seed, world, (numel,), dtype)
+        expected = reference.all_reduce(inputs)[0]
+        band = torch.full((2, numel + 100), 77).to(dtype)
+        x, out = band[0, 33 : 33 + numel], band[1, 51 : 51 + numel]
+        for result in (out, x):
+            x.copy_(inputs[member.rank])
+            reduce_by(name, x, arena, "sum", result)
+            found.append(difference(result.clone(), expected))
+            rest = [band[0, :33], band[0, 33 + numel :], band[1, :51], band[1, 51 + numel :]]
+            if not torch.cat(rest).eq(77).all() or (result is out and difference(x, inputs[member.rank])):
+                found.append(f"{name} {numel} {dtype}: written elsewhere")
+    assert not any(found), "\n".join(filter(None, found))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_long_messages_lie_anywhere_in_memory(on_ranks, world_size):
+    on_ranks(world_size, _long_views)
 
 
 def _larger_than_the_staging(member):
@@ -161,7 +185,9 @@ def test_every_algorithm_of_both_engines_gives_the_same_bits(on_ranks):
 def _bits_of_every_rank(member):
     arena, seen = member.arena(), []
     for seed, (name, dtype) in enumerate(itertools.product(CPU, [torch.float32, torch.float16])):
-        x = every_ranks_input(seed, member.world_size, (501,), dtype, special=True)[member.rank]
+        # Longer than what goes by torch alone.
+        numel = 501 if seed % 2 else 40_000
+        x = every_ranks_input(seed, member.world_size, (numel,), dtype, special=True)[member.rank]
         seen.append(bytes(reduce_by(name, x, arena, "avg").view(torch.uint8).numpy()))
     return seen
 

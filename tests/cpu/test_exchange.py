@@ -118,7 +118,7 @@ def _nothing_is_copied_onto_itself(member):
     """A part that is in its place already is not touched: the root of a broadcast in place."""
     arena, copied = member.arena(), []
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(exchange, "memcpy", lambda *args: copied.append(args))
+        monkeypatch.setattr(exchange, "make_move", lambda *_: lambda *args: copied.append(args))
         for name in CPU:
             x = torch.arange(6)
             exchange_by(name, x, x, arena, gather_parts([6 if r == 0 else 0 for r in range(2)], member.rank))

@@ -4,59 +4,189 @@ import pytest
 import torch
 
 from tcomm import reference
-from tcomm.algorithms import REDUCE_OPS
+from tcomm.algorithms import REDUCE_OPS, combine_of
 from tcomm.cpu import reduction
-from tcomm.cpu.reduction import make_reduction
-from tests.test_reference import DTYPES, difference, every_ranks_input
+from tcomm.cpu.copies import SHORT_BYTES
+from tcomm.cpu.reduction import Reduction
+from tests.test_reference import DTYPES, INT_BITS, difference, every_ranks_input
 
 CHUNK = reduction._CHUNK_BYTES
+SUMMED = [torch.float32, torch.float64, torch.int32, torch.int64]
+VECTORS = 65536 + 64
+"""Elements that are whole vectors, and long even for two ranks."""
 
 
 def _reducible(dtype):
     return [op for op in REDUCE_OPS if op != "avg" or dtype.is_floating_point]
 
 
+def _reduce(op, sources, out):
+    """Into `out`, straight from the sources."""
+    Reduction(op, out.dtype, len(sources), out.numel()).over(sources)(torch.empty(0), out)
+    return out
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_operation_has_the_bits_of_the_reference(world_size, dtype):
-    for op, shape in itertools.product(_reducible(dtype), [(), (0,), (1,), (3, 5), (1001,)]):
+    for op, shape in itertools.product(_reducible(dtype), [(), (0,), (1,), (3, 5), (1001,), (64, 192)]):
         sources = every_ranks_input(3, world_size, shape, dtype, special=True)
-        out = torch.empty(shape, dtype=dtype)
-        make_reduction(op, dtype, world_size, out.numel())(sources, out)
+        out = _reduce(op, sources, torch.empty(shape, dtype=dtype))
         assert difference(out, reference.all_reduce(sources, op)[0], op) == "", (op, shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
 def test_long_tensors_go_in_chunks_without_a_seam(dtype):
     step = CHUNK // max(dtype.itemsize, 4)
-    for numel in (step - 1, step, step + 1, 2 * step + 7):
+    for numel in (step - 1, step, step + 1, 2 * step, 2 * step + 7, 2 * step + 64):
         sources = every_ranks_input(numel, 3, (numel,), dtype)
-        out = torch.empty(numel, dtype=dtype)
-        make_reduction("sum", dtype, 3, numel)(sources, out)
+        out = _reduce("sum", sources, torch.empty(numel, dtype=dtype))
         assert difference(out, reference.all_reduce(sources)[0]) == "", numel
 
 
-@pytest.mark.parametrize(("world_size", "place"), [(2, 0), (2, 1), (3, 0), (5, 0)])
-def test_the_result_may_replace_a_source_that_it_is_allowed_to(world_size, place):
-    for dtype, op in itertools.product((torch.float32, torch.float16), REDUCE_OPS):
-        sources = every_ranks_input(9, world_size, (777,), dtype)
+@pytest.mark.parametrize(
+    ("op", "dtype", "world_size", "nbytes", "in_arrays"),
+    [
+        *[("sum", dtype, 3, SHORT_BYTES + 64, True) for dtype in SUMMED],
+        ("avg", torch.float64, 2, SHORT_BYTES + 64, True),
+        ("sum", torch.float32, 3, SHORT_BYTES, False),
+        ("sum", torch.float32, 3, SHORT_BYTES + 32, False),
+        ("sum", torch.float16, 3, 1 << 20, False),
+        ("avg", torch.bfloat16, 2, 1 << 20, False),
+        ("sum", torch.bfloat16, 2, 1 << 20, False),
+        ("max", torch.int64, 3, 1 << 20, False),
+        ("min", torch.float32, 2, 1 << 20, False),
+        ("sum", torch.float32, 1, 1 << 20, False),
+        ("sum", torch.float32, 2, 256 * 1024, False),
+        ("sum", torch.float32, 2, 256 * 1024 + 64, True),
+    ],
+)
+def test_numpy_takes_long_sums_of_whole_vectors(monkeypatch, op, dtype, world_size, nbytes, in_arrays):
+    monkeypatch.setattr(reduction, "_adds_like_torch", lambda _: True)
+    assert Reduction(op, dtype, world_size, nbytes // dtype.itemsize)._in_arrays is in_arrays
+
+
+def test_numpy_takes_nothing_where_it_takes_the_other_of_two_nan(monkeypatch):
+    add = reduction.np.add
+    reduction._adds_like_torch.cache_clear()
+    assert reduction._adds_like_torch(torch.int32)
+    found = reduction._adds_like_torch(torch.float64)
+    reduction._adds_like_torch.cache_clear()
+    monkeypatch.setattr(reduction.np, "add", lambda first, second, out: add(second, first, out))
+    assert reduction._adds_like_torch(torch.float64) is not found
+    reduction._adds_like_torch.cache_clear()
+    monkeypatch.setattr(reduction, "_adds_like_torch", lambda _: False)
+    assert not Reduction("sum", torch.float32, 3, 1 << 20)._in_arrays
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "num_threads", "has_cores", "in_arrays"),
+    [
+        (1 << 20, 1, False, True),
+        ((1 << 20) + 64, 1, False, False),
+        ((1 << 20) + 64, 2, False, True),
+        ((1 << 20) + 64, 2, True, False),
+    ],
+)
+def test_two_ranks_leave_a_longer_sum_to_torch_unless_its_threads_lack_cores(
+    monkeypatch, nbytes, num_threads, has_cores, in_arrays
+):
+    monkeypatch.setattr(reduction, "_adds_like_torch", lambda _: True)
+    monkeypatch.setattr(reduction, "has_threads_for", lambda *_: has_cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    assert Reduction("sum", torch.float32, 2, nbytes // 4)._in_arrays is in_arrays
+    assert Reduction("sum", torch.float32, 3, nbytes // 4)._in_arrays
+
+
+def _any_bits(seed, world_size, numel, dtype):
+    """Of every rank: many NaN with bits of their own, infinities and zeros of both signs."""
+    generator, ints = torch.Generator().manual_seed(seed), INT_BITS[dtype.itemsize]
+    info = torch.iinfo(ints)
+    bits = torch.randint(info.min, info.max, (world_size, numel), generator=generator, dtype=ints)
+    exponent = torch.full((), float("inf"), dtype=dtype).view(ints)
+    kinds = torch.randint(0, 4, bits.shape, generator=generator)
+    bits = torch.where(kinds == 0, bits | exponent, bits)
+    bits = torch.where(kinds == 1, bits & (info.min | exponent), bits)
+    return list(torch.where(bits.eq(exponent & bits) & (kinds == 2), bits & info.min, bits).view(dtype))
+
+
+def _by_torch(op, sources):
+    """One after another, as torch alone would."""
+    combine, acc = combine_of(op), sources[0]
+    for source in sources[1:]:
+        acc = combine(acc, source)
+    return acc * (1.0 / len(sources)) if op == "avg" else acc
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nan_infinities_and_zeros_have_the_bits_that_torch_gives(world_size, dtype):
+    for op, numel in itertools.product(REDUCE_OPS, (VECTORS, VECTORS + 5)):
+        sources = _any_bits(numel, world_size, numel, dtype)
+        out, bits = _reduce(op, sources, torch.empty(numel, dtype=dtype)), INT_BITS[dtype.itemsize]
+        wrong = (out.view(bits) != _by_torch(op, sources).view(bits)).nonzero().view(-1).tolist()
+        assert wrong == [], (op, numel)
+
+
+@pytest.mark.parametrize(("world_size", "numel"), [(2, 777), (3, 777), (5, 777), (2, VECTORS), (4, VECTORS)])
+def test_the_result_may_replace_any_of_the_sources(world_size, numel):
+    cases = itertools.product((torch.float32, torch.float16), REDUCE_OPS, range(world_size))
+    for dtype, op, place in cases:
+        sources = every_ranks_input(9, world_size, (numel,), dtype)
         expected = reference.all_reduce(sources, op)[0]
-        make_reduction(op, dtype, world_size, 777)(sources, sources[place])
-        assert difference(sources[place], expected, op) == "", (op, dtype)
+        out = _reduce(op, sources, sources[place])
+        assert difference(out, expected, op) == "", (op, dtype, place)
 
 
 def test_sources_are_left_as_they_are():
-    for op, world_size in itertools.product(REDUCE_OPS, (2, 3)):
-        sources = every_ranks_input(4, world_size, (50,), torch.bfloat16)
+    kinds = [(torch.bfloat16, 50), (torch.float32, VECTORS)]
+    for op, world_size, (dtype, numel) in itertools.product(REDUCE_OPS, (2, 3), kinds):
+        sources = every_ranks_input(4, world_size, (numel,), dtype)
         before = [source.clone() for source in sources]
-        make_reduction(op, torch.bfloat16, world_size, 50)(sources, torch.empty(50, dtype=torch.bfloat16))
+        _reduce(op, sources, torch.empty(numel, dtype=dtype))
         assert all(torch.equal(now, then) for now, then in zip(sources, before, strict=True))
 
 
-def test_a_reduction_keeps_nothing_from_the_call_before():
-    reduce = make_reduction("avg", torch.float16, 3, 64)
+@pytest.mark.parametrize(("dtype", "numel"), [(torch.float16, 64), (torch.float32, VECTORS)])
+def test_a_reduction_keeps_nothing_from_the_call_before(dtype, numel):
+    memory = torch.empty(3, numel, dtype=dtype)
+    reduce = Reduction("avg", dtype, 3, numel).over(list(memory))
     for seed in range(4):
-        sources = every_ranks_input(seed, 3, (64,), torch.float16)
-        out = torch.empty(64, dtype=torch.float16)
-        reduce(sources, out)
+        sources = every_ranks_input(seed, 3, (numel,), dtype)
+        memory.copy_(torch.stack(sources))
+        out = torch.empty(numel, dtype=dtype)
+        reduce(out, out)
         assert difference(out, reference.all_reduce(sources, "avg")[0], "avg") == "", seed
+
+
+@pytest.mark.parametrize("numel", [48, VECTORS])
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_a_rank_reads_its_own_and_writes_the_result_where_it_was_told(rank, numel):
+    for op, dtype in (("sum", torch.float32), ("max", torch.int64), ("avg", torch.bfloat16)):
+        sources = every_ranks_input(rank, 4, (numel,), dtype)
+        expected = reference.all_reduce(sources, op)[0]
+        x = torch.full((2, numel), 77).to(dtype)
+        x.view(-1)[7 : 7 + numel] = sources[rank]
+        sources[rank] = torch.full((numel,), 99).to(dtype)
+        reducer = Reduction(op, dtype, 4, numel)
+        band = torch.full((3, numel), 77).to(dtype)
+        reducer.over(sources, (rank, 7), 11)(x, band)
+        flat = band.view(-1)
+        assert difference(flat[11 : 11 + numel].clone(), expected, op) == "", op
+        assert torch.cat([flat[:11], flat[11 + numel :]]).eq(77).all(), op
+        reducer.over(sources, (rank, 7), sources[rank])(x, band.fill_(77))
+        assert difference(sources[rank], expected, op) == "", op
+        assert band.eq(77).all(), op
+
+
+@pytest.mark.parametrize("numel", [64, VECTORS])
+def test_tensors_that_could_have_gradients_are_read_and_written(numel):
+    reduce = Reduction("sum", torch.float32, 3, numel).over(list(torch.ones(3, numel)), (1, 0), 0)
+    with torch.no_grad():
+        x, out = torch.nn.Parameter(torch.full((numel,), 5.0)), torch.empty(numel)
+        reduce(x, out)
+        assert out.eq(7.0).all()
+    with torch.inference_mode():
+        made = torch.empty(numel)
+        reduce(torch.full((numel,), 6.0), made)
+        assert made.eq(8.0).all()
