@@ -21,6 +21,8 @@ _THREADED_BYTES = 1 << 20
 _Memcpy = Callable[[int, int, int], object]
 """Takes addresses of destination and source, and bytes."""
 
+_Copy = Callable[[torch.Tensor], object]
+
 # PYFUNCTYPE keeps the GIL, CFUNCTYPE gives it up: no other thread may have to wait for a long copy.
 _TYPES = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 memcpy = ctypes.PYFUNCTYPE(*_TYPES)(("memcpy", ctypes.PyDLL(None)))
@@ -58,6 +60,12 @@ def make_move(nbytes: int, world_size: int) -> _Memcpy:
     return _copy_in_threads if has_threads_for(nbytes, world_size) else _long_memcpy
 
 
+def _stage_one(staged: torch.Tensor, part: tuple[_Memcpy, int, int, int]) -> _Copy:
+    """As `Copies.stage` of one part, without a loop; keeps its memory alive as that does."""
+    move, address, first, nbytes = part
+    return lambda x, _staged=staged: move(address, x.data_ptr() + first, nbytes)
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where a part lies in staging, and where in the caller's tensor. Bytes."""
@@ -79,6 +87,10 @@ class Copies:
         staging: of all ranks.
         parity: of the calls that it is for.
         places: what is copied; empty parts are left out.
+
+    Attributes:
+        stage: copies from contiguous x to staging.
+        fetch: copies from staging to contiguous out.
     """
 
     def __init__(self, staging: Staging, parity: int, places: Sequence[Place]) -> None:
@@ -88,19 +100,19 @@ class Copies:
         # Views keep the memory alive that is reached by its address.
         self._views = tuple(tensors)
         world_size = staging.layout.world_size
-        self._parts = tuple(
+        parts = self._parts = tuple(
             (make_move(place.nbytes, world_size), tensor.data_ptr(), place.first, place.nbytes)
             for tensor, place in zip(tensors, places, strict=True)
         )
+        self.stage: _Copy = _stage_one(tensors[0], parts[0]) if len(parts) == 1 else self._stage_all
+        self.fetch: _Copy = self._fetch_all
 
-    def stage(self, x: torch.Tensor) -> None:
-        """Copy from contiguous x to staging."""
+    def _stage_all(self, x: torch.Tensor) -> None:
         start = x.data_ptr()
         for move, address, first, nbytes in self._parts:
             move(address, start + first, nbytes)
 
-    def fetch(self, out: torch.Tensor) -> None:
-        """Copy from staging to contiguous out."""
+    def _fetch_all(self, out: torch.Tensor) -> None:
         start = out.data_ptr()
         for move, address, first, nbytes in self._parts:
             move(start + first, address, nbytes)
