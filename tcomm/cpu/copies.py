@@ -63,7 +63,11 @@ def make_move(nbytes: int, world_size: int) -> _Memcpy:
 def _stage_one(staged: torch.Tensor, part: tuple[_Memcpy, int, int, int]) -> _Copy:
     """As `Copies.stage` of one part, without a loop; keeps its memory alive as that does."""
     move, address, first, nbytes = part
-    return lambda x, _staged=staged: move(address, x.data_ptr() + first, nbytes)
+
+    def stage(x: torch.Tensor, _staged: torch.Tensor = staged) -> object:
+        return move(address, x.data_ptr() + first, nbytes)
+
+    return stage
 
 
 @dataclasses.dataclass(frozen=True)
