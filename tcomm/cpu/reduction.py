@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import numpy as np
 import torch
 
 from tcomm.algorithms import acc_dtype, combine_of
-from tcomm.cpu.copies import SHORT_BYTES, has_threads_for
 
 __all__ = ["Own", "Reduce", "Reduction"]
 
@@ -20,30 +16,24 @@ Reduce = Callable[[torch.Tensor, torch.Tensor], object]
 Own = tuple[int, int]
 """A rank whose values are read from x at every call, and where in x they begin, in elements."""
 
-_Numbers = Any
-"""A tensor, or a numpy array over a tensor's memory."""
-
-_Chunk = Callable[[Sequence[_Numbers], _Numbers, _Numbers], object]
+_Chunk = Callable[[Sequence[torch.Tensor], torch.Tensor, torch.Tensor], object]
 """Reduces a chunk: takes each rank's, room for what is not finished yet, and where the result goes."""
 
-_Prepared = tuple[tuple[_Numbers, ...], _Numbers]
+_Prepared = tuple[tuple[torch.Tensor, ...], torch.Tensor]
 """A chunk of each rank's, and its room."""
 
-_Take = Callable[[torch.Tensor], Sequence[_Numbers]]
+_Take = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 """The chunks of a tensor that a call is given."""
 
 _CHUNK_BYTES = 128 * 1024
-_ALONE_BYTES = 256 * 1024
-_STREAMED_BYTES = 1 << 20
-_VECTOR_BYTES = 64
 
 
 class Reduction:
     """The fastest way to reduce tensors of `numel` elements with the bits that the kernels give.
 
     fp16 and bf16 are summed in fp32 and rounded once. Two ranks need no accumulator: torch itself adds two
-    16-bit values in fp32 and rounds once. Long tensors go in chunks that stay in a core's cache. Long sums
-    are numpy's: where ranks share a core, each call finds the caches cold, and torch's touches more of them.
+    16-bit values in fp32 and rounds once. Long tensors go in chunks that stay in a core's cache. All views
+    that can be known are made once: where ranks share a core, each call of torch finds the caches cold.
 
     The destination may be any of the sources.
 
@@ -56,20 +46,18 @@ class Reduction:
 
     def __init__(self, op: str, dtype: torch.dtype, world_size: int, numel: int) -> None:
         wide = acc_dtype(dtype) if op in {"sum", "avg"} else dtype
-        at_once = world_size == 1 or (world_size == 2 and op != "avg")
+        is_pair = world_size == 2 and op != "avg"
+        at_once = world_size == 1 or is_pair
         step = max(numel, 1) if at_once else _CHUNK_BYTES // wide.itemsize
-        self._pair = combine_of(op) if at_once and world_size == 2 else None
         self._numel = numel
         self._ranges = tuple(slice(at, min(at + step, numel)) for at in range(0, max(numel, 1), step))
-        self._room = None if at_once else torch.empty(min(numel, step), dtype=wide, device="cpu")
-        self._in_arrays = _is_for_arrays(op, dtype, world_size, numel)
-        self._reduce_chunk: _Chunk
+        room_numel = 0 if at_once else min(numel, step)
+        self._room = torch.empty(room_numel, dtype=wide, device="cpu")
+        self._pair = combine_of(op) if is_pair else None
         if at_once:
-            self._reduce_chunk = _make_simple(op, world_size, self._in_arrays)
-        elif wide != dtype:
-            self._reduce_chunk = _make_widening(op, world_size)
+            self._reduce_chunk = _make_simple(op, world_size)
         else:
-            self._reduce_chunk = _make_chain(op, dtype, world_size, self._in_arrays)
+            self._reduce_chunk = (_make_widening if wide != dtype else _make_chain)(op, world_size)
 
     def over(
         self,
@@ -85,19 +73,18 @@ class Reduction:
             result: where the result goes: a tensor like a source, or the first of `numel` elements of out
                 that takes it from flat sources; None: out is like a source.
         """
-        rooms = self._rooms(sources[0])
-        chunks = list(zip(zip(*map(self._pieces, sources), strict=True), rooms, strict=True))
-        if own is None and result is None and len(chunks) == 1 and not self._in_arrays:
+        chunks = list(
+            zip(zip(*map(self._pieces, sources), strict=True), self._rooms(sources[0]), strict=True)
+        )
+        if own is None and result is None and len(chunks) == 1:
             return self._over_whole(*chunks[0])
         take_results = self._make_take(result)
         if own is None:
-            run = _over_prepared(self._reduce_chunk, chunks, take_results)
-        else:
-            rank, first = own
-            run = _over_own(self._reduce_chunk, chunks, rank, self._make_take(first), take_results)
-        return _quietly(run) if self._in_arrays else run
+            return _over_prepared(self._reduce_chunk, chunks, take_results)
+        rank, first = own
+        return _over_own(self._reduce_chunk, chunks, rank, self._make_take(first), take_results)
 
-    def _over_whole(self, parts: tuple[torch.Tensor, ...], room: torch.Tensor | None) -> Reduce:
+    def _over_whole(self, parts: tuple[torch.Tensor, ...], room: torch.Tensor) -> Reduce:
         """Reduces a short message as it is: the hot path, where every line is a tenth of a microsecond."""
         reduce_chunk, pair = self._reduce_chunk, self._pair
         if pair is None:
@@ -105,24 +92,17 @@ class Reduction:
         first, second = parts
         return lambda _x, out: pair(first, second, out=out)
 
-    def _rooms(self, like: torch.Tensor) -> list[_Numbers]:
+    def _rooms(self, like: torch.Tensor) -> list[torch.Tensor]:
         """Room for every chunk: the same memory, as long as the chunk."""
-        if self._room is None:
-            return [None]
         if len(self._ranges) == 1:
-            return [self._numbers(self._room.view(like.shape))]
-        room = self._numbers(self._room)
-        return [room[: piece.stop - piece.start] for piece in self._ranges]
+            return [self._room.view(like.shape) if self._room.numel() == like.numel() else self._room]
+        return [self._room[: piece.stop - piece.start] for piece in self._ranges]
 
-    def _numbers(self, tensor: torch.Tensor) -> _Numbers:
-        return tensor.numpy() if self._in_arrays else tensor
-
-    def _pieces(self, tensor: torch.Tensor) -> Sequence[_Numbers]:
+    def _pieces(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
         """A tensor's chunks."""
-        numbers = self._numbers(tensor)
         if len(self._ranges) == 1:
-            return (numbers,)
-        flat = numbers.reshape(-1)
+            return (tensor,)
+        flat = tensor.view(-1)
         return [flat[piece] for piece in self._ranges]
 
     def _make_take(self, place: torch.Tensor | int | None) -> _Take:
@@ -132,12 +112,11 @@ class Reduction:
             return lambda _tensor: ready
         if place is None:
             return self._pieces
-        numel, in_arrays, is_one = self._numel, self._in_arrays, len(self._ranges) == 1
+        numel, is_one = self._numel, len(self._ranges) == 1
         ranges = tuple(slice(place + piece.start, place + piece.stop) for piece in self._ranges)
 
-        def take(tensor: torch.Tensor) -> Sequence[_Numbers]:
-            numbers: _Numbers = tensor.numpy() if in_arrays else tensor
-            flat = numbers if tensor.dim() == 1 else numbers.reshape(-1)
+        def take(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+            flat = tensor if tensor.dim() == 1 else tensor.view(-1)
             if is_one and tensor.numel() == numel:
                 return (flat,)
             return [flat[piece] for piece in ranges]
@@ -147,9 +126,6 @@ class Reduction:
 
 def _over_prepared(reduce_chunk: _Chunk, chunks: Sequence[_Prepared], take_results: _Take) -> Reduce:
     """Reduces what lies in staging, all of it."""
-    if len(chunks) == 1:
-        parts, room = chunks[0]
-        return lambda _x, out: reduce_chunk(parts, room, take_results(out)[0])
 
     def reduce(_x: torch.Tensor, out: torch.Tensor) -> None:
         for (parts, room), piece in zip(chunks, take_results(out), strict=True):
@@ -172,87 +148,30 @@ def _over_own(
     return reduce
 
 
-def _is_for_arrays(op: str, dtype: torch.dtype, world_size: int, numel: int) -> bool:
-    """Whether numpy gives torch's bits, and sooner.
-
-    max and min of NaN, and two NaN added behind the last whole vector, have other bits there.
-    """
-    nbytes = numel * dtype.itemsize
-    is_sum = op in {"sum", "avg"} and acc_dtype(dtype) == dtype
-    is_same = is_sum and nbytes % _VECTOR_BYTES == 0 and _adds_like_torch(dtype)
-    if world_size > 2 or op == "avg":
-        return is_same and world_size > 1 and nbytes > SHORT_BYTES
-    if world_size == 1 or not is_same or nbytes <= _ALONE_BYTES:
-        return False
-    # A single call of torch's is as good from there on, but for threads that get in each other's way.
-    return nbytes <= _STREAMED_BYTES or (
-        torch.get_num_threads() > 1 and not has_threads_for(nbytes, world_size)
-    )
-
-
-@functools.cache
-def _adds_like_torch(dtype: torch.dtype) -> bool:
-    """Whether both take the same of two NaN here: that is up to the processor, and to how numpy was built."""
-    if not dtype.is_floating_point:
-        return True
-    first, second, by_numpy = torch.zeros((3, 4 * _VECTOR_BYTES), dtype=dtype, device="cpu")
-    first.fill_(float("nan"))
-    second.copy_(-first)
-    np.add(second.numpy(), first.numpy(), by_numpy.numpy())
-    return bool((torch.signbit(first + second) == torch.signbit(by_numpy)).all())
-
-
-def _quietly(reduce: Reduce) -> Reduce:
-    """Without numpy's warnings of infinities and NaN, which are values like any other."""
-
-    def run(x: torch.Tensor, out: torch.Tensor) -> None:
-        with np.errstate(all="ignore"):
-            reduce(x, out)
-
-    return run
-
-
-def _combine_of(op: str, in_arrays: bool) -> Callable[..., object]:
-    """Combines two into `out`. Of two NaN torch takes the second, and numpy mostly the first."""
-    if in_arrays:
-        return lambda first, second, out: np.add(second, first, out)
-    return combine_of(op)
-
-
-def _make_simple(op: str, world_size: int, in_arrays: bool) -> _Chunk:
+def _make_simple(op: str, world_size: int) -> _Chunk:
     """Of one rank, or two without an average."""
     if world_size == 1:
         return lambda parts, _room, out: out.copy_(parts[0])
-    combine = _combine_of(op, in_arrays)
+    combine = combine_of(op)
     return lambda parts, _room, out: combine(*parts, out=out)
 
 
-def _make_chain(op: str, dtype: torch.dtype, world_size: int, in_arrays: bool) -> _Chunk:
+def _make_chain(op: str, world_size: int) -> _Chunk:
     """One after another; the last step writes the result."""
-    combine = _combine_of(op, in_arrays)
-    if op != "avg":
+    combine = combine_of(op)
 
-        def reduce_chunk(parts: Sequence[_Numbers], room: _Numbers, out: _Numbers) -> None:
-            acc = parts[0]
-            for part in parts[1:-1]:
-                combine(acc, part, out=room)
-                acc = room
-            combine(acc, parts[-1], out=out)
-
-        return reduce_chunk
-    multiply = np.multiply if in_arrays else torch.mul
-    scale: Any = 1.0 / world_size
-    if in_arrays:
-        scale = torch.tensor(scale, dtype=dtype, device="cpu").numpy()
-
-    def average_chunk(parts: Sequence[_Numbers], room: _Numbers, out: _Numbers) -> None:
+    def reduce_chunk(parts: Sequence[torch.Tensor], room: torch.Tensor, out: torch.Tensor) -> None:
         acc = parts[0]
-        for part in parts[1:]:
+        for part in parts[1:-1]:
             combine(acc, part, out=room)
             acc = room
-        multiply(room, scale, out=out)
+        combine(acc, parts[-1], out=out)
 
-    return average_chunk
+    def average_chunk(parts: Sequence[torch.Tensor], room: torch.Tensor, out: torch.Tensor) -> None:
+        reduce_chunk(parts, room, room)
+        torch.mul(room, 1.0 / world_size, out=out)
+
+    return average_chunk if op == "avg" else reduce_chunk
 
 
 def _make_widening(op: str, world_size: int) -> _Chunk:

@@ -6,14 +6,12 @@ import torch
 from tcomm import reference
 from tcomm.algorithms import REDUCE_OPS, combine_of
 from tcomm.cpu import reduction
-from tcomm.cpu.copies import SHORT_BYTES
 from tcomm.cpu.reduction import Reduction
 from tests.test_reference import DTYPES, INT_BITS, difference, every_ranks_input
 
 CHUNK = reduction._CHUNK_BYTES
-SUMMED = [torch.float32, torch.float64, torch.int32, torch.int64]
-VECTORS = 65536 + 64
-"""Elements that are whole vectors, and long even for two ranks."""
+LONG = 65536 + 64
+"""Elements of several chunks."""
 
 
 def _reducible(dtype):
@@ -44,60 +42,6 @@ def test_long_tensors_go_in_chunks_without_a_seam(dtype):
         assert difference(out, reference.all_reduce(sources)[0]) == "", numel
 
 
-@pytest.mark.parametrize(
-    ("op", "dtype", "world_size", "nbytes", "in_arrays"),
-    [
-        *[("sum", dtype, 3, SHORT_BYTES + 64, True) for dtype in SUMMED],
-        ("avg", torch.float64, 2, SHORT_BYTES + 64, True),
-        ("sum", torch.float32, 3, SHORT_BYTES, False),
-        ("sum", torch.float32, 3, SHORT_BYTES + 32, False),
-        ("sum", torch.float16, 3, 1 << 20, False),
-        ("avg", torch.bfloat16, 2, 1 << 20, False),
-        ("sum", torch.bfloat16, 2, 1 << 20, False),
-        ("max", torch.int64, 3, 1 << 20, False),
-        ("min", torch.float32, 2, 1 << 20, False),
-        ("sum", torch.float32, 1, 1 << 20, False),
-        ("sum", torch.float32, 2, 256 * 1024, False),
-        ("sum", torch.float32, 2, 256 * 1024 + 64, True),
-    ],
-)
-def test_numpy_takes_long_sums_of_whole_vectors(monkeypatch, op, dtype, world_size, nbytes, in_arrays):
-    monkeypatch.setattr(reduction, "_adds_like_torch", lambda _: True)
-    assert Reduction(op, dtype, world_size, nbytes // dtype.itemsize)._in_arrays is in_arrays
-
-
-def test_numpy_takes_nothing_where_it_takes_the_other_of_two_nan(monkeypatch):
-    add = reduction.np.add
-    reduction._adds_like_torch.cache_clear()
-    assert reduction._adds_like_torch(torch.int32)
-    found = reduction._adds_like_torch(torch.float64)
-    reduction._adds_like_torch.cache_clear()
-    monkeypatch.setattr(reduction.np, "add", lambda first, second, out: add(second, first, out))
-    assert reduction._adds_like_torch(torch.float64) is not found
-    reduction._adds_like_torch.cache_clear()
-    monkeypatch.setattr(reduction, "_adds_like_torch", lambda _: False)
-    assert not Reduction("sum", torch.float32, 3, 1 << 20)._in_arrays
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "num_threads", "has_cores", "in_arrays"),
-    [
-        (1 << 20, 1, False, True),
-        ((1 << 20) + 64, 1, False, False),
-        ((1 << 20) + 64, 2, False, True),
-        ((1 << 20) + 64, 2, True, False),
-    ],
-)
-def test_two_ranks_leave_a_longer_sum_to_torch_unless_its_threads_lack_cores(
-    monkeypatch, nbytes, num_threads, has_cores, in_arrays
-):
-    monkeypatch.setattr(reduction, "_adds_like_torch", lambda _: True)
-    monkeypatch.setattr(reduction, "has_threads_for", lambda *_: has_cores)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
-    assert Reduction("sum", torch.float32, 2, nbytes // 4)._in_arrays is in_arrays
-    assert Reduction("sum", torch.float32, 3, nbytes // 4)._in_arrays
-
-
 def _any_bits(seed, world_size, numel, dtype):
     """Of every rank: many NaN with bits of their own, infinities and zeros of both signs."""
     generator, ints = torch.Generator().manual_seed(seed), INT_BITS[dtype.itemsize]
@@ -121,14 +65,14 @@ def _by_torch(op, sources):
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_nan_infinities_and_zeros_have_the_bits_that_torch_gives(world_size, dtype):
-    for op, numel in itertools.product(REDUCE_OPS, (VECTORS, VECTORS + 5)):
+    for op, numel in itertools.product(REDUCE_OPS, (LONG, LONG + 5)):
         sources = _any_bits(numel, world_size, numel, dtype)
         out, bits = _reduce(op, sources, torch.empty(numel, dtype=dtype)), INT_BITS[dtype.itemsize]
         wrong = (out.view(bits) != _by_torch(op, sources).view(bits)).nonzero().view(-1).tolist()
         assert wrong == [], (op, numel)
 
 
-@pytest.mark.parametrize(("world_size", "numel"), [(2, 777), (3, 777), (5, 777), (2, VECTORS), (4, VECTORS)])
+@pytest.mark.parametrize(("world_size", "numel"), [(2, 777), (3, 777), (5, 777), (2, LONG), (4, LONG)])
 def test_the_result_may_replace_any_of_the_sources(world_size, numel):
     cases = itertools.product((torch.float32, torch.float16), REDUCE_OPS, range(world_size))
     for dtype, op, place in cases:
@@ -139,7 +83,7 @@ def test_the_result_may_replace_any_of_the_sources(world_size, numel):
 
 
 def test_sources_are_left_as_they_are():
-    kinds = [(torch.bfloat16, 50), (torch.float32, VECTORS)]
+    kinds = [(torch.bfloat16, 50), (torch.float32, LONG)]
     for op, world_size, (dtype, numel) in itertools.product(REDUCE_OPS, (2, 3), kinds):
         sources = every_ranks_input(4, world_size, (numel,), dtype)
         before = [source.clone() for source in sources]
@@ -147,7 +91,7 @@ def test_sources_are_left_as_they_are():
         assert all(torch.equal(now, then) for now, then in zip(sources, before, strict=True))
 
 
-@pytest.mark.parametrize(("dtype", "numel"), [(torch.float16, 64), (torch.float32, VECTORS)])
+@pytest.mark.parametrize(("dtype", "numel"), [(torch.float16, 64), (torch.float32, LONG)])
 def test_a_reduction_keeps_nothing_from_the_call_before(dtype, numel):
     memory = torch.empty(3, numel, dtype=dtype)
     reduce = Reduction("avg", dtype, 3, numel).over(list(memory))
@@ -159,7 +103,7 @@ def test_a_reduction_keeps_nothing_from_the_call_before(dtype, numel):
         assert difference(out, reference.all_reduce(sources, "avg")[0], "avg") == "", seed
 
 
-@pytest.mark.parametrize("numel", [48, VECTORS])
+@pytest.mark.parametrize("numel", [48, LONG])
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_a_rank_reads_its_own_and_writes_the_result_where_it_was_told(rank, numel):
     for op, dtype in (("sum", torch.float32), ("max", torch.int64), ("avg", torch.bfloat16)):
@@ -179,7 +123,7 @@ def test_a_rank_reads_its_own_and_writes_the_result_where_it_was_told(rank, nume
         assert band.eq(77).all(), op
 
 
-@pytest.mark.parametrize("numel", [64, VECTORS])
+@pytest.mark.parametrize("numel", [64, LONG])
 def test_tensors_that_could_have_gradients_are_read_and_written(numel):
     reduce = Reduction("sum", torch.float32, 3, numel).over(list(torch.ones(3, numel)), (1, 0), 0)
     with torch.no_grad():
