@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from tcomm.config import Config
 from tcomm.errors import CapabilityError, ConfigError, RendezvousError
+from tcomm.groups.queue.futex import can_be_ordered
 from tcomm.memory.liveness import Identity, PeerProcess, hold_lock, my_identity
 from tcomm.memory.shm import Segment, remove_orphans, why_unordered
 
@@ -59,6 +60,7 @@ class Word(enum.IntEnum):
     CLOSED = 9
     READY = 10
     RANK = 11
+    FENCED = 12
     ASLEEP = 16
     READERS_BEGIN = 24
 
@@ -156,6 +158,13 @@ class ShmRingBuffer:
             self._describe()
         else:
             self._refuse_another()
+        if not can_be_ordered():
+            self.words[Word.FENCED] = 1
+
+    @property
+    def is_fenced(self) -> bool:
+        """Whether somebody cannot be ordered by who goes to sleep; final once all have opened the ring."""
+        return bool(self.words[Word.FENCED])
 
     def handle(self) -> RingHandle:
         """What a reader needs to open it: the arguments, with the name."""

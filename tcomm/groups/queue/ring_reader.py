@@ -15,7 +15,7 @@ from tcomm.errors import (
     PeerLostError,
     PeerTimeoutError,
 )
-from tcomm.groups.queue.futex import sleep_while, wake_sleepers
+from tcomm.groups.queue.futex import order_others, sleep_while, wake_sleepers
 from tcomm.groups.queue.patience import SPINS_BETWEEN_YIELDS, Patience, spin_until, spins_among
 from tcomm.groups.queue.ring import (
     PIECE_BYTES,
@@ -64,7 +64,7 @@ class RingReader:
         self._cursor_address = ring.address(self._line)
         self._cursor = 0
         self._places = ring.places
-        self._fence = threading.Lock()
+        self._fence: threading.Lock | None = threading.Lock()
         spins = spins_among(ring.n_reader + 1)
         self._short = min(PIECE_BYTES, ring.max_chunk_bytes)
         self._spins = range(min(spins, SPINS_BETWEEN_YIELDS))
@@ -129,6 +129,8 @@ class RingReader:
         """Wait for the writer to have all its readers. Raises as `wait` does."""
         words = self._words
         self._sleep_until(lambda: bool(words[_READY]), _READY, patience, "did not get all its readers")
+        if not self.ring.is_fenced:
+            self._fence = None
 
     def _sleep_until(
         self, is_there: Callable[[], bool], index: int, patience: Patience, complaint: str
@@ -143,6 +145,7 @@ class RingReader:
             if is_there():
                 return
             words[asleep] = 1
+            order_others()
             sleep_while(address, seen, seconds)
             words[asleep] = 0
 
@@ -240,9 +243,10 @@ class RingReader:
         words, line, fence = self._words, self._line, self._fence
         self._cursor = words[line] = self._cursor + 1
         words[line + _PROGRESS] = time.monotonic_ns()
-        # A full barrier, as in `RingWriter.publish`.
-        fence.acquire(False)
-        fence.release()
+        if fence is not None:
+            # A full barrier, as the writer's.
+            fence.acquire(False)
+            fence.release()
         if words[_ASLEEP]:
             wake_sleepers(self._cursor_address)
 

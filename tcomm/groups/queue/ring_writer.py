@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tcomm.errors import GroupClosedError, PeerLostError, PeerTimeoutError
 from tcomm.groups.queue.chunks import cut
-from tcomm.groups.queue.futex import sleep_while, wake_sleepers
+from tcomm.groups.queue.futex import order_others, sleep_while, wake_sleepers
 from tcomm.groups.queue.patience import LOOK_SECONDS, SPINS_BETWEEN_YIELDS, Patience, spin_until, spins_among
 from tcomm.groups.queue.ring import (
     PIECE_BYTES,
@@ -53,7 +53,7 @@ class RingWriter:
         self._asleep = [line + _READER_ASLEEP for line in self._lines]
         self._head_address = ring.address(_HEAD)
         self._places = ring.places
-        self._fence = threading.Lock()
+        self._fence: threading.Lock | None = threading.Lock()
         self._living = list(range(ring.n_reader))
         self._watches: dict[int, PeerProcess | None] = {}
         self._drop_dead = drop_dead
@@ -169,6 +169,7 @@ class RingWriter:
     def _sleep(self, line: int, seconds: float) -> None:
         cursor = self._words[line]
         self._words[_ASLEEP] = 1
+        order_others()
         if not self.has_room():
             sleep_while(self.ring.address(line), cursor, seconds)
         self._words[_ASLEEP] = 0
@@ -195,6 +196,8 @@ class RingWriter:
 
     def publish_ready(self) -> None:
         """Let the readers' `wait_until_ready` return."""
+        if not self.ring.is_fenced:
+            self._fence = None
         self._words[_READY] = 1
         wake_sleepers(self.ring.address(_READY))
 
@@ -214,9 +217,10 @@ class RingWriter:
         """Number the slot, for readers who look; then the head and a call, for readers who sleep."""
         words, fence = self._words, self._fence
         self.head = words[number] = words[_HEAD] = self.head + 1
-        # A full barrier, also where a signal came between these two the last time.
-        fence.acquire(False)
-        fence.release()
+        if fence is not None:
+            # A full barrier, also where a signal came between these two the last time.
+            fence.acquire(False)
+            fence.release()
         for asleep in self._asleep:
             if words[asleep]:
                 wake_sleepers(self._head_address)

@@ -2,7 +2,8 @@ import ctypes
 import threading
 import time
 
-from tcomm.groups.queue.futex import sleep_while, wake_sleepers
+from tcomm.groups.queue import futex
+from tcomm.groups.queue.futex import can_be_ordered, order_others, sleep_while, wake_sleepers
 
 
 def test_who_sleeps_is_woken_or_wakes_in_time():
@@ -30,3 +31,19 @@ def test_who_sleeps_is_woken_or_wakes_in_time():
             wake_sleepers(address)
             sleeper.join(0.01)
     assert all(0.05 < each < 10.0 for each in seconds[2:])
+
+
+def test_other_processes_are_ordered_where_the_kernel_can(monkeypatch):
+    results, done = [], futex._syscall
+
+    def syscall(*args):
+        results.append(done(*args))
+        return results[-1]
+
+    monkeypatch.setattr(futex, "_syscall", syscall)
+    assert can_be_ordered()
+    order_others()
+    assert results == [0, 0]
+    monkeypatch.setattr(futex, "_syscall", lambda *_: -1)
+    assert not can_be_ordered()
+    order_others()

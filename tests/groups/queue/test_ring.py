@@ -1,8 +1,10 @@
+import functools
+
 import pytest
 
-from tcomm.errors import ConfigError, DuplicateRankError
+from tcomm.errors import ConfigError, DuplicateRankError, PeerTimeoutError, QueueFullError
 from tcomm.groups.queue.message_queue import MessageQueue
-from tcomm.groups.queue.ring import ReaderWord, ShmRingBuffer, SlotWord, State
+from tcomm.groups.queue.ring import ReaderWord, ShmRingBuffer, SlotWord, State, Word
 from tests.groups.queue.peers import pair
 
 
@@ -22,6 +24,37 @@ def test_slots_and_their_words_are_the_memory_of_all_who_open_the_ring():
         with pytest.raises(ConfigError, match="slot 3 of 3 slots"), get(3):
             pass
     other.close(), ring.close()
+
+
+@pytest.mark.parametrize("cannot", [None, 0, 1, 2])
+def test_nobody_passes_a_barrier_with_a_message_unless_somebody_cannot_be_ordered(monkeypatch, cannot):
+    answers = [number != cannot for number in range(3)]
+    monkeypatch.setattr("tcomm.groups.queue.ring.can_be_ordered", lambda: answers.pop(0))
+    with pair(2) as (writer, *readers):
+        sides = [writer._sender.sides[0], *(reader._receiver.source for reader in readers)]
+        assert [side.ring.is_fenced for side in sides] == [cannot is not None] * 3
+        assert [side._fence is None for side in sides] == [cannot is None] * 3
+        writer.enqueue("value")
+        assert [reader.dequeue(5) for reader in readers] == ["value", "value"]
+
+
+def test_who_goes_to_sleep_says_so_and_orders_the_others_before(monkeypatch):
+    with pair(chunks=1) as (writer, reader):
+        steps, words = [], reader._receiver.source.ring.words
+        line = writer._sender.sides[0].ring.reader_line(0)
+        for module, asleep in (("ring_writer", Word.ASLEEP), ("ring_reader", line + ReaderWord.ASLEEP)):
+            for step in ("order_others", "sleep_while"):
+                note = functools.partial(lambda name, at, *_: steps.append((name, words[at])), step, asleep)
+                monkeypatch.setattr(f"tcomm.groups.queue.{module}.{step}", note)
+        with pytest.raises(PeerTimeoutError):
+            reader.dequeue(0.01)
+        assert steps[:2] == [("order_others", 1), ("sleep_while", 1)]
+        writer.enqueue(1)
+        steps.clear()
+        with pytest.raises(QueueFullError):
+            writer.enqueue(2, 0.01)
+        assert steps[:2] == [("order_others", 1), ("sleep_while", 1)]
+        assert words[Word.ASLEEP] == words[line + ReaderWord.ASLEEP] == 0
 
 
 def test_of_two_that_open_one_place_at_once_one_gets_it():
