@@ -74,11 +74,14 @@ class Sender:
             local.publish(nbytes, nbytes, 0)
 
     def slot(self, timeout: float | str | None) -> memoryview:
-        """Memory for a whole chunk, once there is room, lent until `take_back`. Raises as `send`."""
+        """Memory for a whole chunk, once there is room; then to be lent. Raises as `send`."""
         self._check(timeout)
         self._make_room(Patience(timeout, self._seconds))
-        self._is_lent = True
         return self._local.slot() if self._local is not None else memoryview(bytearray(self._chunk_bytes))
+
+    def lend(self) -> None:
+        """The caller uses what `slot` returned, until `take_back`."""
+        self._is_lent = True
 
     def publish_slot(self, slot: memoryview) -> None:
         """Give out what `slot` returned."""
