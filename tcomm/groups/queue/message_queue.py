@@ -289,7 +289,7 @@ class MessageQueue:
             receiver.lend(in_slot)
             yield value
         finally:
-            receiver.take_back()
+            _take_back(receiver)
 
     @contextlib.contextmanager
     def acquire_write(self, timeout: float | str | None = None) -> Iterator[memoryview]:
@@ -304,12 +304,12 @@ class MessageQueue:
         with self._telling("acquire_write"):
             slot = sender.slot(timeout)
         try:
-            sender.lend()
+            sender.is_lent = True
             yield slot
             with self._telling("acquire_write"):
                 sender.publish_slot(slot)
         finally:
-            sender.take_back()
+            sender.is_lent = False
 
     @contextlib.contextmanager
     def acquire_read(
@@ -330,7 +330,7 @@ class MessageQueue:
             receiver.lend(True)
             yield chunk
         finally:
-            receiver.take_back()
+            _take_back(receiver)
 
     def broadcast_object(self, obj: object = None) -> object:
         """The writer's object on everybody. **Collective.** An `enqueue` there, a `dequeue` here."""
@@ -378,6 +378,14 @@ class MessageQueue:
 
     def _sign(self, error: CommError, op: str) -> None:
         error.group, error.op, error.rank = error.group or "queue", error.op or op, self._rank
+
+
+def _take_back(receiver: Receiver) -> None:
+    try:
+        receiver.take_back()
+    finally:
+        # Where a signal ended the first call, or else the slot would stay lent.
+        receiver.take_back()
 
 
 def _close_all(sides: list[_Side], process: int) -> None:

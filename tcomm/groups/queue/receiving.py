@@ -33,7 +33,7 @@ class Receiver:
         self._ring = source if isinstance(source, RingReader) else None
         self._seconds = seconds
         self._assembler = Assembler()
-        self._is_lent = False
+        self._lent = -1
         self._patience = Patience(None, None)
         self._kept: tuple[object] | None = None
 
@@ -42,7 +42,7 @@ class Receiver:
     ) -> object:
         """The next object; raises as `next_message`, and DecodeError also when the message is none."""
         ring, in_slot, message = self._ring, True, None
-        if timeout is not None or self._is_lent:
+        if timeout is not None or self._lent >= 0:
             self._check(timeout)
         if (kept := self._kept) is not None:
             self._kept = None
@@ -178,19 +178,19 @@ class Receiver:
 
     def lend(self, in_slot: bool) -> None:
         """The caller uses the slot of the message until `take_back`, if the message lies in one."""
-        self._is_lent = in_slot
+        self._lent = self.source.taken if in_slot else -1
 
     def take_back(self) -> None:
-        """Release the slot that was lent, if one was."""
-        if self._is_lent:
-            self._is_lent = False
+        """Release the slot that was lent, if one was. May be called again where a signal ended it."""
+        if self._lent == self.source.taken:
             self.source.release()
+        self._lent = -1
 
     def _check(self, timeout: float | str | None) -> None:
         """Refuse what makes no sense also where nothing has to be waited for."""
         if timeout is not None:
             resolve_timeout(timeout)
-        if self._is_lent:
+        if self._lent == self.source.taken:
             raise UsageError(
                 "a message of this queue is borrowed; end the block of borrow or acquire_read before the next"
             )

@@ -145,3 +145,26 @@ def test_a_call_that_is_interrupted_when_it_has_its_slot_keeps_no_slot(monkeypat
             with pytest.raises(InterruptedByTestError), reader.acquire_read(5):
                 pass
         assert reader.dequeue(5) == "first"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("take", ["borrow", "acquire_read"])
+def test_a_block_that_is_interrupted_at_its_end_gives_its_slot_back_once(monkeypatch, take, when):
+    with pair() as (writer, reader):
+        source, interrupts = reader._receiver.source, [True]
+        release = source.release
+
+        def release_and_be_interrupted_once():
+            if when == "after":
+                release()
+            if interrupts and interrupts.pop():
+                raise InterruptedByTestError
+            if when == "before":
+                release()
+
+        for value in ("first", "second"):
+            writer.enqueue(value)
+        monkeypatch.setattr(source, "release", release_and_be_interrupted_once)
+        with pytest.raises(InterruptedByTestError):
+            _take(reader, take)
+        assert reader.dequeue(5) == "second"
