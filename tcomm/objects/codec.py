@@ -180,4 +180,8 @@ def _decode_structure(
         arrived(min(end, len(data)))
     sizes, tree = decode_plain(data[HEAD.size : end])
     unpacker = Unpacker(data, end, sizes, borrow=borrow, max_depth=max_depth, device=device, arrived=arrived)
-    return unpacker.finish(tree)
+    value = unpacker.finish(tree)
+    if arrived is not None:
+        # Also what belongs to no buffer: until the last byte is there, the message may be given up.
+        arrived(len(data))
+    return value

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import torch
 
-from tcomm.errors import DecodeError
+from tcomm.errors import CommError, DecodeError
 from tcomm.objects.arrays import TORCH_DTYPES, make_array, make_number, make_tensor
 from tcomm.objects.layout import SCALARS, Tag, align, is_plain
 from tcomm.objects.payload import Arrived, Payload
@@ -165,7 +165,12 @@ class Unpacker:
         entry = registered_named(name, fingerprint)
         if len(nodes) != len(entry.fields):
             raise DecodeError(f"a {name} came with {len(nodes)} fields and has {len(entry.fields)}")
-        return entry.make(*self._all(nodes))
+        values = self._all(nodes)
+        try:
+            return entry.make(*values)
+        except CommError as error:
+            # Not to be taken for one of the wait for the message.
+            raise DecodeError(f"a {name} cannot be made: {type(error).__name__}: {error}") from error
 
 
 _UNPACKERS: dict[int, Callable[..., Any]] = {

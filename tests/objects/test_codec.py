@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tcomm.errors import ConfigError, DecodeError, PeerLostError
+from tcomm.errors import ConfigError, DecodeError, PeerLostError, PeerTimeoutError
 from tcomm.objects import registry
 from tcomm.objects.codec import MAX_DEPTH, MAX_NBYTES, ErrorText, decode, encode, encode_flat, register
 from tests.objects import values
@@ -52,6 +52,11 @@ def test_a_message_is_read_while_it_comes_and_nothing_of_it_before(piece):
     coming = Coming(encode(large).join()[:-1], piece)
     with pytest.raises(DecodeError, match="says that it has"):
         decode(coming.data, arrived=coming.arrived)
+
+    # The padding before a buffer without bytes, too: before the last byte the message may be given up.
+    coming = Coming(encode([large + b"1", np.empty(0)]).join(), piece)
+    assert len(decode(coming.data, arrived=coming.arrived)) == 2
+    assert max(coming.asked) == len(coming.data)
 
     def lose(nbytes):
         raise PeerLostError(f"the writer died before byte {nbytes}")
@@ -369,6 +374,16 @@ def test_the_limit_of_a_classs_own_making_is_a_decode_error():
         decode(_structure(msgspec.msgpack.decode(message[8:])[1][:-1]))
     with pytest.raises(DecodeError, match="KeyError"):
         decode(encode(Colour.RED).join().replace(b"RED", b"RUN"))
+
+
+def test_an_error_of_a_classs_own_making_is_never_taken_for_one_of_the_wait(monkeypatch):
+    def refuse(_):
+        raise PeerTimeoutError("not now")
+
+    message = encode(Positive(number=5)).join()
+    monkeypatch.setattr(Positive, "__post_init__", refuse)
+    with pytest.raises(DecodeError, match="PeerTimeoutError: not now"):
+        decode(message)
 
 
 def test_a_receiver_that_lacks_the_class_or_has_another_says_so(monkeypatch):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 from tcomm.config import EngineConfig
-from tcomm.errors import CommError, ConfigError, DecodeError, GroupClosedError
+from tcomm.errors import CommError, ConfigError, GroupClosedError
 from tcomm.groups.queue.handle import Handle
 from tcomm.groups.queue.patience import Patience, default_seconds
 from tcomm.groups.queue.receiving import Receiver
@@ -19,7 +19,7 @@ from tcomm.groups.queue.ring import ShmRingBuffer, Word
 from tcomm.groups.queue.ring_reader import RingReader
 from tcomm.groups.queue.ring_writer import RingWriter
 from tcomm.groups.queue.sending import Sender
-from tcomm.objects.codec import decode, encode, encode_flat
+from tcomm.objects.codec import encode, encode_flat
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -284,17 +284,12 @@ class MessageQueue:
         """
         receiver = self._receiving("dequeue")
         with self._telling("borrow"):
-            message, in_slot = receiver.next_whole(timeout, cancel, indefinite)
-            receiver.lend(in_slot)
-            try:
-                value = decode(message, borrow=True)
-            except DecodeError:
-                receiver.take_back()
-                raise
+            value, in_slot = receiver.next_borrowed(timeout, cancel, indefinite)
         try:
+            receiver.lend(in_slot)
             yield value
         finally:
-            receiver.take_back()
+            _take_back(receiver)
 
     @contextlib.contextmanager
     def acquire_write(self, timeout: float | str | None = None) -> Iterator[memoryview]:
@@ -309,11 +304,12 @@ class MessageQueue:
         with self._telling("acquire_write"):
             slot = sender.slot(timeout)
         try:
+            sender.is_lent = True
             yield slot
             with self._telling("acquire_write"):
                 sender.publish_slot(slot)
         finally:
-            sender.take_back()
+            sender.is_lent = False
 
     @contextlib.contextmanager
     def acquire_read(
@@ -331,9 +327,10 @@ class MessageQueue:
         with self._telling("acquire_read"):
             chunk = receiver.next_chunk(timeout, cancel, indefinite)
         try:
+            receiver.lend(True)
             yield chunk
         finally:
-            receiver.take_back()
+            _take_back(receiver)
 
     def broadcast_object(self, obj: object = None) -> object:
         """The writer's object on everybody. **Collective.** An `enqueue` there, a `dequeue` here."""
@@ -381,6 +378,14 @@ class MessageQueue:
 
     def _sign(self, error: CommError, op: str) -> None:
         error.group, error.op, error.rank = error.group or "queue", error.op or op, self._rank
+
+
+def _take_back(receiver: Receiver) -> None:
+    try:
+        receiver.take_back()
+    finally:
+        # Where a signal ended the first call, or else the slot would stay lent.
+        receiver.take_back()
 
 
 def _close_all(sides: list[_Side], process: int) -> None:

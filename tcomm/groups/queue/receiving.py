@@ -33,40 +33,68 @@ class Receiver:
         self._ring = source if isinstance(source, RingReader) else None
         self._seconds = seconds
         self._assembler = Assembler()
-        self._is_lent = False
+        self._lent = -1
         self._patience = Patience(None, None)
+        self._kept: tuple[object] | None = None
 
     def next_value(
         self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool
     ) -> object:
         """The next object; raises as `next_message`, and DecodeError also when the message is none."""
         ring, in_slot, message = self._ring, True, None
-        if timeout is not None or self._is_lent:
+        if timeout is not None or self._lent >= 0:
             self._check(timeout)
+        if (kept := self._kept) is not None:
+            self._kept = None
+            return kept[0]
         if ring is not None and not self._assembler.is_open:
             message = ring.take()
         while True:
             if message is None:
                 message, in_slot = self.next_message(timeout, cancel, indefinite)
-                if not in_slot:
-                    return decode(message, borrow=True)
-            arrived = self._arrived(message) if len(message) > PIECE_BYTES else None
+            arrived = self._arrived(message) if in_slot and len(message) > PIECE_BYTES else None
             try:
-                value = decode(message, arrived=arrived)
+                value = decode(message, borrow=not in_slot, arrived=arrived)
             except WithdrawnError:
                 self.source.release()
                 message = None
                 continue
             except DecodeError:
+                self._assembler.drop()
                 self.source.release()
                 raise
-            self.source.release()
+            taken = self.source.taken
+            try:
+                self.source.release()
+                if not in_slot:
+                    self._assembler.drop()
+            except BaseException:
+                # A signal ended the call, and the message is no longer in the ring: the next call has it.
+                self._kept = (value,) if self.source.taken != taken else None
+                raise
             return value
+
+    def next_borrowed(
+        self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool
+    ) -> tuple[object, bool]:
+        """As `next_value`, without a copy, and whether it lies in a slot, which is then to be lent."""
+        self._check(timeout)
+        if self._kept is not None:
+            return self.next_value(timeout, cancel, indefinite), False
+        message, in_slot = self.next_whole(timeout, cancel, indefinite)
+        if not in_slot:
+            # Its last chunk is at hand, and what is made of it a view of this process's own memory.
+            return self.next_value(timeout, cancel, indefinite), False
+        try:
+            return decode(message, borrow=True), True
+        except DecodeError:
+            self.source.release()
+            raise
 
     def next_message(
         self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool
     ) -> tuple[memoryview, bool]:
-        """A whole message, and whether it lies in a slot that the caller has to release.
+        """A whole message, and whether it lies in a slot; the caller has to release its last chunk.
 
         A long one in a slot may still be coming. Half a message of several chunks that came before
         the deadline is kept for the next call.
@@ -97,10 +125,9 @@ class Receiver:
                 source.release()
                 raise
             # Only now: where a signal ends the call before, the next one gets this chunk again.
-            source.release()
             if message is not None:
-                assembler.drop()
                 return message, False
+            source.release()
 
     def _arrived(self, message: memoryview) -> Arrived | None:
         """Waits for bytes of a message in a slot, with WithdrawnError too; None: all have come."""
@@ -135,7 +162,7 @@ class Receiver:
     def next_chunk(
         self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool
     ) -> memoryview:
-        """The bytes of the next chunk, in a slot that is lent until `take_back`. Raises as `next_message`."""
+        """The bytes of the next chunk, in a slot that is then to be lent. Raises as `next_message`."""
         self._check(timeout)
         self._patience = Patience(timeout, self._seconds, cancel, indefinite)
         while True:
@@ -147,24 +174,23 @@ class Receiver:
                 self.source.release()
                 raise
             if offset or total != len(chunk) or self._has_come(chunk):
-                self.lend(True)
                 return chunk
 
     def lend(self, in_slot: bool) -> None:
         """The caller uses the slot of the message until `take_back`, if the message lies in one."""
-        self._is_lent = in_slot
+        self._lent = self.source.taken if in_slot else -1
 
     def take_back(self) -> None:
-        """Release the slot that was lent, if one was."""
-        if self._is_lent:
-            self._is_lent = False
+        """Release the slot that was lent, if one was. May be called again where a signal ended it."""
+        if self._lent == self.source.taken:
             self.source.release()
+        self._lent = -1
 
     def _check(self, timeout: float | str | None) -> None:
         """Refuse what makes no sense also where nothing has to be waited for."""
         if timeout is not None:
             resolve_timeout(timeout)
-        if self._is_lent:
+        if self._lent == self.source.taken:
             raise UsageError(
                 "a message of this queue is borrowed; end the block of borrow or acquire_read before the next"
             )

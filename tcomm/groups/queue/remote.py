@@ -233,6 +233,9 @@ class RemoteReader:
         host: where the writer listens.
         port: likewise.
         rank: of this reader.
+
+    Attributes:
+        taken: chunks that were released.
     """
 
     def __init__(self, host: str, port: int, rank: int) -> None:
@@ -241,7 +244,7 @@ class RemoteReader:
         self._connection: FrameConnection | None = None
         self._poll = select.poll()
         self._frame: bytearray | None = None
-        self._taken = 0
+        self.taken = 0
         self._closed = False
 
     def wait_until_ready(self, patience: Patience) -> None:
@@ -307,11 +310,11 @@ class RemoteReader:
     def release(self) -> None:
         """Forget the chunk, and tell the writer."""
         self._frame = None
-        self._taken += 1
+        self.taken += 1
         # Where the writer is gone, the next look says so.
         with contextlib.suppress(PeerLostError, PeerTimeoutError):
             assert self._connection is not None
-            self._connection.send([_COUNT.pack(self._taken)], time.monotonic() + _FRAME_SECONDS)
+            self._connection.send([_COUNT.pack(self.taken)], time.monotonic() + _FRAME_SECONDS)
 
     def close(self) -> None:
         """Close the connection. May be called twice."""

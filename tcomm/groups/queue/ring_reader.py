@@ -19,6 +19,7 @@ from tcomm.groups.queue.futex import order_others, sleep_while, wake_sleepers
 from tcomm.groups.queue.patience import SPINS_BETWEEN_YIELDS, Patience, spin_until, spins_among
 from tcomm.groups.queue.ring import (
     PIECE_BYTES,
+    WITHDRAWN,
     ReaderWord,
     ShmRingBuffer,
     SlotWord,
@@ -50,6 +51,9 @@ class RingReader:
         index: of its line.
         rank: for messages.
 
+    Attributes:
+        taken: chunks that were released.
+
     Raises:
         DuplicateRankError: when another process has this line.
         PeerLostError: when the writer is gone already.
@@ -62,7 +66,7 @@ class RingReader:
         self._chunks = ring.max_chunks
         self._line = ring.reader_line(index)
         self._cursor_address = ring.address(self._line)
-        self._cursor = 0
+        self.taken = 0
         self._places = ring.places
         self._fence: threading.Lock | None = threading.Lock()
         spins = spins_among(ring.n_reader + 1)
@@ -87,7 +91,7 @@ class RingReader:
 
     def has_chunk(self) -> bool:
         """Whether the next chunk has come, or the ring is damaged, as `look` will say."""
-        words, cursor = self._words, self._cursor
+        words, cursor = self._words, self.taken
         if words[self._places[cursor % self._chunks][1]] == cursor + 1:
             return True
         # A chunk has its number before the head counts it, so a reader may be one ahead of the head.
@@ -95,7 +99,7 @@ class RingReader:
 
     def take(self) -> memoryview | None:
         """The next message, in its slot, if it is one piece and comes at once; else `look` knows."""
-        words, cursor = self._words, self._cursor
+        words, cursor = self._words, self.taken
         slot, number, length = self._places[cursor % self._chunks]
         if words[number] != cursor + 1 and not self._spin(number, cursor + 1):
             return None
@@ -169,10 +173,13 @@ class RingReader:
             DecodeError: when the slot says what cannot be.
             PeerTimeoutError, PeerLostError, GroupClosedError, CommError: when no more come.
         """
-        words, cursor = self._words, self._cursor
-        filled = self._places[cursor % self._chunks][1] + _FILLED
-        if words[filled] >= nbytes:
-            return int(words[filled])
+        words, cursor = self._words, self.taken
+        _, line, length = self._places[cursor % self._chunks]
+        filled = line + _FILLED
+        # Read once: a writer that is interrupted takes back what it said.
+        there = words[filled]
+        if nbytes <= there <= words[length]:
+            return int(there)
 
         def is_there() -> bool:
             return not 0 <= words[filled] < nbytes
@@ -186,9 +193,12 @@ class RingReader:
                     )
                 seconds = self._refuse_to_wait(is_there, patience, "stopped in the middle of a message")
                 time.sleep(max(0.0, min(seconds, _PAUSE_SECONDS)))
-        if words[filled] < 0:
+        there = words[filled]
+        if there == WITHDRAWN:
             raise WithdrawnError("the writer did not finish this message")
-        return int(words[filled])
+        if not nbytes <= there <= words[length]:
+            raise DecodeError(f"a message of {words[length]} bytes says that {there} of them are there")
+        return int(there)
 
     def _refuse_gone(self, is_there: Callable[[], bool]) -> None:
         left = bool(self._words[_CLOSED])
@@ -219,7 +229,7 @@ class RingReader:
             DecodeError: when the slot says what cannot be; it is to be released.
             CommError: when the ring does.
         """
-        words, cursor = self._words, self._cursor
+        words, cursor = self._words, self.taken
         slot, line, length = self._places[cursor % self._chunks]
         head, number = words[_HEAD], words[line]
         if not -1 <= head - cursor <= self._chunks:
@@ -241,7 +251,7 @@ class RingReader:
     def release(self) -> None:
         """Give the slot of the chunk back."""
         words, line, fence = self._words, self._line, self._fence
-        self._cursor = words[line] = self._cursor + 1
+        self.taken = words[line] = self.taken + 1
         words[line + _PROGRESS] = time.monotonic_ns()
         if fence is not None:
             # A full barrier, as the writer's.

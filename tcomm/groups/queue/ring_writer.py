@@ -110,7 +110,9 @@ class RingWriter:
                     filled += len(piece)
                 words[line + _FILLED] = filled
         except BaseException:
-            words[line + _FILLED] = WITHDRAWN
+            # What is there as a whole stays: one reader may have taken it, so the others have to.
+            if words[line + _FILLED] != nbytes:
+                words[line + _FILLED] = WITHDRAWN
             raise
 
     def _is_passed(self, head: int) -> bool:

@@ -25,6 +25,7 @@ class Sender:
 
     Attributes:
         sides: those of the two that there are.
+        is_lent: whether the caller is writing what `slot` returned.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Sender:
         self._chunk_bytes = chunk_bytes
         self._short = min(chunk_bytes, PIECE_BYTES) if remote is None and local is not None else -1
         self._seconds = seconds
-        self._is_lent = False
+        self.is_lent = False
         self.sides: list[RingWriter | RemoteReaders] = [s for s in (local, remote) if s is not None]
 
     def wait_until_ready(self, patience: Patience) -> None:
@@ -47,7 +48,7 @@ class Sender:
 
     def send_flat(self, message: bytes, timeout: float | str | None) -> None:
         """As `send`, of a message without views; the way of most messages."""
-        if timeout is not None or self._is_lent:
+        if timeout is not None or self.is_lent:
             self._check(timeout)
         local = self._local
         if local is None or len(message) > self._short or not local.put(message):
@@ -74,10 +75,9 @@ class Sender:
             local.publish(nbytes, nbytes, 0)
 
     def slot(self, timeout: float | str | None) -> memoryview:
-        """Memory for a whole chunk, once there is room, lent until `take_back`. Raises as `send`."""
+        """Memory for a whole chunk, once there is room; then to be lent. Raises as `send`."""
         self._check(timeout)
         self._make_room(Patience(timeout, self._seconds))
-        self._is_lent = True
         return self._local.slot() if self._local is not None else memoryview(bytearray(self._chunk_bytes))
 
     def publish_slot(self, slot: memoryview) -> None:
@@ -87,15 +87,11 @@ class Sender:
         if self._local is not None:
             self._local.publish(len(slot), len(slot), 0)
 
-    def take_back(self) -> None:
-        """The caller is done with what `slot` returned, given out or not."""
-        self._is_lent = False
-
     def _check(self, timeout: float | str | None) -> None:
         """Refuse what makes no sense also where nothing has to be waited for."""
         if timeout is not None:
             resolve_timeout(timeout)
-        if self._is_lent:
+        if self.is_lent:
             raise UsageError("a slot of this queue is being written; end the block of acquire_write first")
 
     def _make_room(self, patience: Patience) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tcomm.errors import ConfigError, UsageError
+from tcomm.objects import codec
 from tests.groups.queue.peers import pair
 
 BORROWED = "is borrowed; end the block of borrow or acquire_read"
@@ -47,7 +48,7 @@ def test_a_timeout_that_makes_no_sense_is_refused_also_where_nothing_is_waited_f
         assert [reader.dequeue(5), reader.dequeue(5)] == ["first", "second"]
 
 
-class InterruptedByTestError(Exception):
+class InterruptedByTestError(BaseException):
     pass
 
 
@@ -57,7 +58,7 @@ def test_a_call_that_is_interrupted_before_any_release_loses_nothing(monkeypatch
         release = source.release
 
         def release_at_the_second_time():
-            if len(interrupted) <= 2 * source._cursor:
+            if len(interrupted) <= 2 * source.taken:
                 interrupted.extend([True, True])
                 raise InterruptedByTestError
             release()
@@ -69,6 +70,101 @@ def test_a_call_that_is_interrupted_before_any_release_loses_nothing(monkeypatch
         while len(got) < 4:
             with contextlib.suppress(InterruptedByTestError):
                 got.append(reader.dequeue(5))
-    assert len(interrupted) == 2 * source._cursor > 20
+    assert len(interrupted) == 2 * source.taken > 20
     assert got[0] == 1
     assert [value.tolist() for value in got[1:]] == [list(range(count)) for count in (300, 3, 310)]
+
+
+@pytest.mark.parametrize("chunk_bytes", [256, 1 << 20])
+def test_a_call_that_is_interrupted_after_a_release_loses_nothing(monkeypatch, chunk_bytes):
+    with pair(chunk_bytes=chunk_bytes, chunks=1024) as (writer, reader):
+        source, interrupted = reader._receiver.source, []
+        release = source.release
+
+        def release_and_be_interrupted():
+            release()
+            interrupted.append(True)
+            raise InterruptedByTestError
+
+        monkeypatch.setattr(source, "release", release_and_be_interrupted)
+        values = [np.arange(count) for count in (3, 300, 310, 9999, 3)]
+        for value in values:
+            writer.enqueue(value)
+        got = []
+        while len(got) < len(values):
+            with contextlib.suppress(InterruptedByTestError):
+                got.append(reader.dequeue(5))
+            if len(got) == 2:
+                with contextlib.suppress(InterruptedByTestError), reader.borrow(5) as value:
+                    got.append(value.copy())
+    assert len(interrupted) == source.taken >= 5
+    assert [value.tolist() for value in got] == [value.tolist() for value in values]
+
+
+@pytest.mark.parametrize("chunk_bytes", [256, 1 << 20])
+def test_a_borrow_that_is_interrupted_while_it_decodes_keeps_nothing_and_loses_nothing(
+    monkeypatch, chunk_bytes
+):
+    def interrupt(*_):
+        raise InterruptedByTestError
+
+    with pair(chunk_bytes=chunk_bytes, chunks=16) as (writer, reader):
+        writer.enqueue(np.arange(99))
+        for take in ("borrow", "dequeue"):
+            with monkeypatch.context() as patched:
+                patched.setattr(codec, "_decode_structure", interrupt)
+                with pytest.raises(InterruptedByTestError):
+                    _take(reader, take)
+        assert reader.dequeue(5).tolist() == list(range(99))
+
+
+def _take(reader, take):
+    if take == "dequeue":
+        return reader.dequeue(5)
+    with getattr(reader, take)(5) as value:
+        return value
+
+
+def test_a_call_that_is_interrupted_when_it_has_its_slot_keeps_no_slot(monkeypatch):
+    def interrupted_after(call):
+        def called(*args):
+            call(*args)
+            raise InterruptedByTestError
+
+        return called
+
+    with pair() as (writer, reader):
+        sender, receiver = writer._sender, reader._receiver
+        with monkeypatch.context() as patched:
+            patched.setattr(sender, "slot", interrupted_after(sender.slot))
+            with pytest.raises(InterruptedByTestError), writer.acquire_write(5):
+                pass
+        writer.enqueue("first")
+        with monkeypatch.context() as patched:
+            patched.setattr(receiver, "next_chunk", interrupted_after(receiver.next_chunk))
+            with pytest.raises(InterruptedByTestError), reader.acquire_read(5):
+                pass
+        assert reader.dequeue(5) == "first"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("take", ["borrow", "acquire_read"])
+def test_a_block_that_is_interrupted_at_its_end_gives_its_slot_back_once(monkeypatch, take, when):
+    with pair() as (writer, reader):
+        source, interrupts = reader._receiver.source, [True]
+        release = source.release
+
+        def release_and_be_interrupted_once():
+            if when == "after":
+                release()
+            if interrupts and interrupts.pop():
+                raise InterruptedByTestError
+            if when == "before":
+                release()
+
+        for value in ("first", "second"):
+            writer.enqueue(value)
+        monkeypatch.setattr(source, "release", release_and_be_interrupted_once)
+        with pytest.raises(InterruptedByTestError):
+            _take(reader, take)
+        assert reader.dequeue(5) == "second"

@@ -1,7 +1,7 @@
 import pytest
 
 from tcomm.errors import DecodeError
-from tcomm.groups.queue.ring import PIECE_BYTES, SlotWord, Word
+from tcomm.groups.queue.ring import PIECE_BYTES, WITHDRAWN, SlotWord, Word
 from tests.groups.queue.peers import pair
 
 
@@ -36,4 +36,47 @@ def test_a_long_message_that_will_get_no_more_bytes_is_one_clear_error():
         ring.words[ring.slots_begin + SlotWord.FILLED] = PIECE_BYTES
         with pytest.raises(DecodeError, match=rf"has {PIECE_BYTES} bytes of \d+, and will get no more"):
             reader.dequeue(5)
+        assert reader.dequeue(5) == "after"
+
+
+@pytest.mark.parametrize("filled", [WITHDRAWN - 1, -(2**63), 3 * PIECE_BYTES, 2**63 - 1])
+def test_a_long_message_that_says_that_impossible_bytes_are_there_is_one_clear_error(filled):
+    with pair(chunk_bytes=1 << 20) as (writer, reader):
+        ring = reader._receiver.source.ring
+        writer.enqueue(bytes(2 * PIECE_BYTES))
+        writer.enqueue("after")
+        ring.words[ring.slots_begin + SlotWord.FILLED] = filled
+        with pytest.raises(DecodeError, match=f"says that {filled} of them are there"):
+            reader.dequeue(5)
+        assert reader.dequeue(5) == "after"
+
+
+class _WordsThatChange:
+    """Words of which one is something else after it was looked at `looks` times."""
+
+    def __init__(self, words, index, looks, later):
+        self._words, self._index, self._looks, self._later = words, index, looks, later
+
+    def __getitem__(self, index):
+        value = self._words[index]
+        if index == self._index:
+            self._looks -= 1
+            if not self._looks:
+                self._words[index] = self._later
+        return value
+
+    def __setitem__(self, index, value):
+        self._words[index] = value
+
+
+@pytest.mark.parametrize("looks", range(1, 9))
+def test_a_message_may_be_taken_back_between_any_two_looks_at_it(looks):
+    with pair(chunk_bytes=1 << 20) as (writer, reader):
+        source = reader._receiver.source
+        filled = source.ring.slots_begin + SlotWord.FILLED
+        writer.enqueue(bytes(3 * PIECE_BYTES))
+        writer.enqueue("after")
+        source.ring.words[filled] = 2 * PIECE_BYTES
+        source._words = _WordsThatChange(source.ring.words, filled, looks, WITHDRAWN)
+        source.ring.words[Word.HEAD] = 1
         assert reader.dequeue(5) == "after"

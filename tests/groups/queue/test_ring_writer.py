@@ -91,6 +91,24 @@ def test_a_message_that_its_writer_did_not_finish_is_passed_over(monkeypatch, ta
 
 
 @pytest.mark.parametrize("take", ["dequeue", "borrow", "acquire_read"])
+def test_a_message_that_one_reader_may_have_taken_is_not_taken_back(monkeypatch, take):
+    value, got = bytes(range(256)) * (LONG // 256), []
+
+    def cut_and_interrupt(parts, nbytes):
+        yield from cut(parts, nbytes)
+        got.append(_read_long(take, first)[-len(value) :])
+        raise InterruptedByTestError
+
+    with pair(2, chunk_bytes=len(encode(value).join())) as (writer, first, second):
+        with monkeypatch.context() as patched:
+            patched.setattr(ring_writer, "cut", cut_and_interrupt)
+            with pytest.raises(InterruptedByTestError):
+                writer.enqueue(value)
+        got.append(_read_long(take, second, 1)[-len(value) :])
+        assert got == [value, value]
+
+
+@pytest.mark.parametrize("take", ["dequeue", "borrow", "acquire_read"])
 def test_a_writer_that_stops_in_a_message_is_named_and_the_message_comes_whole_later(monkeypatch, take):
     go_on = threading.Event()
     value = bytes(range(256)) * (LONG // 256)
