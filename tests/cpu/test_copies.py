@@ -1,6 +1,9 @@
+import gc
 import sys
 import threading
+import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -103,3 +106,27 @@ def test_parts_go_to_their_places_and_back_and_empty_ones_are_left_out(length):
     assert torch.equal(out[3 : length + 12], x[3 : length + 12])
     assert out[:3].eq(88).all()
     assert out[length + 12 :].eq(88).all()
+
+
+def _copies_and_memory(num_places):
+    """Copies, and whether the memory of their staging is still there."""
+    layout = StagingLayout(1 << 18, 1)
+    memory = np.zeros(1 << 18, dtype=np.uint8)
+    staging = Staging(SymmetricBuffer(0, [torch.from_numpy(memory)]), layout)
+    return Copies(staging, 0, [Place(0, 64 * n, 8 * n, 8) for n in range(num_places)]), weakref.ref(memory)
+
+
+@pytest.mark.parametrize("num_places", [1, 2])
+@pytest.mark.parametrize("direction", ["stage", "fetch"])
+def test_memory_lives_as_long_as_what_copies_to_it_and_no_longer(direction, num_places):
+    gc.disable()
+    try:
+        copies, memory = _copies_and_memory(num_places)
+        copy = getattr(copies, direction)
+        del copies
+        assert memory() is not None
+        copy(torch.zeros(64, dtype=torch.uint8))
+        del copy
+        assert memory() is None
+    finally:
+        gc.enable()
