@@ -1,6 +1,7 @@
 import gc
 import sys
 import threading
+import time
 import weakref
 
 import numpy as np
@@ -68,6 +69,8 @@ def _runs_beside(move, nbytes):
     interval = sys.getswitchinterval()
     thread = threading.Thread(target=lambda: (gate.acquire(), came.append(True)))
     thread.start()
+    # Until it waits at the gate, and not for the GIL, which it would ask for.
+    time.sleep(0.05)
     try:
         # Nobody is told to give the GIL up: only who wants to does.
         sys.setswitchinterval(1000.0)
@@ -84,7 +87,8 @@ def _runs_beside(move, nbytes):
 
 def test_long_copies_let_other_threads_run_and_short_ones_do_not_wait_for_them():
     assert _runs_beside(make_move(4 * MIB, 1000), 4 * MIB)
-    assert not _runs_beside(make_move(SHORT_BYTES, 1), SHORT_BYTES)
+    # Of this length the other thread would have the time to come.
+    assert not _runs_beside(make_move(SHORT_BYTES, 1), 4 * MIB)
 
 
 @pytest.mark.parametrize("length", [7, SHORT_BYTES + 5])
