@@ -76,8 +76,9 @@ class Reduction:
         chunks = list(
             zip(zip(*map(self._pieces, sources), strict=True), self._rooms(sources[0]), strict=True)
         )
-        if own is None and result is None and len(chunks) == 1:
-            return self._over_whole(*chunks[0])
+        if own is None and len(chunks) == 1 and not isinstance(result, torch.Tensor):
+            reduce = self._over_whole(*chunks[0])
+            return reduce if result is None else _into_flat(reduce, result, self._numel)
         take_results = self._make_take(result)
         if own is None:
             return _over_prepared(self._reduce_chunk, chunks, take_results)
@@ -122,6 +123,17 @@ class Reduction:
             return [flat[piece] for piece in ranges]
 
         return take
+
+
+def _into_flat(reduce: Reduce, first: int, numel: int) -> Reduce:
+    """`reduce`, whose result goes to so many elements of out from the first on, whatever shape out has."""
+    place = slice(first, first + numel)
+
+    def reduce_into(x: torch.Tensor, out: torch.Tensor) -> None:
+        flat = out if out.dim() == 1 else out.view(-1)
+        reduce(x, flat if flat.numel() == numel else flat[place])
+
+    return reduce_into
 
 
 def _over_prepared(reduce_chunk: _Chunk, chunks: Sequence[_Prepared], take_results: _Take) -> Reduce:

@@ -123,6 +123,38 @@ def test_a_rank_reads_its_own_and_writes_the_result_where_it_was_told(rank, nume
         assert band.eq(77).all(), op
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("numel", [48, LONG])
+def test_what_is_not_said_is_staged_and_goes_to_out(numel, world_size):
+    sources = every_ranks_input(1, world_size, (numel,), torch.float32)
+    expected, x = reference.all_reduce(sources)[0], torch.full((2, numel), 77.0)
+    reducer = Reduction("sum", torch.float32, world_size, numel)
+    for shape, first in (((2, numel), 11), ((2, numel // 2), 0), ((numel,), 0)):
+        out = torch.full(shape, 77.0)
+        reducer.over(sources, None, first)(x, out)
+        flat = out.view(-1)
+        assert difference(flat[first : first + numel].clone(), expected) == "", shape
+        assert torch.cat([flat[:first], flat[first + numel :]]).eq(77).all(), shape
+    result, out = torch.empty(numel), torch.full((numel,), 77.0)
+    reducer.over(sources, None, result)(x, out)
+    assert difference(result, expected) == ""
+    assert out.eq(77).all()
+    x.view(-1)[7 : 7 + numel] = sources[1]
+    sources[1] = torch.full((numel,), 99.0)
+    reducer.over(sources, (1, 7))(x, out)
+    assert difference(out, expected) == ""
+
+
+@pytest.mark.parametrize(
+    ("op", "world_size", "at_once"),
+    [("sum", 1, True), ("sum", 2, True), ("avg", 2, False), ("max", 3, False)],
+)
+def test_two_ranks_go_at_once_and_more_by_way_of_a_cache(op, world_size, at_once):
+    reducer = Reduction(op, torch.float32, world_size, LONG)
+    assert (len(reducer._ranges) == 1) is at_once
+    assert reducer._room.nbytes == (0 if at_once else CHUNK)
+
+
 @pytest.mark.parametrize("numel", [64, LONG])
 def test_tensors_that_could_have_gradients_are_read_and_written(numel):
     reduce = Reduction("sum", torch.float32, 3, numel).over(list(torch.ones(3, numel)), (1, 0), 0)
