@@ -51,6 +51,15 @@ def test_a_copy_is_short_long_or_in_threads(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize(("world_size", "move"), [(2, copies._copy_in_threads), (4, copies._long_memcpy)])
+def test_what_is_planned_goes_by_the_cores_of_every_rank(monkeypatch, world_size, move):
+    use_cores(monkeypatch, 4, 2)
+    nbytes = 4 * MIB
+    buffers = [torch.empty(nbytes, dtype=torch.uint8)] * world_size
+    staging = Staging(SymmetricBuffer(0, buffers), StagingLayout(nbytes, world_size))
+    assert Copies(staging, 0, [Place(0, 0, 0, MIB)])._parts[0][0] is move
+
+
 @pytest.mark.parametrize("move", [memcpy, copies._long_memcpy, copies._copy_in_threads])
 def test_every_move_copies_its_bytes_and_no_others(move):
     source = torch.arange(100_000, dtype=torch.int32).view(torch.uint8)[3:]
