@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tcomm.cpu.copies import Copies, Place
-from tcomm.cpu.reduction import Reduce, Reduction
+from tcomm.cpu.reduction import Reduce, Reduction, room_of
 from tcomm.memory.arena import Arena
 from tcomm.memory.base import Staging
 from tcomm.memory.layout import cut, slice_numel
@@ -46,7 +46,7 @@ class _Piece:
 
     def reduction(self, numel: int) -> Reduction:
         """For so many elements of every rank."""
-        return Reduction(self.op, self.dtype, self.arena.world_size, numel)
+        return Reduction(self.op, self.dtype, self.arena.world_size, numel, room_of(self.staging))
 
     def staged(self, holder: int, parity: int, offset: int = 0) -> torch.Tensor:
         """A tensor like this piece, `offset` bytes into a rank's half."""

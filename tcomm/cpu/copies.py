@@ -23,6 +23,9 @@ _Memcpy = Callable[[int, int, int], object]
 
 _Copy = Callable[[torch.Tensor], object]
 
+_Part = tuple[_Memcpy, int, int, int]
+"""How it is copied, its address in staging, where it begins in the caller's tensor, and bytes."""
+
 # PYFUNCTYPE keeps the GIL, CFUNCTYPE gives it up: no other thread may have to wait for a long copy.
 _TYPES = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 memcpy = ctypes.PYFUNCTYPE(*_TYPES)(("memcpy", ctypes.PyDLL(None)))
@@ -60,16 +63,6 @@ def make_move(nbytes: int, world_size: int) -> _Memcpy:
     return _copy_in_threads if has_threads_for(nbytes, world_size) else _long_memcpy
 
 
-def _stage_one(staged: torch.Tensor, part: tuple[_Memcpy, int, int, int]) -> _Copy:
-    """As `Copies.stage` of one part, without a loop; keeps its memory alive as that does."""
-    move, address, first, nbytes = part
-
-    def stage(x: torch.Tensor, _staged: torch.Tensor = staged) -> object:
-        return move(address, x.data_ptr() + first, nbytes)
-
-    return stage
-
-
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where a part lies in staging, and where in the caller's tensor. Bytes."""
@@ -101,22 +94,41 @@ class Copies:
         half = staging.layout.half(parity)
         places = [place for place in places if place.nbytes]
         tensors = [staging.buffer.peer(p.holder, (p.nbytes,), torch.uint8, half + p.offset) for p in places]
-        # Views keep the memory alive that is reached by its address.
-        self._views = tuple(tensors)
         world_size = staging.layout.world_size
         parts = self._parts = tuple(
             (make_move(place.nbytes, world_size), tensor.data_ptr(), place.first, place.nbytes)
             for tensor, place in zip(tensors, places, strict=True)
         )
-        self.stage: _Copy = _stage_one(tensors[0], parts[0]) if len(parts) == 1 else self._stage_all
-        self.fetch: _Copy = self._fetch_all
+        # Not methods: an object that holds its own would keep the memory until the next garbage collection.
+        self.stage: _Copy = _make_stage(parts, tensors)
+        self.fetch: _Copy = _make_fetch(parts, tensors)
 
-    def _stage_all(self, x: torch.Tensor) -> None:
+
+def _make_stage(parts: Sequence[_Part], views: Sequence[torch.Tensor]) -> _Copy:
+    """`Copies.stage`; views keep the memory alive that is reached by its address."""
+
+    def stage(x: torch.Tensor, _views: object = views) -> None:
         start = x.data_ptr()
-        for move, address, first, nbytes in self._parts:
+        for move, address, first, nbytes in parts:
             move(address, start + first, nbytes)
 
-    def _fetch_all(self, out: torch.Tensor) -> None:
+    if len(parts) != 1:
+        return stage
+    ((move, address, first, nbytes),) = parts
+
+    # The hot path, without a loop.
+    def stage_one(x: torch.Tensor, _views: object = views) -> object:
+        return move(address, x.data_ptr() + first, nbytes)
+
+    return stage_one
+
+
+def _make_fetch(parts: Sequence[_Part], views: Sequence[torch.Tensor]) -> _Copy:
+    """`Copies.fetch`; views as for `_make_stage`."""
+
+    def fetch(out: torch.Tensor, _views: object = views) -> None:
         start = out.data_ptr()
-        for move, address, first, nbytes in self._parts:
+        for move, address, first, nbytes in parts:
             move(start + first, address, nbytes)
+
+    return fetch

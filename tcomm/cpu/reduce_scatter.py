@@ -11,7 +11,7 @@ import torch
 
 from tcomm.cpu.copies import SHORT_BYTES, Copies, Place
 from tcomm.cpu.exchange import ExchangePlan, in_turn, staged_places
-from tcomm.cpu.reduction import Own, Reduction
+from tcomm.cpu.reduction import Own, Reduction, room_of
 from tcomm.memory.arena import Arena
 from tcomm.memory.base import Staging
 from tcomm.memory.layout import exchange_pieces, part_offset
@@ -48,7 +48,8 @@ def make_reduce_scatter_plan(
     pieces = exchange_pieces(algorithm, staging.layout, parts.scaled(dtype.itemsize), piece_nbytes)
     for piece in pieces:
         part = _Part(algorithm, staging, piece, dtype)
-        runs.append(_prepare(arena, call, part, Reduction(op, dtype, part.world_size, part.numel), first))
+        reduction = Reduction(op, dtype, part.world_size, part.numel, room_of(staging))
+        runs.append(_prepare(arena, call, part, reduction, first))
         first += part.numel
     return in_turn(runs)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
 
 from tcomm.algorithms import acc_dtype, combine_of
+from tcomm.memory.base import Staging
 
-__all__ = ["Own", "Reduce", "Reduction"]
+__all__ = ["Own", "Reduce", "Reduction", "room_of"]
 
 Reduce = Callable[[torch.Tensor, torch.Tensor], object]
 """Takes the caller's x and out, both contiguous; which of them it looks at was said when it was prepared."""
@@ -27,6 +29,16 @@ _Take = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
 _CHUNK_BYTES = 128 * 1024
 
+_rooms: weakref.WeakKeyDictionary[Staging, torch.Tensor] = weakref.WeakKeyDictionary()
+
+
+def room_of(staging: Staging) -> torch.Tensor:
+    """[chunk] uint8 for what is not finished yet: one for all plans, as a group makes its calls in turn."""
+    room = _rooms.get(staging)
+    if room is None:
+        room = _rooms[staging] = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, device="cpu")
+    return room
+
 
 class Reduction:
     """The fastest way to reduce tensors of `numel` elements with the bits that the kernels give.
@@ -42,9 +54,10 @@ class Reduction:
         dtype: element type.
         world_size: number of tensors.
         numel: elements of each.
+        room: of `room_of`.
     """
 
-    def __init__(self, op: str, dtype: torch.dtype, world_size: int, numel: int) -> None:
+    def __init__(self, op: str, dtype: torch.dtype, world_size: int, numel: int, room: torch.Tensor) -> None:
         wide = acc_dtype(dtype) if op in {"sum", "avg"} else dtype
         is_pair = world_size == 2 and op != "avg"
         at_once = world_size == 1 or is_pair
@@ -52,7 +65,7 @@ class Reduction:
         self._numel = numel
         self._ranges = tuple(slice(at, min(at + step, numel)) for at in range(0, max(numel, 1), step))
         room_numel = 0 if at_once else min(numel, step)
-        self._room = torch.empty(room_numel, dtype=wide, device="cpu")
+        self._room = room.view(wide)[:room_numel]
         self._pair = combine_of(op) if is_pair else None
         if at_once:
             self._reduce_chunk = _make_simple(op, world_size)
@@ -76,8 +89,9 @@ class Reduction:
         chunks = list(
             zip(zip(*map(self._pieces, sources), strict=True), self._rooms(sources[0]), strict=True)
         )
-        if own is None and result is None and len(chunks) == 1:
-            return self._over_whole(*chunks[0])
+        if own is None and len(chunks) == 1 and not isinstance(result, torch.Tensor):
+            reduce = self._over_whole(*chunks[0])
+            return reduce if result is None else _into_flat(reduce, result, self._numel)
         take_results = self._make_take(result)
         if own is None:
             return _over_prepared(self._reduce_chunk, chunks, take_results)
@@ -122,6 +136,17 @@ class Reduction:
             return [flat[piece] for piece in ranges]
 
         return take
+
+
+def _into_flat(reduce: Reduce, first: int, numel: int) -> Reduce:
+    """`reduce`, whose result goes to so many elements of out from the first on, whatever shape out has."""
+    place = slice(first, first + numel)
+
+    def reduce_into(x: torch.Tensor, out: torch.Tensor) -> None:
+        flat = out if out.dim() == 1 else out.view(-1)
+        reduce(x, flat if flat.numel() == numel else flat[place])
+
+    return reduce_into
 
 
 def _over_prepared(reduce_chunk: _Chunk, chunks: Sequence[_Prepared], take_results: _Take) -> Reduce:

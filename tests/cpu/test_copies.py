@@ -1,6 +1,10 @@
+import gc
 import sys
 import threading
+import time
+import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,6 +51,15 @@ def test_a_copy_is_short_long_or_in_threads(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize(("world_size", "move"), [(2, copies._copy_in_threads), (4, copies._long_memcpy)])
+def test_what_is_planned_goes_by_the_cores_of_every_rank(monkeypatch, world_size, move):
+    use_cores(monkeypatch, 4, 2)
+    nbytes = 4 * MIB
+    buffers = [torch.empty(nbytes, dtype=torch.uint8)] * world_size
+    staging = Staging(SymmetricBuffer(0, buffers), StagingLayout(nbytes, world_size))
+    assert Copies(staging, 0, [Place(0, 0, 0, MIB)])._parts[0][0] is move
+
+
 @pytest.mark.parametrize("move", [memcpy, copies._long_memcpy, copies._copy_in_threads])
 def test_every_move_copies_its_bytes_and_no_others(move):
     source = torch.arange(100_000, dtype=torch.int32).view(torch.uint8)[3:]
@@ -65,6 +78,8 @@ def _runs_beside(move, nbytes):
     interval = sys.getswitchinterval()
     thread = threading.Thread(target=lambda: (gate.acquire(), came.append(True)))
     thread.start()
+    # Until it waits at the gate, and not for the GIL, which it would ask for.
+    time.sleep(0.05)
     try:
         # Nobody is told to give the GIL up: only who wants to does.
         sys.setswitchinterval(1000.0)
@@ -81,7 +96,8 @@ def _runs_beside(move, nbytes):
 
 def test_long_copies_let_other_threads_run_and_short_ones_do_not_wait_for_them():
     assert _runs_beside(make_move(4 * MIB, 1000), 4 * MIB)
-    assert not _runs_beside(make_move(SHORT_BYTES, 1), SHORT_BYTES)
+    # Of this length the other thread would have the time to come.
+    assert not _runs_beside(make_move(SHORT_BYTES, 1), 4 * MIB)
 
 
 @pytest.mark.parametrize("length", [7, SHORT_BYTES + 5])
@@ -103,3 +119,27 @@ def test_parts_go_to_their_places_and_back_and_empty_ones_are_left_out(length):
     assert torch.equal(out[3 : length + 12], x[3 : length + 12])
     assert out[:3].eq(88).all()
     assert out[length + 12 :].eq(88).all()
+
+
+def _copies_and_memory(num_places):
+    """Copies, and whether the memory of their staging is still there."""
+    layout = StagingLayout(1 << 18, 1)
+    memory = np.zeros(1 << 18, dtype=np.uint8)
+    staging = Staging(SymmetricBuffer(0, [torch.from_numpy(memory)]), layout)
+    return Copies(staging, 0, [Place(0, 64 * n, 8 * n, 8) for n in range(num_places)]), weakref.ref(memory)
+
+
+@pytest.mark.parametrize("num_places", [1, 2])
+@pytest.mark.parametrize("direction", ["stage", "fetch"])
+def test_memory_lives_as_long_as_what_copies_to_it_and_no_longer(direction, num_places):
+    gc.disable()
+    try:
+        copies, memory = _copies_and_memory(num_places)
+        copy = getattr(copies, direction)
+        del copies
+        assert memory() is not None
+        copy(torch.zeros(64, dtype=torch.uint8))
+        del copy
+        assert memory() is None
+    finally:
+        gc.enable()

@@ -1,4 +1,5 @@
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -6,12 +7,19 @@ import torch
 from tcomm import reference
 from tcomm.algorithms import REDUCE_OPS, combine_of
 from tcomm.cpu import reduction
-from tcomm.cpu.reduction import Reduction
+from tcomm.cpu.reduction import Reduction, room_of
+from tcomm.memory.base import Staging, SymmetricBuffer
+from tcomm.memory.layout import StagingLayout
 from tests.test_reference import DTYPES, INT_BITS, difference, every_ranks_input
 
 CHUNK = reduction._CHUNK_BYTES
 LONG = 65536 + 64
 """Elements of several chunks."""
+
+
+def _reduction(op, dtype, world_size, numel):
+    """With room of its own."""
+    return Reduction(op, dtype, world_size, numel, torch.empty(CHUNK, dtype=torch.uint8))
 
 
 def _reducible(dtype):
@@ -20,7 +28,7 @@ def _reducible(dtype):
 
 def _reduce(op, sources, out):
     """Into `out`, straight from the sources."""
-    Reduction(op, out.dtype, len(sources), out.numel()).over(sources)(torch.empty(0), out)
+    _reduction(op, out.dtype, len(sources), out.numel()).over(sources)(torch.empty(0), out)
     return out
 
 
@@ -94,7 +102,7 @@ def test_sources_are_left_as_they_are():
 @pytest.mark.parametrize(("dtype", "numel"), [(torch.float16, 64), (torch.float32, LONG)])
 def test_a_reduction_keeps_nothing_from_the_call_before(dtype, numel):
     memory = torch.empty(3, numel, dtype=dtype)
-    reduce = Reduction("avg", dtype, 3, numel).over(list(memory))
+    reduce = _reduction("avg", dtype, 3, numel).over(list(memory))
     for seed in range(4):
         sources = every_ranks_input(seed, 3, (numel,), dtype)
         memory.copy_(torch.stack(sources))
@@ -112,7 +120,7 @@ def test_a_rank_reads_its_own_and_writes_the_result_where_it_was_told(rank, nume
         x = torch.full((2, numel), 77).to(dtype)
         x.view(-1)[7 : 7 + numel] = sources[rank]
         sources[rank] = torch.full((numel,), 99).to(dtype)
-        reducer = Reduction(op, dtype, 4, numel)
+        reducer = _reduction(op, dtype, 4, numel)
         band = torch.full((3, numel), 77).to(dtype)
         reducer.over(sources, (rank, 7), 11)(x, band)
         flat = band.view(-1)
@@ -123,9 +131,41 @@ def test_a_rank_reads_its_own_and_writes_the_result_where_it_was_told(rank, nume
         assert band.eq(77).all(), op
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("numel", [48, LONG])
+def test_what_is_not_said_is_staged_and_goes_to_out(numel, world_size):
+    sources = every_ranks_input(1, world_size, (numel,), torch.float32)
+    expected, x = reference.all_reduce(sources)[0], torch.full((2, numel), 77.0)
+    reducer = _reduction("sum", torch.float32, world_size, numel)
+    for shape, first in (((2, numel), 11), ((2, numel // 2), 0), ((numel,), 0)):
+        out = torch.full(shape, 77.0)
+        reducer.over(sources, None, first)(x, out)
+        flat = out.view(-1)
+        assert difference(flat[first : first + numel].clone(), expected) == "", shape
+        assert torch.cat([flat[:first], flat[first + numel :]]).eq(77).all(), shape
+    result, out = torch.empty(numel), torch.full((numel,), 77.0)
+    reducer.over(sources, None, result)(x, out)
+    assert difference(result, expected) == ""
+    assert out.eq(77).all()
+    x.view(-1)[7 : 7 + numel] = sources[1]
+    sources[1] = torch.full((numel,), 99.0)
+    reducer.over(sources, (1, 7))(x, out)
+    assert difference(out, expected) == ""
+
+
+@pytest.mark.parametrize(
+    ("op", "world_size", "at_once"),
+    [("sum", 1, True), ("sum", 2, True), ("avg", 2, False), ("max", 3, False)],
+)
+def test_two_ranks_go_at_once_and_more_by_way_of_a_cache(op, world_size, at_once):
+    reducer = _reduction(op, torch.float32, world_size, LONG)
+    assert (len(reducer._ranges) == 1) is at_once
+    assert reducer._room.nbytes == (0 if at_once else CHUNK)
+
+
 @pytest.mark.parametrize("numel", [64, LONG])
 def test_tensors_that_could_have_gradients_are_read_and_written(numel):
-    reduce = Reduction("sum", torch.float32, 3, numel).over(list(torch.ones(3, numel)), (1, 0), 0)
+    reduce = _reduction("sum", torch.float32, 3, numel).over(list(torch.ones(3, numel)), (1, 0), 0)
     with torch.no_grad():
         x, out = torch.nn.Parameter(torch.full((numel,), 5.0)), torch.empty(numel)
         reduce(x, out)
@@ -134,3 +174,21 @@ def test_tensors_that_could_have_gradients_are_read_and_written(numel):
         made = torch.empty(numel)
         reduce(torch.full((numel,), 6.0), made)
         assert made.eq(8.0).all()
+
+
+def test_plans_of_one_staging_share_their_room_and_others_do_not():
+    def staging():
+        return Staging(
+            SymmetricBuffer(0, [torch.zeros(1 << 16, dtype=torch.uint8)]), StagingLayout(1 << 16, 1)
+        )
+
+    one, other = staging(), staging()
+    with torch.device("meta"):
+        rooms = [room_of(one), room_of(one), room_of(other)]
+    assert len({room.data_ptr() for room in rooms}) == 2
+    assert rooms[0] is rooms[1]
+    reduction = Reduction("sum", torch.bfloat16, 3, LONG, rooms[0])
+    assert reduction._room.data_ptr() == rooms[0].data_ptr()
+    gone = weakref.ref(one)
+    del one
+    assert gone() is None
