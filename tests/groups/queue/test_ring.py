@@ -2,7 +2,7 @@ import functools
 
 import pytest
 
-from tcomm.errors import ConfigError, DuplicateRankError, PeerTimeoutError, QueueFullError
+from tcomm.errors import ConfigError, DuplicateRankError
 from tcomm.groups.queue.message_queue import MessageQueue
 from tcomm.groups.queue.ring import ReaderWord, ShmRingBuffer, SlotWord, State, Word
 from tests.groups.queue.peers import pair
@@ -38,23 +38,33 @@ def test_nobody_passes_a_barrier_with_a_message_unless_somebody_cannot_be_ordere
         assert [reader.dequeue(5) for reader in readers] == ["value", "value"]
 
 
+class SleepsError(Exception):
+    pass
+
+
 def test_who_goes_to_sleep_says_so_and_orders_the_others_before(monkeypatch):
     with pair(chunks=1) as (writer, reader):
-        steps, words = [], reader._receiver.source.ring.words
-        line = writer._sender.sides[0].ring.reader_line(0)
+        ring = reader._receiver.source.ring
+        words, steps = ring.words, []
+
+        def sleep(asleep, *_):
+            assert words[asleep] == 1
+            steps.append("sleep")
+            raise SleepsError
+
+        line = ring.reader_line(0)
         for module, asleep in (("ring_writer", Word.ASLEEP), ("ring_reader", line + ReaderWord.ASLEEP)):
-            for step in ("order_others", "sleep_while"):
-                note = functools.partial(lambda name, at, *_: steps.append((name, words[at])), step, asleep)
-                monkeypatch.setattr(f"tcomm.groups.queue.{module}.{step}", note)
-        with pytest.raises(PeerTimeoutError):
-            reader.dequeue(0.01)
-        assert steps[:2] == [("order_others", 1), ("sleep_while", 1)]
+            room = f"tcomm.groups.queue.{module}"
+            monkeypatch.setattr(f"{room}.order_others", lambda at=asleep: steps.append(words[at]))
+            monkeypatch.setattr(f"{room}.sleep_while", functools.partial(sleep, asleep))
+        with pytest.raises(SleepsError):
+            reader.dequeue(20)
+        assert steps == [1, "sleep"]
         writer.enqueue(1)
         steps.clear()
-        with pytest.raises(QueueFullError):
-            writer.enqueue(2, 0.01)
-        assert steps[:2] == [("order_others", 1), ("sleep_while", 1)]
-        assert words[Word.ASLEEP] == words[line + ReaderWord.ASLEEP] == 0
+        with pytest.raises(SleepsError):
+            writer.enqueue(2, 20)
+        assert steps == [1, "sleep"]
 
 
 def test_of_two_that_open_one_place_at_once_one_gets_it():
