@@ -110,16 +110,18 @@ def test_a_message_that_one_reader_may_have_taken_is_not_taken_back(monkeypatch,
 
 @pytest.mark.parametrize("take", ["dequeue", "borrow", "acquire_read"])
 def test_a_writer_that_stops_in_a_message_is_named_and_the_message_comes_whole_later(monkeypatch, take):
-    go_on = threading.Event()
+    has_begun, go_on = threading.Event(), threading.Event()
     value = bytes(range(256)) * (LONG // 256)
 
     def stop(number):
         if number == 2:
+            has_begun.set()
             assert go_on.wait(20)
 
     with pair(chunk_bytes=1 << 20) as (writer, reader), between_pieces(monkeypatch, stop):
         thread = threading.Thread(target=writer.enqueue, args=(value,))
         thread.start()
+        assert has_begun.wait(20)
         for _ in range(2):
             with pytest.raises(PeerTimeoutError, match=r"stopped in the middle of a message within 0\.05 s"):
                 _read_long(take, reader, 0.05)
