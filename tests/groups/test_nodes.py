@@ -1,6 +1,7 @@
 """Communicators whose ranks say that they are on several hosts, over an NVSHMEM of shared memory."""
 
 import logging
+import os
 import time
 
 import pytest
@@ -237,18 +238,19 @@ def _grows(member, home, hosts):
 
     communicator._has_gpu = lambda: True
     torch.cuda.current_device = lambda: 0
+    os.environ["TCOMM_STAGING_BYTES"] = str(1 << 19)
     comm, fake = _on_hosts(member, home, hosts)
     world = len(hosts)
     with comm:
         x = torch.arange(3.0)
         first = comm.all_reduce(x, algorithm="hierarchical")
         small = comm._devices.arena.staging
-        comm.prepare(1 << 21, [torch.float32])
+        comm.prepare(1 << 19, [torch.float32])
         large = comm._devices.arena.staging
         assert large.layout.nbytes > small.layout.nbytes
         before = comm._devices.arena.channel.calls
         use_tiles(65536)
-        total = comm.all_reduce(torch.ones(1 << 20, dtype=torch.bfloat16), algorithm="hierarchical")
+        total = comm.all_reduce(torch.ones(1 << 18, dtype=torch.bfloat16), algorithm="hierarchical")
         assert comm._devices.arena.channel.calls == before + 1
         assert bool((total == world).all())
         assert torch.equal(first, world * x)

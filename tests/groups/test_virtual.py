@@ -57,7 +57,7 @@ def test_nothing_around_a_tensor_is_touched():
 
 @every_mode
 def test_memory_is_reused_by_calls_back_to_back(mode):
-    worlds.check_reuse("cpu", 3, mode, 25)
+    worlds.check_reuse("cpu", 3, mode, 12)
 
 
 @pytest.mark.parametrize("seed", range(2))
