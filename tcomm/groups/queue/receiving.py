@@ -49,15 +49,15 @@ class Receiver:
             return kept[0]
         if ring is not None and not self._assembler.is_open:
             message = ring.take()
+        if message is None:
+            message, in_slot = self.next_message(timeout, cancel, indefinite)
         while True:
-            if message is None:
-                message, in_slot = self.next_message(timeout, cancel, indefinite)
             arrived = self._arrived(message) if in_slot and len(message) > PIECE_BYTES else None
             try:
                 value = decode(message, borrow=not in_slot, arrived=arrived)
             except WithdrawnError:
                 self.source.release()
-                message = None
+                message, in_slot = self._await_message()
                 continue
             except DecodeError:
                 self._assembler.drop()
@@ -105,8 +105,12 @@ class Receiver:
             ConfigError: when the timeout makes no sense, or a slot is lent.
         """
         self._check(timeout)
-        assembler, source = self._assembler, self.source
-        self._patience = patience = Patience(timeout, self._seconds, cancel, indefinite)
+        self._patience = Patience(timeout, self._seconds, cancel, indefinite)
+        return self._await_message()
+
+    def _await_message(self) -> tuple[memoryview, bool]:
+        """As `next_message`, with what is left of the call's patience."""
+        assembler, source, patience = self._assembler, self.source, self._patience
         while True:
             if not source.has_chunk():
                 source.wait(patience)
@@ -140,10 +144,10 @@ class Receiver:
         self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool
     ) -> tuple[memoryview, bool]:
         """As `next_message`, when all of it has come."""
-        while True:
-            message, in_slot = self.next_message(timeout, cancel, indefinite)
-            if not in_slot or self._has_come(message):
-                return message, in_slot
+        message, in_slot = self.next_message(timeout, cancel, indefinite)
+        while in_slot and not self._has_come(message):
+            message, in_slot = self._await_message()
+        return message, in_slot
 
     def _has_come(self, message: memoryview) -> bool:
         """Wait for all of a message in a slot; False, and it is released, when its writer gave it up."""

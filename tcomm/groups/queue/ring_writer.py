@@ -81,6 +81,7 @@ class RingWriter:
     def put(self, message: bytes) -> bool:
         """Give out a message of one chunk and one piece; False: there is no room. Raises as `look`."""
         head = self.head
+        # What `has_room_now` looks at first, without its call.
         is_due = time.monotonic() - self._looked > LOOK_SECONDS
         if (is_due or head - self._floor >= self._chunks) and not self.has_room_now():
             return False
@@ -94,7 +95,7 @@ class RingWriter:
     def stream(self, parts: Sequence[bytes | memoryview], nbytes: int) -> None:
         """Give a message of one chunk out and write it then, so that readers copy what is there meanwhile.
 
-        There is room. When this raises, readers pass the message over.
+        There is room. When this raises before all is there, readers pass the message over.
         """
         words, (slot, line, length) = self._words, self._places[self.head % self._chunks]
         is_shared = nbytes <= len(self.ring.shared) and self._is_passed(self._shared_until)

@@ -28,25 +28,23 @@ def test_a_chunk_is_there_once_it_has_its_number_and_also_before_the_head_counts
         assert reader.dequeue(5) == "second"
 
 
-def test_a_long_message_that_will_get_no_more_bytes_is_one_clear_error():
-    with pair(chunk_bytes=1 << 20) as (writer, reader):
-        ring = reader._receiver.source.ring
-        writer.enqueue(bytes(2 * PIECE_BYTES))
-        writer.enqueue("after")
-        ring.words[ring.slots_begin + SlotWord.FILLED] = PIECE_BYTES
-        with pytest.raises(DecodeError, match=rf"has {PIECE_BYTES} bytes of \d+, and will get no more"):
-            reader.dequeue(5)
-        assert reader.dequeue(5) == "after"
+IMPOSSIBLE = (WITHDRAWN - 1, -(2**63), 3 * PIECE_BYTES, 2**63 - 1)
 
 
-@pytest.mark.parametrize("filled", [WITHDRAWN - 1, -(2**63), 3 * PIECE_BYTES, 2**63 - 1])
-def test_a_long_message_that_says_that_impossible_bytes_are_there_is_one_clear_error(filled):
+@pytest.mark.parametrize(
+    ("filled", "told"),
+    [
+        (PIECE_BYTES, rf"has {PIECE_BYTES} bytes of \d+, and will get no more"),
+        *[(filled, f"says that {filled} of them are there") for filled in IMPOSSIBLE],
+    ],
+)
+def test_a_long_message_with_an_impossible_count_of_its_bytes_is_one_clear_error(filled, told):
     with pair(chunk_bytes=1 << 20) as (writer, reader):
         ring = reader._receiver.source.ring
         writer.enqueue(bytes(2 * PIECE_BYTES))
         writer.enqueue("after")
         ring.words[ring.slots_begin + SlotWord.FILLED] = filled
-        with pytest.raises(DecodeError, match=f"says that {filled} of them are there"):
+        with pytest.raises(DecodeError, match=told):
             reader.dequeue(5)
         assert reader.dequeue(5) == "after"
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from tcomm.errors import PeerTimeoutError
-from tcomm.groups.queue import ring_writer
+from tcomm.groups.queue import receiving, ring_writer
 from tcomm.groups.queue.chunks import cut
+from tcomm.groups.queue.patience import Patience
 from tcomm.groups.queue.ring import PIECE_BYTES
 from tcomm.objects.codec import encode
 from tests.groups.queue.peers import pair
@@ -106,6 +107,28 @@ def test_a_message_that_one_reader_may_have_taken_is_not_taken_back(monkeypatch,
                 writer.enqueue(value)
         got.append(_read_long(take, second, 1)[-len(value) :])
         assert got == [value, value]
+
+
+@pytest.mark.parametrize("take", ["dequeue", "borrow", "acquire_read"])
+def test_messages_that_are_passed_over_take_of_one_patience(monkeypatch, take):
+    def interrupt(number):
+        if number == 2:
+            raise InterruptedByTestError
+
+    made = []
+
+    def make_patience(*args):
+        made.append(Patience(*args))
+        return made[-1]
+
+    with pair(chunk_bytes=1 << 20, chunks=4) as (writer, reader):
+        for _ in range(3):
+            with between_pieces(monkeypatch, interrupt), pytest.raises(InterruptedByTestError):
+                writer.enqueue(bytes(LONG))
+        writer.enqueue(value := bytes([7]) * LONG)
+        monkeypatch.setattr(receiving, "Patience", make_patience)
+        assert _read_long(take, reader)[-LONG:] == value
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("take", ["dequeue", "borrow", "acquire_read"])
