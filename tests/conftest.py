@@ -1,3 +1,4 @@
+import gc
 import os
 import pathlib
 import signal
@@ -45,6 +46,16 @@ def pytest_ignore_collect(collection_path, config):
         GPU_TESTS in (collection_path, *collection_path.parents) or collection_path in GPU_TESTS.parents
     )
     return None if is_needed else True
+
+
+def pytest_collection_finish():
+    """Modules and tests stay to the end: no garbage collection need look at them again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """What every spawned rank needs, imported and prepared once in the server that they are forked from."""
 
+import gc
 import importlib
 import os
 import pkgutil
@@ -40,3 +41,7 @@ use_quick_interpreter()
 _modules(tcomm.groups)
 _modules(tcomm.cpu)
 _rewrite_kernels([tl.standard, *_modules(tcomm.kernels)])
+
+# Ranks share this memory with the server until they write to it, which each garbage collection did.
+gc.collect()
+gc.freeze()

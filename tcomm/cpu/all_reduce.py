@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd.graph import increment_version
 
 from tcomm.cpu.copies import Copies, Place
 from tcomm.cpu.reduction import Reduce, Reduction, room_of
@@ -177,6 +178,7 @@ def _two_shot(piece: _Piece) -> AllReducePlan:
         publish(1, word)
         await_peers(1, word)
         fetches[parity](out)
+        increment_version(out)
         finish(epoch)
 
     return run

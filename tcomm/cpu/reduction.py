@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
+import numpy as np
 import torch
+from torch.autograd.graph import increment_version
 
 from tcomm.algorithms import acc_dtype, combine_of
 from tcomm.memory.base import Staging
@@ -18,13 +22,16 @@ Reduce = Callable[[torch.Tensor, torch.Tensor], object]
 Own = tuple[int, int]
 """A rank whose values are read from x at every call, and where in x they begin, in elements."""
 
-_Chunk = Callable[[Sequence[torch.Tensor], torch.Tensor, torch.Tensor], object]
+_Numbers = Any
+"""A tensor, or a flat array of numpy's over its memory."""
+
+_Chunk = Callable[[Sequence[_Numbers], _Numbers, _Numbers], object]
 """Reduces a chunk: takes each rank's, room for what is not finished yet, and where the result goes."""
 
-_Prepared = tuple[tuple[torch.Tensor, ...], torch.Tensor]
+_Prepared = tuple[tuple[_Numbers, ...], _Numbers]
 """A chunk of each rank's, and its room."""
 
-_Take = Callable[[torch.Tensor], Sequence[torch.Tensor]]
+_Take = Callable[[torch.Tensor], Sequence[_Numbers]]
 """The chunks of a tensor that a call is given."""
 
 _CHUNK_BYTES = 128 * 1024
@@ -45,9 +52,12 @@ class Reduction:
 
     fp16 and bf16 are summed in fp32 and rounded once. Two ranks need no accumulator: torch itself adds two
     16-bit values in fp32 and rounds once. Long tensors go in chunks that stay in a core's cache. All views
-    that can be known are made once: where ranks share a core, each call of torch finds the caches cold.
+    that can be known are made once: where ranks share a core, each call of torch finds the caches cold. More
+    ranks' values that are not rounded are summed in numpy, whose views cost less, and which adds what comes
+    from another core's cache the faster of the two.
 
-    The destination may be any of the sources.
+    The destination may be any of the sources. Of several NaN, which one a sum keeps is up to torch and numpy,
+    and does not depend on where the memory is: it is the same on every rank.
 
     Args:
         op: `sum`, `avg`, `max` or `min`.
@@ -62,15 +72,18 @@ class Reduction:
         is_pair = world_size == 2 and op != "avg"
         at_once = world_size == 1 or is_pair
         step = max(numel, 1) if at_once else _CHUNK_BYTES // wide.itemsize
-        self._numel = numel
+        self._numel, self._dtype = numel, dtype
+        # Not two ranks' sums: torch makes them in one call, and from main memory sooner.
+        self._in_arrays = not at_once and op in {"sum", "avg"} and wide == dtype
         self._ranges = tuple(slice(at, min(at + step, numel)) for at in range(0, max(numel, 1), step))
-        room_numel = 0 if at_once else min(numel, step)
-        self._room = room.view(wide)[:room_numel]
+        self._room = room.view(wide)[: 0 if at_once else min(numel, step)]
         self._pair = combine_of(op) if is_pair else None
         if at_once:
             self._reduce_chunk = _make_simple(op, world_size)
+        elif wide != dtype:
+            self._reduce_chunk = _make_widening(op, world_size)
         else:
-            self._reduce_chunk = (_make_widening if wide != dtype else _make_chain)(op, world_size)
+            self._reduce_chunk = _make_chain(op, dtype, world_size, self._in_arrays)
 
     def over(
         self,
@@ -86,17 +99,19 @@ class Reduction:
             result: where the result goes: a tensor like a source, or the first of `numel` elements of out
                 that takes it from flat sources; None: out is like a source.
         """
-        chunks = list(
-            zip(zip(*map(self._pieces, sources), strict=True), self._rooms(sources[0]), strict=True)
-        )
-        if own is None and len(chunks) == 1 and not isinstance(result, torch.Tensor):
+        rooms = self._rooms(sources[0])
+        chunks = list(zip(zip(*map(self._pieces, sources), strict=True), rooms, strict=True))
+        is_whole = own is None and len(chunks) == 1 and not self._in_arrays
+        if is_whole and not isinstance(result, torch.Tensor):
             reduce = self._over_whole(*chunks[0])
             return reduce if result is None else _into_flat(reduce, result, self._numel)
         take_results = self._make_take(result)
         if own is None:
-            return _over_prepared(self._reduce_chunk, chunks, take_results)
-        rank, first = own
-        return _over_own(self._reduce_chunk, chunks, rank, self._make_take(first), take_results)
+            reduce = _over_prepared(self._reduce_chunk, chunks, take_results)
+        else:
+            rank, first = own
+            reduce = _over_own(self._reduce_chunk, chunks, rank, self._make_take(first), take_results)
+        return _like_torch(reduce) if self._in_arrays and self._dtype.is_floating_point else reduce
 
     def _over_whole(self, parts: tuple[torch.Tensor, ...], room: torch.Tensor) -> Reduce:
         """Reduces a short message as it is: the hot path, where every line is a tenth of a microsecond."""
@@ -106,17 +121,19 @@ class Reduction:
         first, second = parts
         return lambda _x, out: pair(first, second, out=out)
 
-    def _rooms(self, like: torch.Tensor) -> list[torch.Tensor]:
+    def _rooms(self, like: torch.Tensor) -> list[_Numbers]:
         """Room for every chunk: the same memory, as long as the chunk."""
-        if len(self._ranges) == 1:
-            return [self._room.view(like.shape) if self._room.numel() == like.numel() else self._room]
-        return [self._room[: piece.stop - piece.start] for piece in self._ranges]
+        if len(self._ranges) > 1:
+            rooms = [self._room[: piece.stop - piece.start] for piece in self._ranges]
+        else:
+            rooms = [self._room.view(like.shape) if self._room.numel() == like.numel() else self._room]
+        return list(map(_as_array, rooms)) if self._in_arrays else rooms
 
-    def _pieces(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    def _pieces(self, tensor: torch.Tensor) -> Sequence[_Numbers]:
         """A tensor's chunks."""
         if len(self._ranges) == 1:
-            return (tensor,)
-        flat = tensor.view(-1)
+            return (_as_array(tensor) if self._in_arrays else tensor,)
+        flat = _as_array(tensor) if self._in_arrays else tensor.view(-1)
         return [flat[piece] for piece in self._ranges]
 
     def _make_take(self, place: torch.Tensor | int | None) -> _Take:
@@ -124,18 +141,58 @@ class Reduction:
         if isinstance(place, torch.Tensor):
             ready = self._pieces(place)
             return lambda _tensor: ready
-        if place is None:
-            return self._pieces
-        numel, is_one = self._numel, len(self._ranges) == 1
-        ranges = tuple(slice(place + piece.start, place + piece.stop) for piece in self._ranges)
+        if self._in_arrays:
+            return _make_arrays(self._ranges, place or 0, self._numel, self._dtype)
+        if place is None and len(self._ranges) == 1:
+            return lambda tensor: (tensor,)
+        return _make_slices(self._ranges, place or 0, self._numel)
 
-        def take(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-            flat = tensor if tensor.dim() == 1 else tensor.view(-1)
-            if is_one and tensor.numel() == numel:
-                return (flat,)
-            return [flat[piece] for piece in ranges]
 
-        return take
+def _as_array(tensor: torch.Tensor) -> _Numbers:
+    return tensor.view(-1).numpy()
+
+
+def _like_torch(reduce: Reduce) -> Reduce:
+    """Without warnings of infinities and NaN, which are values like any other, and autograd is told."""
+
+    def run(x: torch.Tensor, out: torch.Tensor) -> None:
+        with np.errstate(all="ignore"):
+            reduce(x, out)
+        increment_version(out)
+
+    return run
+
+
+def _make_slices(ranges: Sequence[slice], first: int, numel: int) -> _Take:
+    """A tensor's ranges, counted from its element `first` on."""
+    places = [slice(first + piece.start, first + piece.stop) for piece in ranges]
+
+    def take(tensor: torch.Tensor) -> Sequence[_Numbers]:
+        flat = tensor if tensor.dim() == 1 else tensor.view(-1)
+        if len(places) == 1 and tensor.numel() == numel:
+            return (flat,)
+        return [flat[place] for place in places]
+
+    return take
+
+
+def _make_arrays(ranges: Sequence[slice], first: int, numel: int, dtype: torch.dtype) -> _Take:
+    """As `_make_slices`, as arrays: made from the address, which takes a fraction of what torch's views take.
+
+    They keep nothing alive, and live no longer than the call.
+    """
+    kind = torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
+    offset, memory = first * dtype.itemsize, cast("Any", ctypes.c_char * (numel * dtype.itemsize))
+    if not numel:
+        return lambda _tensor: (np.empty(0, kind),)
+    if len(ranges) == 1:
+        return lambda tensor: (np.frombuffer(memory.from_address(tensor.data_ptr() + offset), kind),)
+
+    def take(tensor: torch.Tensor) -> Sequence[_Numbers]:
+        flat = np.frombuffer(memory.from_address(tensor.data_ptr() + offset), kind)
+        return [flat[piece] for piece in ranges]
+
+    return take
 
 
 def _into_flat(reduce: Reduce, first: int, numel: int) -> Reduce:
@@ -151,6 +208,9 @@ def _into_flat(reduce: Reduce, first: int, numel: int) -> Reduce:
 
 def _over_prepared(reduce_chunk: _Chunk, chunks: Sequence[_Prepared], take_results: _Take) -> Reduce:
     """Reduces what lies in staging, all of it."""
+    if len(chunks) == 1:
+        parts, room = chunks[0]
+        return lambda _x, out: reduce_chunk(parts, room, take_results(out)[0])
 
     def reduce(_x: torch.Tensor, out: torch.Tensor) -> None:
         for (parts, room), piece in zip(chunks, take_results(out), strict=True):
@@ -181,22 +241,26 @@ def _make_simple(op: str, world_size: int) -> _Chunk:
     return lambda parts, _room, out: combine(*parts, out=out)
 
 
-def _make_chain(op: str, world_size: int) -> _Chunk:
+def _make_chain(op: str, dtype: torch.dtype, world_size: int, in_arrays: bool) -> _Chunk:
     """One after another; the last step writes the result."""
-    combine = combine_of(op)
+    combine: Callable[..., object] = np.add if in_arrays else combine_of(op)
 
-    def reduce_chunk(parts: Sequence[torch.Tensor], room: torch.Tensor, out: torch.Tensor) -> None:
+    def reduce_chunk(parts: Sequence[_Numbers], room: _Numbers, out: _Numbers) -> None:
         acc = parts[0]
         for part in parts[1:-1]:
             combine(acc, part, out=room)
             acc = room
         combine(acc, parts[-1], out=out)
 
-    def average_chunk(parts: Sequence[torch.Tensor], room: torch.Tensor, out: torch.Tensor) -> None:
-        reduce_chunk(parts, room, room)
-        torch.mul(room, 1.0 / world_size, out=out)
+    if op != "avg":
+        return reduce_chunk
+    scale = torch.tensor(1.0 / world_size, dtype=dtype, device="cpu").numpy()
 
-    return average_chunk if op == "avg" else reduce_chunk
+    def average_chunk(parts: Sequence[_Numbers], room: _Numbers, out: _Numbers) -> None:
+        reduce_chunk(parts, room, room)
+        np.multiply(room, scale, out=out)
+
+    return average_chunk
 
 
 def _make_widening(op: str, world_size: int) -> _Chunk:

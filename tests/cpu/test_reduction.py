@@ -72,12 +72,27 @@ def _by_torch(op, sources):
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_nan_infinities_and_zeros_have_the_bits_that_torch_gives(world_size, dtype):
+def test_nan_infinities_and_zeros_are_what_torch_gives_and_warn_of_nothing(world_size, dtype, recwarn):
     for op, numel in itertools.product(REDUCE_OPS, (LONG, LONG + 5)):
         sources = _any_bits(numel, world_size, numel, dtype)
-        out, bits = _reduce(op, sources, torch.empty(numel, dtype=dtype)), INT_BITS[dtype.itemsize]
-        wrong = (out.view(bits) != _by_torch(op, sources).view(bits)).nonzero().view(-1).tolist()
-        assert wrong == [], (op, numel)
+        out = _reduce(op, sources, torch.empty(numel, dtype=dtype))
+        assert difference(out, _by_torch(op, sources), op) == "", (op, numel)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_which_nan_is_kept_does_not_depend_on_where_the_memory_is(world_size):
+    for op, numel in itertools.product(REDUCE_OPS, (1, 33, LONG + 5)):
+        sources = _any_bits(numel, world_size, numel, torch.float32)
+        seen = set()
+        for place in range(4):
+            memory = torch.empty(world_size + 1, numel + 7)
+            moved = [row[place : place + numel] for row in memory]
+            for row, source in zip(moved, sources, strict=False):
+                row.copy_(source)
+            out = _reduce(op, moved[:-1], moved[-1])
+            seen.add(out.numpy().tobytes())
+        assert len(seen) == 1, (op, numel)
 
 
 @pytest.mark.parametrize(("world_size", "numel"), [(2, 777), (3, 777), (5, 777), (2, LONG), (4, LONG)])
@@ -131,6 +146,31 @@ def test_a_rank_reads_its_own_and_writes_the_result_where_it_was_told(rank, nume
         assert band.eq(77).all(), op
 
 
+@pytest.mark.parametrize(
+    ("dtype", "numel"), [(torch.float32, 48), (torch.float32, LONG), (torch.float16, LONG)]
+)
+def test_each_call_reads_and_writes_the_tensors_that_it_is_given(dtype, numel):
+    reduce = _reduction("sum", dtype, 3, numel).over(list(torch.ones(3, numel, dtype=dtype)), (1, 3), 5)
+    count = 20
+    xs, outs = torch.zeros(count, numel + 3, dtype=dtype), torch.zeros(count, numel + 5, dtype=dtype)
+    for turn in range(2):
+        for number in range(count):
+            reduce(xs[number].fill_(number + turn), outs[number])
+        expected = torch.arange(count).add(2 + turn).to(dtype).view(-1, 1)
+        assert outs[:, 5:].eq(expected).all(), turn
+        assert outs[:, :5].eq(0).all(), turn
+
+
+def test_tensors_that_were_given_are_not_kept():
+    reduce = _reduction("sum", torch.float32, 3, 64).over(list(torch.ones(3, 64)), (1, 0), 0)
+    x, out = torch.ones(64), torch.empty(64)
+    reduce(x, out)
+    given = [weakref.ref(x.untyped_storage()), weakref.ref(out.untyped_storage())]
+    owners = [weakref.ref(x), weakref.ref(out)]
+    del x, out
+    assert [ref() for ref in owners + given] == [None] * 4
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("numel", [48, LONG])
 def test_what_is_not_said_is_staged_and_goes_to_out(numel, world_size):
@@ -174,6 +214,16 @@ def test_tensors_that_could_have_gradients_are_read_and_written(numel):
         made = torch.empty(numel)
         reduce(torch.full((numel,), 6.0), made)
         assert made.eq(8.0).all()
+
+
+@pytest.mark.parametrize("op", ["sum", "max"])
+def test_tensors_that_came_in_inference_mode_are_written_outside_of_it(op):
+    reduce = _reduction(op, torch.float32, 3, LONG).over(list(torch.ones(3, LONG)), (1, 0), 0)
+    x, out = torch.full((LONG,), 5.0), torch.empty(LONG)
+    with torch.inference_mode():
+        reduce(x, out)
+    reduce(x.fill_(6.0), out)
+    assert out.eq(8.0 if op == "sum" else 6.0).all()
 
 
 def test_plans_of_one_staging_share_their_room_and_others_do_not():

@@ -328,6 +328,34 @@ def test_modes_of_torch_may_change_between_calls_of_one_kind(on_ranks):
     on_ranks(2, _in_inference_mode)
 
 
+def _saved_for_a_gradient(member):
+    comm = member.communicator()
+    calls = [
+        lambda y: comm.all_reduce(y, out=y, algorithm="cpu:one_shot_push"),
+        lambda y: comm.all_reduce(y, out=y, algorithm="cpu:two_shot"),
+        lambda y: comm.all_reduce(y.t(), out=y.t(), algorithm="cpu:one_shot_pull"),
+        lambda y: comm.reduce_scatter_single(torch.ones(4 * comm.world_size, 4), out=y),
+        lambda y: comm.all_reduce(y, out=y, async_op=True).wait(),
+    ]
+    for call in calls:
+        saved = torch.ones(4, 4, requires_grad=True).exp()
+        with torch.no_grad():
+            comm.all_reduce(saved)
+            comm.reduce(saved, 0, out=torch.empty(4, 4) if comm.rank == 0 else None)
+        saved.sum().backward(retain_graph=True)
+        with torch.no_grad():
+            call(saved)
+        loss = saved.sum()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    comm.close()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_autograd_is_told_of_sums_in_what_it_has_saved(on_ranks, world_size):
+    on_ranks(world_size, _saved_for_a_gradient)
+
+
 def _interrupted_while_preparing(member):
     """A rank that breaks off before its first collective tells the others."""
     comm = member.communicator(timeout=10.0)
