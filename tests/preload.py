@@ -40,6 +40,7 @@ use_no_name_server()
 use_quick_interpreter()
 _modules(tcomm.groups)
 _modules(tcomm.cpu)
+tcomm.groups.differences.installed_version()
 _rewrite_kernels([tl.standard, *_modules(tcomm.kernels)])
 
 # Ranks share this memory with the server until they write to it, which each garbage collection did.

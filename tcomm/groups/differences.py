@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 
@@ -10,6 +11,7 @@ from tcomm.errors import GroupMismatchError
 __all__ = ["describe_differences", "installed_version", "refuse_differences"]
 
 
+@functools.cache
 def installed_version() -> str:
     """The version of tcomm that is installed, or `source`."""
     try:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import collections
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn, Protocol
 
 import torch.distributed as dist
 
 from tcomm.errors import RendezvousError, TcommError
+from tcomm.memory.pause import Pause
 
 __all__ = ["LocalExchange", "Store", "StoreExchange"]
 
 _HERE, _GAVE_UP = b"+", b"-"
 """What a value begins with, and what it is once its rank no longer waits."""
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.02
 
 
 class Store(Protocol):
@@ -57,6 +57,15 @@ class LocalExchange:
         return [payload]
 
 
+def _find_get_all(store: Store) -> Callable[[list[str]], Iterable[bytes]]:
+    """How to get the values of keys that exist: in one request where the store can do that."""
+    can_do: Callable[[], bool] | None = getattr(store, "has_extended_api", None)
+    if can_do is not None and can_do():
+        get_all: Callable[[list[str]], Iterable[bytes]] = store.multi_get  # type: ignore[attr-defined]
+        return get_all
+    return lambda keys: map(store.get, keys)
+
+
 class StoreExchange:
     """An exchange over a `torch.distributed.Store`.
 
@@ -76,6 +85,7 @@ class StoreExchange:
         self.world_size = world_size
         self.store = store
         self.prefix = prefix
+        self._get_all = _find_get_all(store)
         self._round = 0
         self._splits: collections.Counter[str] = collections.Counter()
 
@@ -123,7 +133,7 @@ class StoreExchange:
         """Every rank's payload; None while one has not come, or has given up."""
         if not self.store.check(keys):
             return None
-        values = [bytes(self.store.get(key)) for key in keys]
+        values = list(map(bytes, self._get_all(keys)))
         return None if _GAVE_UP in values else [value[1:] for value in values]
 
     def _gathered_after_all(self, keys: list[str], check: Callable[[], None]) -> list[bytes] | None:
@@ -142,14 +152,13 @@ class StoreExchange:
         self, keys: list[str], deadline: float, timeout: float, check: Callable[[], None] | None
     ) -> list[bytes]:
         # Store.wait would do, but a TCPStore writes a warning to stderr each time that it runs out.
-        pause = _SHORTEST_PAUSE
+        pause = Pause()
         while (gathered := self._gathered(keys)) is None:
             if time.monotonic() >= deadline:
                 self._refuse_missing(keys, timeout)
             if check is not None and (gathered := self._gathered_after_all(keys, check)) is not None:
                 break
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            pause()
         return gathered
 
     def _refuse_missing(self, keys: list[str], timeout: float) -> NoReturn:

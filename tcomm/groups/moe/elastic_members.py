@@ -10,8 +10,8 @@ import msgspec
 
 from tcomm.errors import ConfigError, GroupMismatchError, RendezvousError
 from tcomm.groups.setup import Membership, from_store
-from tcomm.groups.stateless.waits import Pause
 from tcomm.memory.exchange import Store
+from tcomm.memory.pause import Pause
 
 __all__ = ["ElasticMembers", "Facts"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from tcomm.errors import CommError, PeerLostError, PeerTimeoutError
 from tcomm.groups.stateless.sealed import SealedStore
-from tcomm.groups.stateless.waits import Pause
+from tcomm.memory.pause import Pause
 
 __all__ = ["Barrier"]
 

@@ -17,8 +17,8 @@ from tcomm.groups.stateless.addresses import address_text
 from tcomm.groups.stateless.rendezvous import is_open, meet
 from tcomm.groups.stateless.sealed import SealedStore
 from tcomm.groups.stateless.stores import MeetingPoint, join_at, serve_at
-from tcomm.groups.stateless.waits import Pause
 from tcomm.memory.liveness import Identity, my_identity
+from tcomm.memory.pause import Pause
 from tcomm.objects.layout import VERSION
 from tcomm.objects.secret import require_secret
 

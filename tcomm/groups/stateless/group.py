@@ -27,8 +27,8 @@ from tcomm.groups.stateless.creation import OpenedGroup, check_place, check_seco
 from tcomm.groups.stateless.mail import put_message, remove_message, take_message
 from tcomm.groups.stateless.peers import describe_process, is_running
 from tcomm.groups.stateless.sealed import CallThread, SealedStore
-from tcomm.groups.stateless.waits import Pause
 from tcomm.memory.liveness import Identity
+from tcomm.memory.pause import Pause
 from tcomm.objects.codec import decode, encode
 from tcomm.objects.secret import job_secret
 

@@ -19,8 +19,8 @@ from tcomm.errors import DecodeError, DuplicateRankError, GroupMismatchError, Re
 from tcomm.groups.differences import describe_differences
 from tcomm.groups.stateless.peers import describe_process, is_running
 from tcomm.groups.stateless.sealed import SealedStore
-from tcomm.groups.stateless.waits import Pause
 from tcomm.memory.liveness import Identity, my_identity
+from tcomm.memory.pause import Pause
 
 __all__ = ["Meeting", "is_open", "meet"]
 
