@@ -9,6 +9,7 @@ INTERPRETED := tests/kernels
 BENCH_JSON ?= .benchmarks/collectives.json
 BENCH ?=
 MUTANTS ?=
+WORKERS ?= 2
 
 .PHONY: install demo short-demo test mutants lint type compile fetch-nvshmem compile-nvshmem bench bench-gpu
 .DELETE_ON_ERROR:
@@ -46,8 +47,9 @@ demo: $(VENV)/.model
 short-demo: install
 	$(BIN)/python -m tcomm demo --ranks 2
 
+# Ranks wait more than they work: two files of tests at a time take two thirds of the time.
 test: $(VENV)/.model
-	$(BIN)/python -m pytest --ignore=tests/compile --ignore=tests/compile_nvshmem
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore=tests/compile --ignore=tests/compile_nvshmem
 
 # Each function of the group layer emptied in turn, in a copy: its tests must notice. MUTANTS narrows it:
 # make mutants MUTANTS="--under tcomm/groups/queue '*.MessageQueue.*'".

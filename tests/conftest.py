@@ -24,6 +24,8 @@ def _wants_gpu(config):
 
 def pytest_configure(config):
     use_no_name_server()
+    # Programs that tests start are no workers of this run; pytest-benchmark would refuse to time anything.
+    os.environ.pop("PYTEST_XDIST_WORKER", None)
     # A job in the background of a shell is started with Ctrl-C ignored, and tests send it to themselves.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Once in a process, before Triton is imported: its kernels are compiled, or all of them interpreted.
