@@ -27,6 +27,44 @@ def test_every_round_gives_every_payload_in_rank_order(on_ranks):
     assert on_ranks(3, _rounds) == [expected] * 3
 
 
+class _Store:
+    """A store of any sort, and how often it was asked for a value."""
+
+    def __init__(self, store):
+        self.set, self.check, self.delete_key = store.set, store.check, store.delete_key
+        self.requests, self._store = 0, store
+
+    def get(self, key):
+        self.requests += 1
+        return self._store.get(key)
+
+
+class _StoreOfMany(_Store):
+    def has_extended_api(self):
+        return True
+
+    def multi_get(self, keys):
+        self.requests += 1
+        return self._store.multi_get(keys)
+
+
+@pytest.mark.parametrize(("kind", "requests"), [(_Store, 5), (_StoreOfMany, 1)])
+def test_values_come_in_one_request_where_the_store_can_do_that(kind, requests):
+    store = kind(dist.HashStore())
+    for rank in range(1, 5):
+        store.set(f"g/0/{rank}", b"+" + bytes([rank]))
+    assert StoreExchange(store, 0, 5, "g").all_gather(b"0", 1.0) == [b"0", *(bytes([r]) for r in range(1, 5))]
+    assert store.requests == requests
+
+
+def test_a_store_in_a_file_will_do(tmp_path):
+    stores = [dist.FileStore(str(tmp_path / "store"), 2) for _ in range(2)]
+    ranks = [StoreExchange(store, rank, 2, "g") for rank, store in enumerate(stores)]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        other = pool.submit(ranks[1].all_gather, b"b", 10.0)
+        assert ranks[0].all_gather(b"a", 10.0) == other.result() == [b"a", b"b"]
+
+
 def _payloads(member):
     payload = {0: b"", 1: bytes(range(256)) * 16}[member.rank]
     return member.exchange("payloads").all_gather(payload, 10.0)

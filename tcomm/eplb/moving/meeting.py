@@ -14,11 +14,12 @@ from torch._C._distributed_c10d import Store
 from tcomm.errors import CommError, PeerLostError, PeerTimeoutError
 from tcomm.groups.setup import Membership, split_exchange
 from tcomm.memory.exchange import StoreExchange
+from tcomm.memory.pause import Pause
 
 __all__ = ["Meeting", "Trouble"]
 
 _COMMIT = b"commit"
-_PAUSE_SECONDS, _LONG_PAUSE_SECONDS = 0.0005, 0.01
+_PAUSE_SECONDS = 0.01
 _SECONDS_TO_TELL = 0.5
 """How long one waits to hear that a peer is stuck itself: deadlines run out at nearly the same time."""
 
@@ -81,7 +82,7 @@ class Meeting:
             CommError: the verdict is already to give up.
         """
         keys = [self._key(f"{step}/{rank}") for rank in range(self.world_size)]
-        pause = _PAUSE_SECONDS
+        pause = Pause()
         with self._storing():
             self._store.set(keys[self.rank], payload.hex())
             while not self._store.check(keys):
@@ -90,8 +91,7 @@ class Meeting:
                     missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
                     if missing:
                         raise self._error(PeerTimeoutError, f"ranks {missing} did not come in time", missing)
-                time.sleep(pause)
-                pause = min(2 * pause, _LONG_PAUSE_SECONDS)
+                pause()
             return [bytes.fromhex(self._store.get(key).decode()) for key in keys]
 
     def refuse_verdict(self) -> None:
@@ -156,7 +156,7 @@ class Meeting:
             while not self._store.check([key]):
                 if time.monotonic() >= deadline:
                     return None
-                time.sleep(_LONG_PAUSE_SECONDS)
+                time.sleep(_PAUSE_SECONDS)
             return msgspec.json.decode(self._store.get(key), type=Trouble)
 
     def settle(self, is_agreed: bool) -> bool:
