@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import struct
+from typing import Final
 
+import msgspec
 import torch
 
 from tcomm.errors import CommError, ConfigError, DecodeError
@@ -14,14 +16,29 @@ from tcomm.objects.layout import HEAD, MARK, SCALARS, VERSION, align, is_plain
 from tcomm.objects.packing import Packer, encode_plain
 from tcomm.objects.payload import Arrived
 from tcomm.objects.registry import ErrorText, register
-from tcomm.objects.unpacking import Unpacker, decode_plain
+from tcomm.objects.unpacking import Unpacker, decode_own, decode_plain
 
-__all__ = ["MAX_DEPTH", "MAX_NBYTES", "Encoded", "ErrorText", "decode", "encode", "encode_flat", "register"]
+__all__ = [
+    "MAX_DEPTH",
+    "MAX_NBYTES",
+    "NOT_FLAT",
+    "Encoded",
+    "ErrorText",
+    "decode",
+    "decode_flat",
+    "encode",
+    "encode_flat",
+    "register",
+]
 
 MAX_NBYTES = 1 << 32
 """Bytes that a message may have unless the caller says otherwise."""
 MAX_DEPTH = 64
 """Containers that may lie in one another unless the caller says otherwise."""
+NOT_FLAT: Final = object()
+"""What `decode_flat` makes of all other messages."""
+# No more than these: what a signal's handler raises is not to be lost.
+_NOT_MSGPACK = (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError, DecodeError)
 
 
 class Encoded:
@@ -96,6 +113,23 @@ def encode_flat(value: object, max_depth: int = MAX_DEPTH) -> bytes | None:
     except (OverflowError, UnicodeEncodeError, RecursionError):
         pass
     return None
+
+
+def decode_flat(message: memoryview) -> object:
+    """The value of a message of `encode_flat`, whose writer is this library, run by this user.
+
+    The bytes are checked, but not again that the value is one that may travel.
+
+    Args:
+        message: unsigned bytes, all there.
+
+    Returns:
+        The value, or `NOT_FLAT` where only `decode` can tell what it is, or what is wrong with it.
+    """
+    try:
+        return decode_own(message)
+    except _NOT_MSGPACK:
+        return NOT_FLAT
 
 
 def _encode_structure(value: object, max_depth: int) -> Encoded:

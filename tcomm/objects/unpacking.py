@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import torch
@@ -14,10 +14,18 @@ from tcomm.objects.layout import SCALARS, Tag, align, is_plain
 from tcomm.objects.payload import Arrived, Payload
 from tcomm.objects.registry import registered_named
 
-__all__ = ["Unpacker", "decode_plain"]
+__all__ = ["Unpacker", "decode_own", "decode_plain"]
 
 decode_plain = msgspec.msgpack.Decoder().decode
 """Msgpack as values; whatever it raises, the bytes are wrong."""
+
+
+def _refuse_extension(code: int, _data: memoryview) -> NoReturn:
+    raise DecodeError(f"extension {code} of msgpack may not travel")
+
+
+decode_own = msgspec.msgpack.Decoder(ext_hook=_refuse_extension).decode
+"""As `decode_plain`, of bytes that `encode_plain` made; what it never makes is refused where that is free."""
 
 
 class Unpacker:

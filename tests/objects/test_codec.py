@@ -2,6 +2,7 @@ import collections
 import contextlib
 import enum
 import gc
+import itertools
 import os
 import pickle
 import struct
@@ -17,7 +18,17 @@ import torch
 
 from tcomm.errors import ConfigError, DecodeError, PeerLostError, PeerTimeoutError
 from tcomm.objects import registry
-from tcomm.objects.codec import MAX_DEPTH, MAX_NBYTES, ErrorText, decode, encode, encode_flat, register
+from tcomm.objects.codec import (
+    MAX_DEPTH,
+    MAX_NBYTES,
+    NOT_FLAT,
+    ErrorText,
+    decode,
+    decode_flat,
+    encode,
+    encode_flat,
+    register,
+)
 from tests.objects import values
 from tests.objects.coming import Coming
 from tests.objects.values import EXAMPLES, Colour, Point, Positive, same
@@ -137,6 +148,35 @@ def test_a_flat_message_is_what_encode_makes_and_there_is_none_of_other_values()
     for value in [(), b"y" * 65537, 2**70, "\ud801", [np.ones(1)], print, loop]:
         assert encode_flat(value) is None
     assert (encode_flat([[]], 2), encode_flat([[]], 1)) == (b"\x91\x90", None)
+
+
+def test_a_flat_message_is_read_by_itself_and_everything_else_is_left_to_decode():
+    for value in [1, None, "x", b"y" * 65536, {"a": [1, b"z"], None: 2.5}, [[[]]]]:
+        got = decode_flat(memoryview(encode_flat(value)))
+        assert type(got) is type(value)
+        assert got == value
+    structured = encode({"a": (1, 2)}).join()
+    damaged = [encode_flat({"a": [1, 2]})[:-1], encode_flat(1) + b"\0", b"", b"\xc1", b"\xa1\xff"]
+    extension = msgspec.msgpack.encode([msgspec.msgpack.Ext(5, b"x")])
+    for message in [structured, *damaged, extension]:
+        assert decode_flat(memoryview(message)) is NOT_FLAT
+    deep = b"\x91" * 100_000 + b"\x01"
+    assert decode_flat(memoryview(deep)) is NOT_FLAT
+
+
+def test_whatever_the_bytes_a_flat_message_is_what_decode_says_or_is_left_to_it():
+    told = collections.Counter()
+    for first, second, tail in itertools.product(range(256), range(0, 256, 3), (b"", b"\xff" + bytes(12))):
+        data = bytes([first, second]) + tail
+        flat = decode_flat(memoryview(data))
+        try:
+            value = decode(data)
+        except DecodeError:
+            told["refused"] += 1
+        else:
+            assert repr(flat) == repr(value)
+            told["read"] += 1
+    assert min(told.values()) > 100
 
 
 def test_write_into_needs_room():

@@ -11,7 +11,7 @@ from tcomm.groups.queue.patience import Patience
 from tcomm.groups.queue.remote import RemoteReader
 from tcomm.groups.queue.ring import PIECE_BYTES
 from tcomm.groups.queue.ring_reader import RingReader, WithdrawnError
-from tcomm.objects.codec import decode
+from tcomm.objects.codec import NOT_FLAT, decode, decode_flat
 from tcomm.objects.payload import Arrived
 
 __all__ = ["Receiver"]
@@ -41,38 +41,44 @@ class Receiver:
         self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool
     ) -> object:
         """The next object; raises as `next_message`, and DecodeError also when the message is none."""
-        ring, in_slot, message = self._ring, True, None
+        # The hot path of short messages: every line here is a hundredth of a round trip.
         if timeout is not None or self._lent >= 0:
             self._check(timeout)
         if (kept := self._kept) is not None:
             self._kept = None
             return kept[0]
+        source, ring, in_slot, message = self.source, self._ring, True, None
         if ring is not None and not self._assembler.is_open:
             message = ring.take()
-        if message is None:
-            message, in_slot = self.next_message(timeout, cancel, indefinite)
+        value = NOT_FLAT if message is None else decode_flat(message)
+        if value is NOT_FLAT:
+            if message is None:
+                message, in_slot = self.next_message(timeout, cancel, indefinite)
+            value, in_slot = self._decode(message, in_slot)
+        taken = source.taken
+        try:
+            source.release()
+            if not in_slot:
+                self._assembler.drop()
+        except BaseException:
+            # A signal ended the call, and the message is no longer in the ring: the next call has it.
+            self._kept = (value,) if source.taken != taken else None
+            raise
+        return value
+
+    def _decode(self, message: memoryview, in_slot: bool) -> tuple[object, bool]:
+        """What a message is, or the next one where its writer gives it up, and whether that lay in a slot."""
         while True:
             arrived = self._arrived(message) if in_slot and len(message) > PIECE_BYTES else None
             try:
-                value = decode(message, borrow=not in_slot, arrived=arrived)
+                return decode(message, borrow=not in_slot, arrived=arrived), in_slot
             except WithdrawnError:
                 self.source.release()
                 message, in_slot = self._await_message()
-                continue
             except DecodeError:
                 self._assembler.drop()
                 self.source.release()
                 raise
-            taken = self.source.taken
-            try:
-                self.source.release()
-                if not in_slot:
-                    self._assembler.drop()
-            except BaseException:
-                # A signal ended the call, and the message is no longer in the ring: the next call has it.
-                self._kept = (value,) if self.source.taken != taken else None
-                raise
-            return value
 
     def next_borrowed(
         self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool
