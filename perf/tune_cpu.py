@@ -19,7 +19,7 @@ import msgspec
 import torch
 import typer
 
-from tcomm.algorithms import ALGORITHMS
+from tcomm.algorithms import ALGORITHMS, DIRECT_ALGORITHMS
 from tcomm.cli.bench import parse_sizes
 from tcomm.cli.cases import ROOT, VERBS, Case
 from tcomm.cli.workers import run_ranks
@@ -37,7 +37,10 @@ ARGUMENTS = {
     "broadcast": (ROOT,),
     "scatter": (ROOT, 0),
     "all_to_all": (),
+    "all_reduce_symmetric": ("sum",),
 }
+SYMMETRIC = "_symmetric"
+"""Behind a family: results in symmetric tensors."""
 PIECES = tuple(kib * 1024 for kib in (0, 64, 256, 512, 1024, 2048))
 LONG = 1 << 20
 """Bytes from which fewer calls do: nobody waits a minute for a size."""
@@ -50,7 +53,10 @@ def measure(family: str, sizes: list[int], engine: str, schedule: Schedule) -> d
 
 
 def measure_size(comm, family, nbytes, engine, schedule):
+    family, is_symmetric = family.removesuffix(SYMMETRIC), family.endswith(SYMMETRIC)
     case = Case(family, comm.rank, comm.world_size, nbytes // 4, torch.float32, "sum", True)
+    if is_symmetric:
+        case.out = comm.symmetric_empty(case.out.shape)
     candidates = {name: case.candidate(run) for name, run in runs(comm, family, case, engine, nbytes)}
     if nbytes > LONG:
         schedule = dataclasses.replace(schedule, calls=max(2, schedule.calls * LONG // nbytes), warmups=1)
@@ -66,6 +72,9 @@ def runs(comm, family, case, engine, nbytes):
             for piece in PIECES if engine == "cpu" else (0,):
                 if piece < nbytes:
                     yield f"{algorithm.name}@{piece}", call(comm, family, case, algorithm.name, piece)
+    if comm._regions and engine == "cpu":
+        for algorithm in DIRECT_ALGORITHMS[family]:
+            yield f"{algorithm.name}@0", call(comm, family, case, algorithm.name, 0)
     if engine == "cpu":
         yield "torch:gloo@0", call(comm, family, case, "torch", 0)
 
@@ -73,7 +82,10 @@ def runs(comm, family, case, engine, nbytes):
 def call(comm, family, case, algorithm, piece):
     verb = VERBS[family]
     job = JOBS[verb](Caller(comm.rank, comm.world_size, case.x.shape, case.x.dtype), *ARGUMENTS[family])
-    reason = comm.explain(verb, nbytes=job.nbytes, algorithm=algorithm)
+    reason = comm.explain(verb, nbytes=job.nbytes, algorithm=algorithm, symmetric=bool(comm._regions))
+    if reason.is_direct:
+        contents = comm._regions.name(case.out)
+        job = dataclasses.replace(job, call=msgspec.structs.replace(job.call, contents=contents))
     decision = dataclasses.replace(reason, piece_nbytes=piece)
     plan = comm._planner.plan(job, decision, 120.0, comm._pool)
     out = case.x if family == "broadcast" or not case.has_result else case.out
@@ -126,6 +138,8 @@ def main(
                 ("cpu", sizes, Schedule(blocks, calls, 3)),
                 ("triton", triton_sizes, Schedule(2, 2, 1)),
             ):
+                if engine == "triton" and family.endswith(SYMMETRIC):
+                    continue
                 args = (family, parse_sizes(lengths), engine, schedule)
                 measured = run_ranks(ranks, measure, *args, timeout=1800.0)
                 rows += rows_of(family, measured, ranks, low, high)

@@ -13,6 +13,7 @@ from tcomm.errors import ConfigError
 
 __all__ = [
     "ALGORITHMS",
+    "DIRECT_ALGORITHMS",
     "FAMILIES",
     "GPU_ALGORITHMS",
     "REDUCE_OPS",
@@ -123,6 +124,9 @@ GPU_ALGORITHMS = {
     ),
 }
 """What only GPUs have instructions for, by family; it has no form on host memory, interpreted or not."""
+
+DIRECT_ALGORITHMS = {"all_reduce": (Algorithm("cpu:two_shot_direct", _REDUCIBLE),)}
+"""What needs its result in memory of `Communicator.symmetric_empty`, by family: peers write to it."""
 
 FAMILIES = {
     "all_reduce": "all_reduce",

@@ -11,7 +11,7 @@ import torch
 
 from tcomm.memory.base import Staging
 
-__all__ = ["SHORT_BYTES", "Copies", "Place", "has_threads_for", "make_move", "memcpy"]
+__all__ = ["SHORT_BYTES", "Copies", "Part", "Place", "has_threads_for", "make_move", "make_stage", "memcpy"]
 
 SHORT_BYTES = 32 * 1024
 """A shorter copy takes less than giving the GIL up and taking it back may."""
@@ -23,8 +23,8 @@ _Memcpy = Callable[[int, int, int], object]
 
 _Copy = Callable[[torch.Tensor], object]
 
-_Part = tuple[_Memcpy, int, int, int]
-"""How it is copied, its address in staging, where it begins in the caller's tensor, and bytes."""
+Part = tuple[_Memcpy, int, int, int]
+"""How it is copied, its address in symmetric memory, where it begins in the caller's tensor, and bytes."""
 
 # PYFUNCTYPE keeps the GIL, CFUNCTYPE gives it up: no other thread may have to wait for a long copy.
 _TYPES = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -100,11 +100,11 @@ class Copies:
             for tensor, place in zip(tensors, places, strict=True)
         )
         # Not methods: an object that holds its own would keep the memory until the next garbage collection.
-        self.stage: _Copy = _make_stage(parts, tensors)
+        self.stage: _Copy = make_stage(parts, tensors)
         self.fetch: _Copy = _make_fetch(parts, tensors)
 
 
-def _make_stage(parts: Sequence[_Part], views: Sequence[torch.Tensor]) -> _Copy:
+def make_stage(parts: Sequence[Part], views: Sequence[torch.Tensor]) -> _Copy:
     """`Copies.stage`; views keep the memory alive that is reached by its address."""
 
     def stage(x: torch.Tensor, _views: object = views) -> None:
@@ -123,8 +123,8 @@ def _make_stage(parts: Sequence[_Part], views: Sequence[torch.Tensor]) -> _Copy:
     return stage_one
 
 
-def _make_fetch(parts: Sequence[_Part], views: Sequence[torch.Tensor]) -> _Copy:
-    """`Copies.fetch`; views as for `_make_stage`."""
+def _make_fetch(parts: Sequence[Part], views: Sequence[torch.Tensor]) -> _Copy:
+    """`Copies.fetch`; views as for `make_stage`."""
 
     def fetch(out: torch.Tensor, _views: object = views) -> None:
         start = out.data_ptr()

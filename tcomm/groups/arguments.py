@@ -19,6 +19,7 @@ __all__ = [
     "Timeout",
     "Unset",
     "check_dim",
+    "check_new",
     "check_out",
     "check_prepared",
     "check_rank",
@@ -70,6 +71,23 @@ def check_prepared(max_nbytes: object, dtypes: Sequence[object], ops: Sequence[o
 
 
 _MAX_PREPARED_BYTES = 1 << 40
+
+
+def check_new(shape: object, dtype: object) -> torch.Size:
+    """The shape of a tensor that is to be made.
+
+    Raises:
+        ConfigError: when it is none, or dtype is no dtype of dense tensors.
+    """
+    if not isinstance(dtype, torch.dtype) or dtype_name(dtype).startswith(("q", "bits")):
+        raise ConfigError(f"dtype={dtype!r} is no torch.dtype of dense tensors")
+    try:
+        lengths = [operator.index(length) for length in shape]  # type: ignore[attr-defined]
+    except TypeError:
+        raise ConfigError(f"shape={shape!r} is no sequence of integers") from None
+    if min(lengths, default=0) < 0:
+        raise ConfigError(f"shape={shape!r} has a negative length")
+    return torch.Size(lengths)
 
 
 def check_tensor(verb: str, x: object, loses_gradient: bool = True) -> torch.Tensor:

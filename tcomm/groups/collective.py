@@ -99,6 +99,8 @@ class Collective(GroupHandle):
             if self._foreign:
                 self._refuse_foreign()
             seconds = self.timeout if timeout is UNSET else self._seconds(timeout)
+            if self._regions and out is not None and verb == "all_reduce" and not contents:
+                contents = self._name_place(out)
             try:
                 ready = self._plans[verb, args, algorithm, contents, x.dtype, x.shape, x.is_cpu, x.layout]
             except (KeyError, AttributeError, TypeError, RuntimeError):
@@ -123,6 +125,11 @@ class Collective(GroupHandle):
                         raise
                 return None if shape is None else out
             return self._run_densely(verb, ready, x, out, seconds)
+
+    def _name_place(self, out: torch.Tensor) -> str:
+        """What ranks call the place of a result in symmetric memory; empty where it is elsewhere."""
+        is_usable = isinstance(out, torch.Tensor) and is_ordinary(out) and out.is_cpu and out.numel() > 0
+        return self._regions.name(out) if is_usable and is_plain(out) else ""
 
     def _run_densely(
         self, verb: str, ready: Ready, x: torch.Tensor, out: torch.Tensor, seconds: float | None
@@ -160,6 +167,8 @@ class Collective(GroupHandle):
             check_out(verb, x, out, job.shape, job.may_alias)
         self._open_device(x.device, job.call, seconds)
         decision = self._decide(job, x.device.type, algorithm)
+        if decision.request.symmetric and not decision.is_direct:
+            job = dataclasses.replace(job, call=msgspec.structs.replace(job.call, contents=""))
         # Tensors made in inference mode could not be written outside of it.
         with self._whole(), torch.inference_mode(False):
             plan = self._planner.plan(job, decision, seconds, self._pool)
@@ -197,6 +206,7 @@ class Collective(GroupHandle):
         op: object = "sum",
         device: str = "cpu",
         algorithm: str = "",
+        symmetric: bool = False,
     ) -> Decision:
         """The decision for such a call, and why every other algorithm was rejected. Not collective.
 
@@ -209,17 +219,29 @@ class Collective(GroupHandle):
             op: reduce operation, for verbs that reduce.
             device: device type of the tensors.
             algorithm: as given to the collective.
+            symmetric: whether `out` is a tensor of `symmetric_empty`.
 
         Raises:
             CapabilityError: when the collective would raise it.
             ConfigError: when the verb is unknown or nbytes negative.
         """
         request = make_request(verb, op, dtype, nbytes, self.world_size, device)
-        return self._choose(request, algorithm)
+        return self._choose(dataclasses.replace(request, symmetric=symmetric), algorithm)
 
     def _decide(self, job: Job, device: str, algorithm: str) -> Decision:
-        request = Request(job.call.op, job.call.reduce, job.dtype, job.nbytes, self.world_size, device)
-        return self._choose(request, algorithm)
+        is_symmetric = self._regions.find(job.call.contents) is not None
+        return self._choose(
+            Request(
+                job.call.op,
+                job.call.reduce,
+                job.dtype,
+                job.nbytes,
+                self.world_size,
+                device,
+                symmetric=is_symmetric,
+            ),
+            algorithm,
+        )
 
 
 def _is_apart(x: torch.Tensor, out: torch.Tensor, shape: torch.Size, reach: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Self
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from tcomm.groups.aliases import Aliases
-from tcomm.groups.arguments import UNSET, Timeout, Unset, check_prepared
+from tcomm.groups.arguments import UNSET, Timeout, Unset, check_new, check_prepared, dtype_name
 from tcomm.groups.coalescing import Coalescing
 from tcomm.groups.handle import SETUP_SECONDS
 from tcomm.groups.point_to_point import PointToPoint
@@ -21,6 +22,8 @@ from tcomm.memory.layout import StagingLayout
 from tcomm.signature import CallDescription
 
 __all__ = ["Communicator"]
+
+logger = logging.getLogger("tcomm")
 
 
 class Communicator(Aliases, PointToPoint):
@@ -41,6 +44,8 @@ class Communicator(Aliases, PointToPoint):
         CapabilityError: when there is too little shared memory; says needed and available.
         RendezvousError: when a rank did not come; names it. GroupMismatchError: when settings differ.
     """
+
+    _has_logged_ordinary = False
 
     def __init__(
         self,
@@ -102,6 +107,56 @@ class Communicator(Aliases, PointToPoint):
         other = self._in_order(run, False)
         assert isinstance(other, Communicator)
         return other
+
+    def symmetric_empty(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        *,
+        timeout: Timeout | Unset = UNSET,
+    ) -> torch.Tensor:
+        """A tensor on the CPU that all ranks of the group can write to. **Collective.**
+
+        `all_reduce(x, out=t)` of long messages then stages nothing: peers write their part of the result
+        straight to `t`, which, or a contiguous part of which, is at the same place on every rank; with `t`
+        as x, too, nothing is copied at all. Otherwise it is a tensor like any other. Its memory stays until
+        the group is closed, or later where a tensor over it is kept; a call that ends in an error
+        leaves arbitrary values, which a peer that is merely late may still change.
+
+        Where the ranks share no memory it is an ordinary tensor, and the reason is logged.
+
+        Args:
+            shape: the same on every rank.
+            dtype: element type, likewise.
+            timeout: as of every collective, for the ranks to meet.
+
+        Raises:
+            ConfigError: when an argument is wrong.
+            CollectiveMismatchError: when ranks ask for different tensors.
+            CapabilityError: on every rank, when there is too little shared memory.
+        """
+        size = check_new(shape, dtype)
+        call = CallDescription("symmetric_empty", dtype_name(dtype), tuple(size))
+        seconds = self._seconds(timeout)
+
+        def run() -> torch.Tensor:
+            self._agreement.agree(call, seconds)
+            with torch.inference_mode(False):
+                if self._arena is None or not size.numel():
+                    self._log_ordinary()
+                    return torch.zeros(size, dtype=dtype, device="cpu")
+                made = self._arena.add_region(size.numel() * dtype.itemsize, SETUP_SECONDS)
+                return made.local.view(dtype).view(size)
+
+        made = self._in_order(run, False)
+        assert isinstance(made, torch.Tensor)
+        return made
+
+    def _log_ordinary(self) -> None:
+        reason = self.capabilities.no_shared_memory
+        if self.world_size > 1 and reason and not self._has_logged_ordinary:
+            self._has_logged_ordinary = True
+            logger.info("group %r: symmetric tensors are ordinary ones: %s", self.name, reason)
 
     def prepare(
         self,

@@ -31,6 +31,7 @@ from tcomm.groups.work import Work
 from tcomm.memory.arena import Arena, open_arena
 from tcomm.memory.base import Exchange, NotShared
 from tcomm.memory.control import Word
+from tcomm.memory.regions import Regions
 from tcomm.signature import CallDescription
 from tcomm.tuning.choose import Capabilities, Decision, Request, decide
 
@@ -83,6 +84,7 @@ class GroupHandle:
         settled = agree_on_settings(members, self.config, SETUP_SECONDS)
         self.table = settled.table
         self._arena, no_shared_memory = self._open_arena(members.exchange, settled.num_cores)
+        self._regions = self._arena.regions if self._arena else Regions()
         group, channel = members.process_group, self._arena.channel if self._arena else None
         self._devices = DeviceMemory(members, self.config, channel, SETUP_SECONDS)
         self._fallback = None if group is None else TorchFallback(self.name, group, channel)

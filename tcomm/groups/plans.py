@@ -10,6 +10,7 @@ import torch
 
 from tcomm.config import Config
 from tcomm.cpu.all_reduce import make_plan
+from tcomm.cpu.direct import make_direct_plan
 from tcomm.cpu.exchange import make_exchange_plan
 from tcomm.cpu.reduce_scatter import make_reduce_scatter_plan
 from tcomm.groups.agreement import Agreement
@@ -81,6 +82,10 @@ class Planner:
             return _with_chunks(job, self._plan_on_device(job, decision, call), pool)
         arena = self._arena_with_staging(call, seconds)
         algorithm = decision.algorithm.partition(":")[2]
+        if (place := arena.regions.find(call.contents)) is not None:
+            return make_direct_plan(
+                arena, call, call.reduce, job.dtype, torch.Size(call.shape).numel(), place
+            )
         make = _plan_kernel if decision.engine == "triton" else _plan_cpu
         return _with_chunks(job, make(job, algorithm, arena, call, decision.piece_nbytes), pool)
 

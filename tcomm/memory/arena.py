@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import torch
@@ -26,6 +27,7 @@ from tcomm.memory.farewell import announce_leaving, cancel_leaving
 from tcomm.memory.layout import StagingLayout
 from tcomm.memory.liveness import Identity, PeerProcess, my_identity
 from tcomm.memory.mailbox import Mailboxes, MailboxLayout
+from tcomm.memory.regions import Regions
 from tcomm.memory.runtime import HostRuntime
 from tcomm.memory.shm import SharedMemoryTransport
 from tcomm.signature import CallDescription
@@ -60,6 +62,7 @@ class Arena:
         self._mailboxes: Mailboxes | None = None
         self._spins = spins
         self.staging: Staging | None = None
+        self.regions = Regions()
         self.launch_parts = (LaunchPart(channel.rank),)
         self._transport = transport
         # Who drops a group instead of closing it gives its descriptors back, too.
@@ -107,8 +110,13 @@ class Arena:
             CapabilityError: on every rank, when one lacks the room. The old staging stays.
             PeerLostError: when a peer died meanwhile.
         """
-        try:
+        with self._ending_with_the_lost():
             return self._grow(nbytes, timeout)
+
+    @contextlib.contextmanager
+    def _ending_with_the_lost(self) -> Iterator[None]:
+        try:
+            yield
         except PeerLostError as lost:
             self.channel.give_up(PoisonCode.PEER_LOST, lost.peers[0], lost.seq)
             raise
@@ -116,18 +124,33 @@ class Arena:
     def _grow(self, nbytes: int, timeout: float) -> Staging:
         channel = self.channel
         layout = StagingLayout(nbytes, self.world_size)
-        check = self._refuse_the_gone
-        made = self._transport.allocate(nbytes, timeout, check)
-        if isinstance(made, NotShared):
-            raise RendezvousError(f"staging of group {channel.group!r}: {made.reason}")
+        made = self._allocate(nbytes, timeout, "staging")
         words = made.local.numpy().data[: layout.half_offset].cast("Q")
         lanes = layout.lane_half_bytes // 8
         channel.lanes = (words[:lanes], words[lanes:])
         for parity in (0, 1):
             channel.renew_lanes(parity, channel.words[Word.EPOCH])
-        self.exchange.all_gather(b"", timeout, check)
+        self.exchange.all_gather(b"", timeout, self._refuse_the_gone)
         self.staging = Staging(made, layout)
         return self.staging
+
+    def add_region(self, nbytes: int, timeout: float) -> SymmetricBuffer:
+        """Memory of `nbytes` a rank for tensors of callers, zeroed. **Collective.**
+
+        Raises:
+            CapabilityError: on every rank, when one lacks the room.
+            PeerLostError: when a peer died meanwhile.
+        """
+        with self._ending_with_the_lost():
+            made = self._allocate(nbytes, timeout, "a symmetric tensor")
+        self.regions.add(made)
+        return made
+
+    def _allocate(self, nbytes: int, timeout: float, what: str) -> SymmetricBuffer:
+        made = self._transport.allocate(nbytes, timeout, self._refuse_the_gone)
+        if isinstance(made, NotShared):
+            raise RendezvousError(f"{what} of group {self.channel.group!r}: {made.reason}")
+        return made
 
     def _refuse_the_gone(self) -> None:
         if gone := self.channel.find_gone():
@@ -145,6 +168,7 @@ class Arena:
         self.channel.pages[self.rank].leave(reason)
         self._release()
         self.staging = None
+        self.regions.clear()
 
 
 def _release(page: ControlPage, processes: Sequence[PeerProcess | None], lock_fd: int) -> None:

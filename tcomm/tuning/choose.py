@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from tcomm.algorithms import ALGORITHMS, FAMILIES, GPU_ALGORITHMS, REDUCING, Algorithm
+from tcomm.algorithms import (
+    ALGORITHMS,
+    DIRECT_ALGORITHMS,
+    FAMILIES,
+    GPU_ALGORITHMS,
+    REDUCING,
+    Algorithm,
+)
 from tcomm.errors import CapabilityError
 from tcomm.topology import Topology
 from tcomm.tuning.decision import Decision, Request, make_request
@@ -16,6 +23,9 @@ __all__ = ["Capabilities", "Decision", "Request", "asked_of", "choose", "decide"
 
 ENGINES = ("cpu", "triton", "torch")
 _ONLY_ON_GPUS = frozenset(a.name for family in GPU_ALGORITHMS.values() for a in family)
+_DIRECT = frozenset(a.name for family in DIRECT_ALGORITHMS.values() for a in family)
+_IN_SYMMETRIC = "_symmetric"
+"""Behind a family in a table: results in symmetric tensors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +126,7 @@ def asked_of(verb: str, algorithm: str) -> str:
     """`algorithm`, which is asked of every verb; empty where only verbs of other families have it."""
 
     def has(family: str) -> bool:
-        known = (*ALGORITHMS[family], *GPU_ALGORITHMS.get(family, ()))
+        known = (*ALGORITHMS[family], *GPU_ALGORITHMS.get(family, ()), *DIRECT_ALGORITHMS.get(family, ()))
         return any(algorithm in (a.name, a.name.partition(":")[2]) for a in known)
 
     mine = FAMILIES[verb]
@@ -129,7 +139,10 @@ def _candidates(request: Request, capabilities: Capabilities, forced: str) -> tu
     more = GPU_ALGORITHMS.get(family, ())
     if _topology_for(request, capabilities) is None:
         more = tuple(a for a in more if forced in (a.name, a.name.partition(":")[2]))
-    return (*ALGORITHMS[family], *more)
+    direct: tuple[Algorithm, ...] = DIRECT_ALGORITHMS.get(family, ())
+    if not request.symmetric:
+        direct = tuple(a for a in direct if forced in (a.name, a.name.partition(":")[2]))
+    return (*ALGORITHMS[family], *more, *direct)
 
 
 def _topology_for(request: Request, capabilities: Capabilities) -> Topology | None:
@@ -148,6 +161,8 @@ def _refusal(algorithm: Algorithm, request: Request, capabilities: Capabilities)
         return "its kernels need a GPU: what they are made of has no form on host memory"
     if capabilities.no_shared_memory:
         return capabilities.no_shared_memory
+    if algorithm.name in _DIRECT and not request.symmetric:
+        return "it writes to the peers' results, and out= is no tensor of symmetric_empty"
     if algorithm.engine == "triton" and capabilities.no_kernels:
         return capabilities.no_kernels
     return algorithm.refusal(request.reduce, request.dtype)
@@ -167,8 +182,10 @@ def _needs_fixed_order(request: Request) -> bool:
 
 def _pick_by_table(request: Request, possible: list[str], table: Table) -> _Pick:
     """By what was measured on host memory, else the first that can."""
-    engine = possible[0].partition(":")[0]
-    row = table.pick(FAMILIES[request.op], engine, request.world_size, request.nbytes)
+    engine, family = possible[0].partition(":")[0], FAMILIES[request.op]
+    size = request.world_size, request.nbytes
+    row = table.pick(family + _IN_SYMMETRIC, engine, *size) if request.symmetric else None
+    row = row or table.pick(family, engine, *size)
     if row is not None and row.algorithm in possible:
         return _Pick(row.algorithm, _told_by(row), row)
     return _Pick(possible[0], "no row of the table covers it and it is the first that can", row)

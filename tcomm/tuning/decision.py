@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import torch
 
-from tcomm.algorithms import FAMILIES, REDUCING, reduce_op_name
+from tcomm.algorithms import DIRECT_ALGORITHMS, FAMILIES, REDUCING, reduce_op_name
 from tcomm.errors import ConfigError
 
 __all__ = ["Decision", "Request", "decode_decisions", "encode_decisions", "make_request"]
@@ -33,6 +33,8 @@ class Request:
     """Device type of the tensors."""
     deterministic: bool = False
     """Whether results must have the same bits at every call, whatever the switch does."""
+    symmetric: bool = False
+    """Whether the result is wanted in a symmetric tensor, the same on every rank."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Decision:
         return self.algorithm.partition(":")[0]
 
     @property
+    def is_direct(self) -> bool:
+        """Whether peers write to the result itself."""
+        return any(self.algorithm == a.name for a in DIRECT_ALGORITHMS.get(FAMILIES[self.request.op], ()))
+
+    @property
     def microseconds(self) -> float | None:
         """Of the algorithm that is used, measured or else predicted; None where neither is known."""
         return dict(self.measured_us or self.predicted_us).get(self.algorithm)
@@ -69,6 +76,7 @@ class Decision:
         asked = self.request
         what = " ".join(w for w in (asked.op, asked.reduce, str(asked.dtype).removeprefix("torch.")) if w)
         where = asked.device + (", deterministic" if asked.deterministic else "")
+        where += ", into a symmetric tensor" if asked.symmetric else ""
         lines = [
             f"{what}, {asked.nbytes} bytes on {asked.world_size} ranks ({where}): {self.algorithm}",
             f"  because {self.reason}",

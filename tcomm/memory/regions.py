@@ -1,0 +1,78 @@
+"""Symmetric memory that callers hold tensors over, and how ranks name a place in it."""
+
+from __future__ import annotations
+
+import bisect
+from typing import NamedTuple
+
+import torch
+
+from tcomm.memory.base import SymmetricBuffer
+
+__all__ = ["Place", "Regions"]
+
+_MAX_NAMES = 1024
+
+
+class Place(NamedTuple):
+    """Where a tensor begins."""
+
+    buffer: SymmetricBuffer
+    """Of all ranks."""
+    offset: int
+    """Bytes into each rank's buffer."""
+
+
+class Regions:
+    """A group's regions, in the order in which they were made, the same on every rank.
+
+    Their addresses never change, and they stay until the group is closed, whoever drops the tensors.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[SymmetricBuffer] = []
+        self._starts: list[tuple[int, int]] = []
+        self._names: dict[int, str] = {}
+        self._places: dict[str, Place] = {}
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._buffers)
+
+    def add(self, buffer: SymmetricBuffer) -> None:
+        """Take a region in, on every rank at the same time."""
+        self._buffers.append(buffer)
+        self._starts = sorted((b.local.data_ptr(), number) for number, b in enumerate(self._buffers))
+        self._names.clear()
+
+    def name(self, tensor: torch.Tensor) -> str:
+        """What ranks call the place where a tensor begins; empty where that is in no region."""
+        address = tensor.data_ptr()
+        name = self._names.get(address)
+        if name is None:
+            if len(self._names) >= _MAX_NAMES:
+                self._names.clear()
+                self._places.clear()
+            name = self._names[address] = self._make_name(address)
+        return name
+
+    def _make_name(self, address: int) -> str:
+        at = bisect.bisect(self._starts, (address, len(self._buffers))) - 1
+        if at < 0:
+            return ""
+        start, number = self._starts[at]
+        buffer, offset = self._buffers[number], address - start
+        if offset >= buffer.nbytes:
+            return ""
+        name = f"symmetric tensor {number} from byte {offset} on"
+        self._places[name] = Place(buffer, offset)
+        return name
+
+    def find(self, name: str) -> Place | None:
+        """The place of a name that `name` gave last; None for every other text."""
+        return self._places.get(name)
+
+    def clear(self) -> None:
+        """Give the memory back that no tensor holds."""
+        for kept in (self._buffers, self._starts, self._names, self._places):
+            kept.clear()
