@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from tcomm.algorithms import reduce_op_name
-from tcomm.cli.bench import HEADER, BenchRequest, columns, parse_sizes, run_bench
+from tcomm.cli.bench import HEADER, BenchRequest, columns, parse_outs, parse_sizes, run_bench
 from tcomm.cli.cases import VERBS
 from tcomm.cli.demo import run_demo
 from tcomm.cli.eplb import EPLB_HEADER, EplbRequest, eplb_columns, run_eplb
@@ -81,7 +81,7 @@ def bench(
     dtype: Annotated[str, typer.Option(help="element type; empty: float32, of moe bfloat16")] = "",
     redop: Annotated[str, typer.Option(help="reduce operation")] = "sum",
     algorithm: Annotated[str, typer.Option(help="engine, algorithm or both; empty: the table's")] = "",
-    out: Annotated[str, typer.Option(help="reused, allocated or both")] = "both",
+    out: Annotated[str, typer.Option(help="reused, allocated, both, symmetric or all")] = "all",
     tokens: Annotated[str, typer.Option(help="of moe: tokens of a rank")] = "128,4096",
     hidden: Annotated[int, typer.Option(help="of moe: elements of a token")] = 7168,
     topk: Annotated[int, typer.Option(help="of moe: experts of a token")] = 8,
@@ -124,11 +124,9 @@ def bench(
         shape = (_numbers("--tokens", tokens), hidden, topk, experts, dtype or "bfloat16")
         _bench_moe(MoeRequest(ranks, *shape, chosen, schedule, pin), against, timeout, json_file)
         return
-    if out not in {"reused", "allocated", "both"}:
-        raise ConfigError(f"--out {out!r} is none of reused, allocated, both")
     request = BenchRequest(
         op, ranks, parse_sizes(sizes), dtype or "float32", reduce_op_name(redop), algorithm,
-        ("reused", "allocated") if out == "both" else (out,), schedule, pin, _baselines(against),
+        parse_outs(op, out), schedule, pin, _baselines(against),
     )  # fmt: skip
     _bench_collective(request, timeout, json_file)
 

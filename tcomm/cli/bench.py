@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tcomm.algorithms import REDUCE_OPS
+from tcomm.algorithms import DIRECT_ALGORITHMS, REDUCE_OPS
 from tcomm.cli.cases import REDUCING, ROOT, ROOTED, VERBS, Case, check_size
 from tcomm.cli.contenders import BASELINES, Gloo, Tcomm, refuse_unknown_to_mpi
 from tcomm.cli.workers import run_ranks
@@ -19,7 +19,17 @@ from tcomm.errors import ConfigError
 from tcomm.groups.communicator import Communicator
 from tcomm.tuning.measure import Candidate, Schedule, bus_factor, percentiles, slowest, time_alternating
 
-__all__ = ["BenchRequest", "Measurement", "check_request", "measure", "parse_sizes", "rows_of", "run_bench"]
+__all__ = [
+    "INTO_SYMMETRIC",
+    "BenchRequest",
+    "Measurement",
+    "check_request",
+    "measure",
+    "parse_outs",
+    "parse_sizes",
+    "rows_of",
+    "run_bench",
+]
 
 _UNITS = {
     "": 1,
@@ -31,6 +41,10 @@ _UNITS = {
     "GIB": 1 << 30,
     "G": 1 << 30,
 }
+
+
+INTO_SYMMETRIC = tuple(DIRECT_ALGORITHMS)
+"""Verbs that write straight to a symmetric tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +64,7 @@ class BenchRequest:
     algorithm: str = ""
     """Engine, algorithm or both; empty: the table's choice."""
     outs: tuple[str, ...] = ("reused", "allocated")
-    """Whether the result goes to memory that was used before, or is new each time."""
+    """Whether the result goes to memory that was used before, is new each time, or a symmetric tensor."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     """How often."""
     pin: bool = False
@@ -76,7 +90,7 @@ class Measurement:
     nbytes: int
     """Of the message."""
     out: str
-    """`reused`, `allocated`, or `none` where nothing comes out."""
+    """`reused`, `allocated`, `symmetric`, or `none` where nothing comes out."""
     affinity: str
     """What the ranks could run on."""
     microseconds: dict[str, list[float]]
@@ -110,6 +124,22 @@ def _parse_size(text: str) -> int:
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
+def parse_outs(op: str, text: str) -> tuple[str, ...]:
+    """The kinds of result that `--out` asks for.
+
+    Raises:
+        ConfigError: when it names none.
+    """
+    kinds = ("reused", "allocated", *(["symmetric"] if op in INTO_SYMMETRIC else []))
+    known = {kind: (kind,) for kind in ("reused", "allocated", "symmetric")} | {
+        "both": kinds[:2],
+        "all": kinds,
+    }
+    if text not in known:
+        raise ConfigError(f"--out {text!r} is none of {', '.join(known)}")
+    return known[text]
+
+
 def check_request(request: BenchRequest) -> BenchRequest:
     """The request as it can be carried out.
 
@@ -130,6 +160,8 @@ def check_request(request: BenchRequest) -> BenchRequest:
         refuse_unknown_to_mpi(dtype)
     if request.algorithm and request.op in {"barrier", "sendrecv"}:
         raise ConfigError(f"{request.op} has no algorithms to choose from")
+    if "symmetric" in request.outs and request.op not in INTO_SYMMETRIC:
+        raise ConfigError(f"only {', '.join(INTO_SYMMETRIC)} writes straight to symmetric tensors")
     if request.op == "barrier":
         return dataclasses.replace(request, sizes=(0,), outs=("none",))
     for size in request.sizes:
@@ -166,6 +198,8 @@ def measure(comm: Communicator, request: BenchRequest, nbytes: int, out: str) ->
     dtype: torch.dtype = getattr(torch, request.dtype)
     numel = nbytes // dtype.itemsize
     case = Case(request.op, comm.rank, comm.world_size, numel, dtype, request.reduce, out != "allocated")
+    if out == "symmetric":
+        case.out = comm.symmetric_empty(case.out.shape, dtype)
     cores = {core for rank in _gather_cores() for core in rank}
     settle = comm.barrier if len(cores) < comm.world_size else None
     seconds, wrong = time_alternating(
@@ -174,7 +208,7 @@ def measure(comm: Communicator, request: BenchRequest, nbytes: int, out: str) ->
     pinned = "one core a rank" if len(cores) >= comm.world_size else f"pinned, {len(cores)} cores"
     return Measurement(
         op=request.op,
-        algorithm=_algorithm(comm, request, nbytes),
+        algorithm=_algorithm(comm, request, nbytes, out),
         ranks=comm.world_size,
         dtype=request.dtype,
         redop=request.reduce if request.op in REDUCING else "none",
@@ -199,11 +233,16 @@ def _candidates(case: Case, comm: Communicator, request: BenchRequest) -> dict[s
     return candidates
 
 
-def _algorithm(comm: Communicator, request: BenchRequest, nbytes: int) -> str:
+def _algorithm(comm: Communicator, request: BenchRequest, nbytes: int, out: str) -> str:
     dtype, op = getattr(torch, request.dtype), request.reduce if request.op in REDUCING else "sum"
     try:
         decision = comm.explain(
-            VERBS[request.op], nbytes=nbytes, dtype=dtype, op=op, algorithm=request.algorithm
+            VERBS[request.op],
+            nbytes=nbytes,
+            dtype=dtype,
+            op=op,
+            algorithm=request.algorithm,
+            symmetric=out == "symmetric",
         )
     except ConfigError:
         # The calls have all been made: this verb does not choose.
