@@ -272,10 +272,13 @@ def explain(
     redop: Annotated[str, typer.Option(help="reduce operation")] = "sum",
     algorithm: Annotated[str, typer.Option(help="engine, algorithm or both")] = "",
     deterministic: Annotated[bool, typer.Option(help="nothing that adds in an order of its own")] = False,
+    symmetric: Annotated[bool, typer.Option(help="out= is a tensor of symmetric_empty")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the decisions themselves")] = False,
 ) -> None:
     """Say which algorithm a group would use, here or on GPUs that are not at hand, and why not the others."""
-    question = Question(op, parse_sizes(sizes), topology, ranks, dtype, redop, algorithm, deterministic)
+    question = Question(
+        op, parse_sizes(sizes), topology, ranks, dtype, redop, algorithm, deterministic, symmetric
+    )  # fmt: skip
     decisions = answers(question, Config.from_environment())
     if as_json:
         typer.echo(encode_decisions(decisions).decode())

@@ -41,6 +41,8 @@ class Question:
     """Engine, algorithm or both that must be used."""
     deterministic: bool = False
     """Whether nothing may add in an order of its own."""
+    symmetric: bool = False
+    """Whether the result is wanted in a symmetric tensor."""
 
 
 def answers(question: Question, config: Config) -> list[Decision]:
@@ -67,7 +69,7 @@ def answers(question: Question, config: Config) -> list[Decision]:
     table, verb = load_table(config.table), VERBS.get(question.op, question.op)
     deterministic = question.deterministic or config.deterministic
     requests = [
-        make_request(verb, question.reduce, dtype, size, ranks, device, deterministic)
+        make_request(verb, question.reduce, dtype, size, ranks, device, deterministic, question.symmetric)
         for size in question.sizes
     ]
     return [
@@ -80,7 +82,8 @@ def title_of(question: Question, decision: Decision) -> str:
     asked = decision.request
     words = (asked.op, asked.reduce, str(asked.dtype).removeprefix("torch."), "on", question.topology)
     told = " ".join(word for word in words if word) + f", {asked.world_size} ranks"
-    return told + (", deterministic" if asked.deterministic else "")
+    told += ", deterministic" if asked.deterministic else ""
+    return told + (", into a symmetric tensor" if asked.symmetric else "")
 
 
 def explain_columns(decisions: Sequence[Decision]) -> list[list[str]]:

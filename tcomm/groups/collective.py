@@ -225,8 +225,8 @@ class Collective(GroupHandle):
             CapabilityError: when the collective would raise it.
             ConfigError: when the verb is unknown or nbytes negative.
         """
-        request = make_request(verb, op, dtype, nbytes, self.world_size, device)
-        return self._choose(dataclasses.replace(request, symmetric=symmetric), algorithm)
+        request = make_request(verb, op, dtype, nbytes, self.world_size, device, symmetric=symmetric)
+        return self._choose(request, algorithm)
 
     def _decide(self, job: Job, device: str, algorithm: str) -> Decision:
         is_symmetric = self._regions.find(job.call.contents) is not None

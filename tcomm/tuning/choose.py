@@ -184,8 +184,12 @@ def _pick_by_table(request: Request, possible: list[str], table: Table) -> _Pick
     """By what was measured on host memory, else the first that can."""
     engine, family = possible[0].partition(":")[0], FAMILIES[request.op]
     size = request.world_size, request.nbytes
-    row = table.pick(family + _IN_SYMMETRIC, engine, *size) if request.symmetric else None
-    row = row or table.pick(family, engine, *size)
+    if request.symmetric:
+        row = table.pick(family + _IN_SYMMETRIC, engine, *size)
+        # Else as everywhere: a rank may be the only one that wants its result in a symmetric tensor.
+        if row is not None and row.algorithm in possible and row.algorithm in _DIRECT:
+            return _Pick(row.algorithm, _told_by(row), row)
+    row = table.pick(family, engine, *size)
     if row is not None and row.algorithm in possible:
         return _Pick(row.algorithm, _told_by(row), row)
     return _Pick(possible[0], "no row of the table covers it and it is the first that can", row)

@@ -93,6 +93,7 @@ def make_request(
     world_size: int,
     device: str = "cpu",
     deterministic: bool = False,
+    symmetric: bool = False,
 ) -> Request:
     """The request that a call of `verb` comes to; `op` counts only where the verb reduces.
 
@@ -104,7 +105,7 @@ def make_request(
     if nbytes < 0:
         raise ConfigError(f"nbytes={nbytes} is negative")
     reduce = reduce_op_name(op) if FAMILIES[verb] in REDUCING else ""
-    return Request(verb, reduce, dtype, nbytes, world_size, device, deterministic)
+    return Request(verb, reduce, dtype, nbytes, world_size, device, deterministic, symmetric)
 
 
 def encode_decisions(decisions: Sequence[Decision], indent: int = 1) -> bytes:

@@ -14,6 +14,7 @@ from tcomm.config import Config
 from tcomm.errors import CapabilityError, ConfigError
 from tcomm.groups.communicator import Communicator
 from tcomm.groups.jobs import JOBS, Caller
+from tcomm.memory.regions import Regions
 from tcomm.presets import PRESETS, named_topology
 from tcomm.tuning.choose import Capabilities
 from tcomm.tuning.decision import decode_decisions
@@ -214,6 +215,15 @@ FORCED = (
 )
 
 
+def test_a_result_in_a_symmetric_tensor_is_another_question():
+    command = ["explain", "all_reduce", "--sizes", "4MiB", "--ranks", "4"]
+    plain, symmetric = (CliRunner().invoke(app, [*command, *more]) for more in ([], ["--symmetric"]))
+    assert "cpu:two_shot_direct" not in plain.output
+    assert symmetric.output.startswith(
+        "all_reduce sum float32, 4194304 bytes on 4 ranks (cpu, into a symmetric tensor): cpu:two_shot_direct"
+    )
+
+
 def _three_answers(rng, monkeypatch):
     """To one random question: of the call itself, of the communicator's explain, and of the command line."""
     name, algorithm = rng.choice(FORMS), rng.choice(FORCED)
@@ -222,6 +232,7 @@ def _three_answers(rng, monkeypatch):
     comm = _communicator(topology, config, table)
     job, op, dtype = _random_call(rng, topology.world_size)
     monkeypatch.setattr("tcomm.cli.explain.load_table", lambda _: table)
+    comm._regions = Regions()
     # The variable is read again by the command line, with its own --deterministic beside it.
     question = Question(
         job.call.op, (job.nbytes,), name, rng.choice([0, topology.world_size]),

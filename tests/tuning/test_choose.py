@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcomm.algorithms import ALGORITHMS, FAMILIES, REDUCE_OPS, REDUCING
+from tcomm.algorithms import ALGORITHMS, DIRECT_ALGORITHMS, FAMILIES, REDUCE_OPS, REDUCING
 from tcomm.errors import CapabilityError
 from tcomm.tuning.choose import ENGINES, Capabilities, Decision, Request, asked_of, choose
 from tcomm.tuning.table import Row, Table
@@ -23,6 +23,7 @@ REQUESTS = st.builds(
     nbytes=st.integers(0, 1 << 26),
     world_size=st.integers(2, 16),
     device=st.sampled_from(["cpu", "cpu", "cpu", "cuda"]),
+    symmetric=st.booleans(),
 )
 CAPABILITIES = st.builds(
     Capabilities,
@@ -33,7 +34,7 @@ CAPABILITIES = st.builds(
 TABLES = st.lists(
     st.builds(
         Row,
-        op=st.sampled_from(["all_reduce", "all_reduce", *ALGORITHMS]),
+        op=st.sampled_from(["all_reduce", "all_reduce", "all_reduce_symmetric", *ALGORITHMS]),
         algorithm=st.sampled_from([*NAMES, "cpu:pull", "cpu:push", "cpu:unheard_of"]),
         max_nbytes=st.none() | st.integers(0, 1 << 20),
         piece_nbytes=st.sampled_from([0, 4096]),
@@ -243,3 +244,36 @@ def test_a_decision_is_a_value():
     with pytest.raises(dataclasses.FrozenInstanceError):
         first.algorithm = "other"
     assert isinstance(first, Decision)
+
+
+SYMMETRIC = [
+    Row("all_reduce", "cpu:one_shot_pull", 8192),
+    Row("all_reduce", "cpu:two_shot", None),
+    Row("all_reduce_symmetric", "cpu:one_shot_push", 4096),
+    Row("all_reduce_symmetric", "cpu:two_shot_direct", None, max_ranks=4),
+]
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "world_size", "plain", "symmetric"),
+    [
+        (4096, 2, "cpu:one_shot_pull", "cpu:one_shot_pull"),
+        (4097, 2, "cpu:one_shot_pull", "cpu:two_shot_direct"),
+        (9000, 4, "cpu:two_shot", "cpu:two_shot_direct"),
+        (9000, 5, "cpu:two_shot", "cpu:two_shot"),
+    ],
+)
+def test_peers_write_to_symmetric_results_where_the_table_says_so_and_else_all_is_as_everywhere(
+    nbytes, world_size, plain, symmetric
+):
+    table = _table(*SYMMETRIC)
+    request = _request(nbytes=nbytes, world_size=world_size)
+    assert choose(request, GLOO, table).algorithm == plain
+    asked = dataclasses.replace(request, symmetric=True)
+    assert choose(asked, GLOO, table).algorithm == symmetric
+    assert choose(asked, GLOO, table, "cpu:two_shot").algorithm == "cpu:two_shot"
+    assert choose(asked, GLOO, table, "two_shot_direct").algorithm == "cpu:two_shot_direct"
+    with pytest.raises(CapabilityError, match="is no tensor of symmetric_empty"):
+        choose(request, GLOO, table, "two_shot_direct")
+    assert asked_of("all_reduce", "two_shot_direct") == "two_shot_direct"
+    assert asked_of("broadcast", "two_shot_direct") == ""
