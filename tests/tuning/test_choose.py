@@ -71,7 +71,8 @@ def test_every_algorithm_is_chosen_or_rejected_once_and_with_a_reason(request, c
     if isinstance(decision, str):
         return
     fallback = f"torch:{capabilities.backend(request.device) or 'none'}"
-    expected = [*(a.name for a in ALGORITHMS[FAMILIES[request.op]]), fallback]
+    direct = DIRECT_ALGORITHMS.get(request.op, ()) if request.symmetric else ()
+    expected = [*(a.name for a in (*ALGORITHMS[FAMILIES[request.op]], *direct)), fallback]
     assert sorted([decision.algorithm, *dict(decision.rejected)]) == sorted(expected)
     assert len(decision.rejected) == len(expected) - 1
     assert decision.reason
