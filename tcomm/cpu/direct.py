@@ -103,7 +103,7 @@ class _Results:
         """What the peers need of x: all in front of this rank's slice, and all behind it."""
         size, base = self._dtype.itemsize, self.own.data_ptr()
         bounds = [(0, self._start), (self._stop, len(self.own))]
-        parts = [(first * size, (last - first) * size) for first, last in bounds if last > first]
+        parts = [(first * size, (last - first) * size) for first, last in bounds]
         return [(make_move(nbytes, self._world), base + first, first, nbytes) for first, nbytes in parts]
 
     def steps(self, is_in_place: bool) -> list[_Step]:

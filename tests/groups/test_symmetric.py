@@ -215,14 +215,17 @@ def _given_back(member):
     grown = _maps() - mapped
     assert len(os.listdir("/proc/self/fd")) == opened
     comm.close()
-    del comm, tensors, t
+    del tensors, t
+    closed = _maps() - mapped
+    del comm
     gc.collect()
-    return grown, _maps(), len(os.listdir("/proc/self/fd")) - before
+    return grown, closed, _maps(), len(os.listdir("/proc/self/fd")) - before
 
 
 def test_memory_goes_when_the_group_is_closed_and_no_tensor_is_left(on_ranks):
-    for grown, left, fds in on_ranks(2, _given_back):
+    for grown, closed, left, fds in on_ranks(2, _given_back):
         assert grown == 5 * 2
+        assert closed < 0
         assert left == 0
         assert fds <= 0
 
@@ -233,6 +236,12 @@ def _gradient(member):
     weight = torch.ones(NUMEL, requires_grad=True)
     loss = (weight * t).sum()
     comm.all_reduce(torch.ones(NUMEL), out=t)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    # Also where this rank reduces nothing itself.
+    short = t[:8]
+    loss = (weight[:8] * short).sum()
+    comm.all_reduce(torch.ones(8), out=short, algorithm="two_shot_direct")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     with pytest.raises(ConfigError):
