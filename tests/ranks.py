@@ -51,6 +51,8 @@ class Member:
             world_size=self.world_size,
             timeout=datetime.timedelta(seconds=seconds),
         )
+        # gloo does not wait at the end: who fails at once would close what a late rank still connects to.
+        self.meet("process group", seconds)
 
     def exchange(self, name="test") -> StoreExchange:
         """Byte exchange between the ranks."""
