@@ -111,7 +111,7 @@ class Reduction:
         else:
             rank, first = own
             reduce = _over_own(self._reduce_chunk, chunks, rank, self._make_take(first), take_results)
-        return _like_torch(reduce) if self._in_arrays and self._dtype.is_floating_point else reduce
+        return _like_torch(reduce) if self._in_arrays else reduce
 
     def _over_whole(self, parts: tuple[torch.Tensor, ...], room: torch.Tensor) -> Reduce:
         """Reduces a short message as it is: the hot path, where every line is a tenth of a microsecond."""

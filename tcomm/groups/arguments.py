@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -29,6 +30,7 @@ __all__ = [
     "dtype_name",
     "find_unequal_splits",
     "has_tangent",
+    "is_flat_memory",
     "is_ordinary",
     "is_plain",
     "refuse_integer_average",
@@ -71,6 +73,7 @@ def check_prepared(max_nbytes: object, dtypes: Sequence[object], ops: Sequence[o
 
 
 _MAX_PREPARED_BYTES = 1 << 40
+_MAX_NEW_BYTES = 1 << 60
 
 
 def check_new(shape: object, dtype: object) -> torch.Size:
@@ -87,6 +90,9 @@ def check_new(shape: object, dtype: object) -> torch.Size:
         raise ConfigError(f"shape={shape!r} is no sequence of integers") from None
     if min(lengths, default=0) < 0:
         raise ConfigError(f"shape={shape!r} has a negative length")
+    # Strides of a tensor without elements have to be numbers of 64 bits as well.
+    if math.prod(max(length, 1) for length in lengths) * dtype.itemsize > _MAX_NEW_BYTES:
+        raise ConfigError(f"shape={shape!r} of {dtype} is more than any memory")
     return torch.Size(lengths)
 
 
@@ -210,6 +216,18 @@ def overlaps(x: torch.Tensor, out: torch.Tensor) -> bool:
 def is_plain(x: torch.Tensor) -> bool:
     """Whether the values of x are its memory: negated and conjugated views are flags on other values."""
     return x.is_contiguous() and not (x.is_neg() or x.is_conj())
+
+
+def is_flat_memory(x: object) -> bool:
+    """Whether x is a tensor whose values are aligned memory of the host, one after another, and some."""
+    if not isinstance(x, torch.Tensor) or torch._C._get_tracing_state() is not None:
+        return False
+    if type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ or x.layout != torch.strided:
+        return False
+    try:
+        return x.is_cpu and x.numel() > 0 and is_plain(x) and x.data_ptr() % x.itemsize == 0
+    except RuntimeError:
+        return False  # a wrapper of a transform has no memory
 
 
 def share_bytes(x: torch.Tensor, out: torch.Tensor) -> bool:

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple, TypedDict
 import msgspec
 import torch
 
+from tcomm.errors import CapabilityError
 from tcomm.groups.arguments import (
     UNSET,
     Timeout,
     Unset,
     check_out,
     check_tensor,
+    is_flat_memory,
     is_ordinary,
     is_plain,
     refuse_tracers,
@@ -23,7 +25,7 @@ from tcomm.groups.arguments import (
 from tcomm.groups.handle import GroupHandle
 from tcomm.groups.jobs import JOBS, Caller, Job
 from tcomm.groups.plans import Plan
-from tcomm.tuning.choose import Decision, Request, make_request
+from tcomm.tuning.choose import Decision, Request, is_direct, make_request
 
 __all__ = ["CallOptions", "Collective", "Ready"]
 
@@ -128,8 +130,8 @@ class Collective(GroupHandle):
 
     def _name_place(self, out: torch.Tensor) -> str:
         """What ranks call the place of a result in symmetric memory; empty where it is elsewhere."""
-        is_usable = isinstance(out, torch.Tensor) and is_ordinary(out) and out.is_cpu and out.numel() > 0
-        return self._regions.name(out) if is_usable and is_plain(out) else ""
+        # By its memory alone: what else matters is checked later, and may be of this moment and this rank.
+        return self._regions.name(out) if is_flat_memory(out) else ""
 
     def _run_densely(
         self, verb: str, ready: Ready, x: torch.Tensor, out: torch.Tensor, seconds: float | None
@@ -166,7 +168,7 @@ class Collective(GroupHandle):
         if out is not None and job.shape is not None:
             check_out(verb, x, out, job.shape, job.may_alias)
         self._open_device(x.device, job.call, seconds)
-        decision = self._decide(job, x.device.type, algorithm)
+        decision = self._decide_together(job, x.device.type, algorithm, seconds)
         if decision.request.symmetric and not decision.is_direct:
             job = dataclasses.replace(job, call=msgspec.structs.replace(job.call, contents=""))
         # Tensors made in inference mode could not be written outside of it.
@@ -227,6 +229,16 @@ class Collective(GroupHandle):
         """
         request = make_request(verb, op, dtype, nbytes, self.world_size, device, symmetric=symmetric)
         return self._choose(request, algorithm)
+
+    def _decide_together(self, job: Job, device: str, algorithm: str, seconds: float | None) -> Decision:
+        """As `_decide`. Where a result is, is no secret of a rank: a refusal for it is every rank's error."""
+        try:
+            return self._decide(job, device, algorithm)
+        except CapabilityError:
+            forced = algorithm or self.config.algorithm
+            if is_direct(job.call.op, forced):
+                self._agreement.agree(msgspec.structs.replace(job.call, algorithm=forced), seconds)
+            raise
 
     def _decide(self, job: Job, device: str, algorithm: str) -> Decision:
         is_symmetric = self._regions.find(job.call.contents) is not None

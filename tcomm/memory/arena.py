@@ -143,7 +143,8 @@ class Arena:
         """
         with self._ending_with_the_lost():
             made = self._allocate(nbytes, timeout, "a symmetric tensor")
-        self.regions.add(made)
+        # By its epoch: a rank that failed meanwhile and goes on would count otherwise.
+        self.regions.add(made, self.channel.words[Word.EPOCH])
         return made
 
     def _allocate(self, nbytes: int, timeout: float, what: str) -> SymmetricBuffer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -105,16 +106,12 @@ class SymmetricBuffer:
         Raises:
             IndexError: when the view would pass the end of the buffer.
         """
-        flat = self._buffers[rank][offset:].view(dtype)
         if shape is None:
-            return flat
-        numel = 1
-        for length in shape:
-            numel *= length
-        if offset < 0 or numel > flat.numel():
-            wanted = numel * dtype.itemsize
+            return self._buffers[rank][offset:].view(dtype)
+        wanted = math.prod(shape) * dtype.itemsize
+        if offset < 0 or offset + wanted > self.nbytes:
             raise IndexError(f"{wanted} bytes at offset {offset} pass the end of a buffer of {self.nbytes}")
-        return flat[:numel].view(tuple(shape))
+        return self._buffers[rank][offset : offset + wanted].view(dtype).view(tuple(shape))
 
 
 class Transport(Protocol):

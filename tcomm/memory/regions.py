@@ -24,13 +24,13 @@ class Place(NamedTuple):
 
 
 class Regions:
-    """A group's regions, in the order in which they were made, the same on every rank.
+    """A group's regions, by the call in which the ranks made them.
 
     Their addresses never change, and they stay until the group is closed, whoever drops the tensors.
     """
 
     def __init__(self) -> None:
-        self._buffers: list[SymmetricBuffer] = []
+        self._buffers: dict[int, SymmetricBuffer] = {}
         self._starts: list[tuple[int, int]] = []
         self._names: dict[int, str] = {}
         self._places: dict[str, Place] = {}
@@ -39,10 +39,10 @@ class Regions:
         """Whether there are any."""
         return bool(self._buffers)
 
-    def add(self, buffer: SymmetricBuffer) -> None:
-        """Take a region in, on every rank at the same time."""
-        self._buffers.append(buffer)
-        self._starts = sorted((b.local.data_ptr(), number) for number, b in enumerate(self._buffers))
+    def add(self, buffer: SymmetricBuffer, call: int) -> None:
+        """Take a region in that the ranks made in that call, of which each has one."""
+        self._buffers[call] = buffer
+        self._starts = sorted((b.local.data_ptr(), made) for made, b in self._buffers.items())
         self._names.clear()
 
     def name(self, tensor: torch.Tensor) -> str:
@@ -57,14 +57,14 @@ class Regions:
         return name
 
     def _make_name(self, address: int) -> str:
-        at = bisect.bisect(self._starts, (address, len(self._buffers))) - 1
+        at = bisect.bisect(self._starts, address, key=lambda start: start[0]) - 1
         if at < 0:
             return ""
-        start, number = self._starts[at]
-        buffer, offset = self._buffers[number], address - start
+        start, made = self._starts[at]
+        buffer, offset = self._buffers[made], address - start
         if offset >= buffer.nbytes:
             return ""
-        name = f"symmetric tensor {number} from byte {offset} on"
+        name = f"symmetric tensor of call #{made} from byte {offset} on"
         self._places[name] = Place(buffer, offset)
         return name
 

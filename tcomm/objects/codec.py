@@ -37,8 +37,7 @@ MAX_DEPTH = 64
 """Containers that may lie in one another unless the caller says otherwise."""
 NOT_FLAT: Final = object()
 """What `decode_flat` makes of all other messages."""
-# No more than these: what a signal's handler raises is not to be lost.
-_NOT_MSGPACK = (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError, DecodeError)
+_NOT_MSGPACK = (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError)
 
 
 class Encoded:
@@ -128,7 +127,12 @@ def decode_flat(message: memoryview) -> object:
     """
     try:
         return decode_own(message)
-    except _NOT_MSGPACK:
+    except _NOT_MSGPACK as error:
+        # Raised in a frame of its own, by a signal's handler that ran here, it is not to be lost.
+        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+            raise
+        return NOT_FLAT
+    except DecodeError:
         return NOT_FLAT
 
 

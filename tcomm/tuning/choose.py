@@ -14,12 +14,12 @@ from tcomm.algorithms import (
 )
 from tcomm.errors import CapabilityError
 from tcomm.topology import Topology
-from tcomm.tuning.decision import Decision, Request, make_request
+from tcomm.tuning.decision import Decision, Request, is_direct, make_request
 from tcomm.tuning.model import predict_us
 from tcomm.tuning.needs import refusal_of_nccl, refusal_on_gpus
 from tcomm.tuning.table import Row, Table
 
-__all__ = ["Capabilities", "Decision", "Request", "asked_of", "choose", "decide", "make_request"]
+__all__ = ["Capabilities", "Decision", "Request", "asked_of", "choose", "decide", "is_direct", "make_request"]
 
 ENGINES = ("cpu", "triton", "torch")
 _ONLY_ON_GPUS = frozenset(a.name for family in GPU_ALGORITHMS.values() for a in family)

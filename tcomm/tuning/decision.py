@@ -12,7 +12,7 @@ import torch
 from tcomm.algorithms import DIRECT_ALGORITHMS, FAMILIES, REDUCING, reduce_op_name
 from tcomm.errors import ConfigError
 
-__all__ = ["Decision", "Request", "decode_decisions", "encode_decisions", "make_request"]
+__all__ = ["Decision", "Request", "decode_decisions", "encode_decisions", "is_direct", "make_request"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Decision:
     @property
     def is_direct(self) -> bool:
         """Whether peers write to the result itself."""
-        return any(self.algorithm == a.name for a in DIRECT_ALGORITHMS.get(FAMILIES[self.request.op], ()))
+        return is_direct(self.request.op, self.algorithm)
 
     @property
     def microseconds(self) -> float | None:
@@ -83,6 +83,12 @@ class Decision:
         ]
         lines += [f"  not {name}: {why}" for name, why in self.rejected]
         return "\n".join(lines)
+
+
+def is_direct(verb: str, algorithm: str) -> bool:
+    """Whether `algorithm`, with its engine or without, is one of `verb` that writes to peers' results."""
+    known = DIRECT_ALGORITHMS.get(FAMILIES[verb], ())
+    return any(algorithm in (a.name, a.name.partition(":")[2]) for a in known)
 
 
 def make_request(

@@ -356,6 +356,26 @@ def test_autograd_is_told_of_sums_in_what_it_has_saved(on_ranks, world_size):
     on_ranks(world_size, _saved_for_a_gradient)
 
 
+def _saved_indices(member):
+    comm = member.communicator()
+    for call in (
+        lambda y: comm.all_reduce(torch.ones(4, dtype=torch.int64), out=y, algorithm="cpu:one_shot_push"),
+        lambda y: comm.all_reduce(torch.ones(4, dtype=torch.int64), out=y, algorithm="cpu:two_shot"),
+        lambda y: comm.reduce_scatter_single(torch.ones(4 * comm.world_size, dtype=torch.int64), out=y),
+    ):
+        weight, indices = torch.ones(9, requires_grad=True), torch.zeros(4, dtype=torch.int64)
+        loss = (weight[indices] ** 2).sum()
+        call(indices)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    comm.close()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_autograd_is_told_of_sums_in_indices_too(on_ranks, world_size):
+    on_ranks(world_size, _saved_indices)
+
+
 def _interrupted_while_preparing(member):
     """A rank that breaks off before its first collective tells the others."""
     comm = member.communicator(timeout=10.0)

@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import logging
 import os
@@ -5,6 +6,8 @@ import time
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 import tcomm
 from tcomm.errors import CapabilityError, CollectiveMismatchError, ConfigError, PeerLostError
@@ -103,6 +106,9 @@ def _mistakes(member):
     for given in [(3, -1), (2.5,), None, 7, "ab", [[1]]]:
         with pytest.raises(ConfigError, match=r"^shape="):
             comm.symmetric_empty(given)
+    for given in [(1 << 33, 1 << 33), (1 << 63,), (1 << 64,), (0, 1 << 62, 8), (1 << 32, 1 << 31, 3)]:
+        with pytest.raises(ConfigError, match="is more than any memory"):
+            comm.symmetric_empty(given)
     for dtype in ["float32", None, torch.qint8]:
         with pytest.raises(ConfigError, match="dtype of dense tensors"):
             comm.symmetric_empty((3,), dtype)
@@ -118,7 +124,7 @@ def _mistakes(member):
 def test_ranks_that_mean_different_places_are_told_and_go_on(on_ranks):
     told = on_ranks(3, _mistakes)
     assert told[0] == told[1] == told[2]
-    of = f"all_reduce float32 [{NUMEL}] sum of symmetric tensor 0 from byte"
+    of = f"all_reduce float32 [{NUMEL}] sum of symmetric tensor of call #1 from byte"
     assert told[0][0] == [
         f"  rank 0: {of} 0 on via {DIRECT}",
         f"  rank 1: {of} {4 * NUMEL} on via {DIRECT}",
@@ -126,6 +132,73 @@ def test_ranks_that_mean_different_places_are_told_and_go_on(on_ranks):
     ]
     assert told[0][1][0].startswith(f"  rank 0: all_reduce float32 [{NUMEL}] sum via cpu:")
     assert told[0][2] == [f"  rank {r}: symmetric_empty float32 [3, {1 + r // 2}]" for r in range(3)]
+
+
+def _bytes_as_numbers(member):
+    """Buckets are bytes: any aligned part of them will do, whatever is behind it."""
+    comm = member.communicator()
+    t = comm.symmetric_empty((4 * NUMEL + 6,), torch.uint8)
+    used = []
+    for first, dtype in [(0, torch.float32), (0, torch.bfloat16), (4, torch.float32), (2, torch.float32)]:
+        numel = 4 * NUMEL // dtype.itemsize
+        array = t.numpy()[first : first + numel * dtype.itemsize]
+        out = torch.frombuffer(array, dtype=dtype)
+        assert comm.all_reduce(torch.ones(numel, dtype=dtype), out=out).eq(comm.world_size).all()
+        used.append(_algorithm(comm))
+    comm.close()
+    return used
+
+
+def test_any_aligned_part_of_a_symmetric_tensor_will_do(on_ranks):
+    for used in on_ranks(2, _bytes_as_numbers):
+        assert used[:3] == [DIRECT] * 3
+        assert used[3] != DIRECT
+
+
+def _of_one_rank(member):
+    """What one rank's thread is about matters to none of them."""
+    comm = member.communicator(timeout=10.0)
+    t, x = comm.symmetric_empty((NUMEL,)), torch.ones(NUMEL)
+    modes = [
+        contextlib.nullcontext,
+        lambda: FlopCounterMode(display=False),
+        forward_ad.dual_level,
+        lambda: torch.device("cpu"),
+    ]
+    for mode in modes:
+        with mode() if comm.rank == 0 else contextlib.nullcontext():
+            comm.all_reduce(x, out=t)
+        assert (_algorithm(comm), bool(t.eq(comm.world_size).all())) == (DIRECT, True)
+    comm.all_reduce(x, out=torch.nn.Parameter(t, requires_grad=False) if comm.rank else t)
+    assert _algorithm(comm) == DIRECT
+    comm.close()
+
+
+def test_what_one_rank_does_besides_changes_no_choice(on_ranks):
+    on_ranks(2, _of_one_rank)
+
+
+def _forced(member):
+    comm = member.communicator(timeout=10.0)
+    t, x, other = comm.symmetric_empty((NUMEL,)), torch.ones(NUMEL), torch.empty(NUMEL)
+    force = {"algorithm": "two_shot_direct"}
+    calls = [
+        (lambda: comm.all_reduce(x, out=other if comm.rank else t, **force), CollectiveMismatchError),
+        (lambda: comm.all_reduce(x, out=other, **(force if comm.rank else {})), CollectiveMismatchError),
+        (lambda: comm.all_reduce(x.byte(), out=t[: NUMEL // 4].view(torch.uint8), **force), CapabilityError),
+        (lambda: comm.all_reduce(x, out=other, **force), CapabilityError),
+    ]
+    for call, kind in calls:
+        started = time.monotonic()
+        with pytest.raises(kind):
+            call()
+        assert time.monotonic() - started < 5
+        assert comm.all_reduce(x, out=t).eq(comm.world_size).all()
+    comm.close()
+
+
+def test_ranks_of_which_one_cannot_do_what_is_forced_are_all_told(on_ranks):
+    on_ranks(2, _forced)
 
 
 def _named(member):

@@ -5,6 +5,7 @@ import gc
 import itertools
 import os
 import pickle
+import signal
 import struct
 import time
 import tracemalloc
@@ -177,6 +178,32 @@ def test_whatever_the_bytes_a_flat_message_is_what_decode_says_or_is_left_to_it(
             assert repr(flat) == repr(value)
             told["read"] += 1
     assert min(told.values()) > 100
+
+
+class _AlarmError(ValueError):
+    pass
+
+
+def _raise_alarm(*_):
+    raise _AlarmError
+
+
+def test_what_a_signals_handler_raises_while_a_flat_message_is_read_is_not_taken_for_a_bad_message():
+    message, raised = memoryview(encode_flat(list(range(50_000)))), 0
+    previous = signal.signal(signal.SIGALRM, _raise_alarm)
+    try:
+        for _ in range(20):
+            with contextlib.suppress(_AlarmError):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 1e-4)
+                    assert decode_flat(message) is not NOT_FLAT
+                    time.sleep(1)
+                except _AlarmError:
+                    raised += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert raised == 20
 
 
 def test_write_into_needs_room():
