@@ -118,10 +118,12 @@ class Communicator(Aliases, PointToPoint):
         """A tensor on the CPU that all ranks of the group can write to. **Collective.**
 
         `all_reduce(x, out=t)` of long messages then stages nothing: peers write their part of the result
-        straight to `t`, which, or a contiguous part of which, is at the same place on every rank; with `t`
-        as x, too, nothing is copied at all. Otherwise it is a tensor like any other. Its memory stays until
-        the group is closed, or later where a tensor over it is kept; a call that ends in an error
-        leaves arbitrary values, which a peer that is merely late may still change.
+        straight to `t`, or to an aligned contiguous part of it, the same on every rank; with it as x, too,
+        nothing is copied at all. Each such part has a plan of its own, which the first call on it makes: a
+        few parts used often are fast, and ever new ones slower than ordinary results. Otherwise it is
+        a tensor like any other. Its memory stays until the group is closed, or later where a tensor over it is
+        kept; a call that ends in an error leaves arbitrary values, which a peer that is merely late may
+        still change.
 
         Where the ranks share no memory it is an ordinary tensor, and the reason is logged.
 
