@@ -120,9 +120,9 @@ class Communicator(Aliases, PointToPoint):
         `all_reduce(x, out=t)` of long messages then stages nothing: peers write their part of the result
         straight to `t`, or to an aligned contiguous part of it, the same on every rank; with it as x, too,
         nothing is copied at all. Each such part has a plan of its own, which the first call on it makes: a
-        few parts used often are fast, and ever new ones slower than ordinary results. Otherwise it is
-        a tensor like any other. Its memory stays until the group is closed, or later where a tensor over it is
-        kept; a call that ends in an error leaves arbitrary values, which a peer that is merely late may
+        few parts used often are fast, and ever new ones slower than ordinary results. Otherwise it is a
+        tensor like any other. Its memory stays until the group is closed, or later where a tensor over it
+        is kept; a call that ends in an error leaves arbitrary values, which a peer that is merely late may
         still change.
 
         Where the ranks share no memory it is an ordinary tensor, and the reason is logged.
