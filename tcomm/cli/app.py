@@ -81,7 +81,7 @@ def bench(
     dtype: Annotated[str, typer.Option(help="element type; empty: float32, of moe bfloat16")] = "",
     redop: Annotated[str, typer.Option(help="reduce operation")] = "sum",
     algorithm: Annotated[str, typer.Option(help="engine, algorithm or both; empty: the table's")] = "",
-    out: Annotated[str, typer.Option(help="reused, allocated, both, symmetric or all")] = "all",
+    out: Annotated[str, typer.Option(help="reused, allocated, both, symmetric, in_place or all")] = "all",
     tokens: Annotated[str, typer.Option(help="of moe: tokens of a rank")] = "128,4096",
     hidden: Annotated[int, typer.Option(help="of moe: elements of a token")] = 7168,
     topk: Annotated[int, typer.Option(help="of moe: experts of a token")] = 8,

@@ -45,6 +45,8 @@ _UNITS = {
 
 INTO_SYMMETRIC = tuple(DIRECT_ALGORITHMS)
 """Verbs that write straight to a symmetric tensor."""
+_SYMMETRIC = ("symmetric", "in_place")
+"""Kinds of result in symmetric tensors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,8 @@ class BenchRequest:
     algorithm: str = ""
     """Engine, algorithm or both; empty: the table's choice."""
     outs: tuple[str, ...] = ("reused", "allocated")
-    """Whether the result goes to memory that was used before, is new each time, or a symmetric tensor."""
+    """Whether the result goes to memory that was used before, is new each time, a symmetric tensor, or
+    one that is the input, too."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     """How often."""
     pin: bool = False
@@ -90,7 +93,7 @@ class Measurement:
     nbytes: int
     """Of the message."""
     out: str
-    """`reused`, `allocated`, `symmetric`, or `none` where nothing comes out."""
+    """`reused`, `allocated`, `symmetric`, `in_place`, or `none` where nothing comes out."""
     affinity: str
     """What the ranks could run on."""
     microseconds: dict[str, list[float]]
@@ -130,11 +133,9 @@ def parse_outs(op: str, text: str) -> tuple[str, ...]:
     Raises:
         ConfigError: when it names none.
     """
-    kinds = ("reused", "allocated", *(["symmetric"] if op in INTO_SYMMETRIC else []))
-    known = {kind: (kind,) for kind in ("reused", "allocated", "symmetric")} | {
-        "both": kinds[:2],
-        "all": kinds,
-    }
+    kinds = ("reused", "allocated", *(_SYMMETRIC if op in INTO_SYMMETRIC else ()))
+    known = {kind: (kind,) for kind in ("reused", "allocated", *_SYMMETRIC)}
+    known |= {"both": kinds[:2], "all": kinds}
     if text not in known:
         raise ConfigError(f"--out {text!r} is none of {', '.join(known)}")
     return known[text]
@@ -160,7 +161,7 @@ def check_request(request: BenchRequest) -> BenchRequest:
         refuse_unknown_to_mpi(dtype)
     if request.algorithm and request.op in {"barrier", "sendrecv"}:
         raise ConfigError(f"{request.op} has no algorithms to choose from")
-    if "symmetric" in request.outs and request.op not in INTO_SYMMETRIC:
+    if {*_SYMMETRIC} & {*request.outs} and request.op not in INTO_SYMMETRIC:
         raise ConfigError(f"only {', '.join(INTO_SYMMETRIC)} writes straight to symmetric tensors")
     if request.op == "barrier":
         return dataclasses.replace(request, sizes=(0,), outs=("none",))
@@ -198,12 +199,16 @@ def measure(comm: Communicator, request: BenchRequest, nbytes: int, out: str) ->
     dtype: torch.dtype = getattr(torch, request.dtype)
     numel = nbytes // dtype.itemsize
     case = Case(request.op, comm.rank, comm.world_size, numel, dtype, request.reduce, out != "allocated")
-    if out == "symmetric":
-        case.out = comm.symmetric_empty(case.out.shape, dtype)
+    ours = case
+    if out in _SYMMETRIC:
+        # The baselines keep to ordinary tensors.
+        ours = Case(request.op, comm.rank, comm.world_size, numel, dtype, request.reduce, True)
+        ours.out = comm.symmetric_empty(case.out.shape, dtype)
+        ours.x = ours.out if out == "in_place" else ours.x
     cores = {core for rank in _gather_cores() for core in rank}
     settle = comm.barrier if len(cores) < comm.world_size else None
     seconds, wrong = time_alternating(
-        _candidates(case, comm, request), request.schedule, comm.barrier, settle
+        _candidates(case, ours, comm, request), request.schedule, comm.barrier, settle
     )
     pinned = "one core a rank" if len(cores) >= comm.world_size else f"pinned, {len(cores)} cores"
     return Measurement(
@@ -222,9 +227,9 @@ def measure(comm: Communicator, request: BenchRequest, nbytes: int, out: str) ->
     )
 
 
-def _candidates(case: Case, comm: Communicator, request: BenchRequest) -> dict[str, Candidate]:
+def _candidates(case: Case, ours: Case, comm: Communicator, request: BenchRequest) -> dict[str, Candidate]:
     op = request.op
-    candidates = {"tcomm": case.candidate(Tcomm(case, comm, request.algorithm).call_of(op))}
+    candidates = {"tcomm": ours.candidate(Tcomm(ours, comm, request.algorithm).call_of(op))}
     for name in request.against:
         calls = BASELINES[name](case)
         # gloo's threads sleep between calls; without this its times would be two or three times worse.
@@ -242,7 +247,7 @@ def _algorithm(comm: Communicator, request: BenchRequest, nbytes: int, out: str)
             dtype=dtype,
             op=op,
             algorithm=request.algorithm,
-            symmetric=out == "symmetric",
+            symmetric=out in _SYMMETRIC,
         )
     except ConfigError:
         # The calls have all been made: this verb does not choose.

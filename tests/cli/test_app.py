@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from tcomm.cli import app as app_module
 from tcomm.cli.app import app
-from tcomm.cli.bench import BenchRequest, check_request, parse_sizes
+from tcomm.cli.bench import BenchRequest, check_request, parse_outs, parse_sizes
 from tcomm.cli.workers import why_no_mpi
 from tcomm.errors import ConfigError
 
@@ -27,6 +27,18 @@ def test_a_size_that_makes_no_sense_is_refused(text):
         parse_sizes(text)
 
 
+def test_kinds_of_results_are_those_that_the_verb_has():
+    assert parse_outs("all_reduce", "all") == ("reused", "allocated", "symmetric", "in_place")
+    assert parse_outs("all_gather", "all") == parse_outs("all_reduce", "both") == ("reused", "allocated")
+    assert parse_outs("all_reduce", "in_place") == ("in_place",)
+    with pytest.raises(
+        ConfigError, match="--out 'new' is none of reused, allocated, symmetric, in_place, both"
+    ):
+        parse_outs("all_reduce", "new")
+    with pytest.raises(ConfigError, match="only all_reduce writes straight to symmetric tensors"):
+        check_request(BenchRequest("all_gather", 2, (1024,), outs=parse_outs("all_gather", "symmetric")))
+
+
 def test_demo_says_ok_and_counts_launches(forked_ranks):
     done = runner.invoke(app, ["demo", "--ranks", "2"])
     assert done.exit_code == 0, done.output
@@ -44,7 +56,7 @@ def test_bench_writes_the_rows_that_it_prints(forked_ranks, tmp_path):
     assert done.exit_code == 0, done.output
     rows = json.loads(path.read_text())
     assert [(row["nbytes"], row["out"]) for row in rows] == [
-        (nbytes, out) for nbytes in (1024, 16384) for out in ("reused", "allocated", "symmetric")
+        (nbytes, out) for nbytes in (1024, 16384) for out in ("reused", "allocated", "symmetric", "in_place")
     ]  # fmt: skip
     for row in rows:
         assert row["checked"]
