@@ -1,6 +1,7 @@
 """Measure every algorithm of every collective on this machine's CPUs and write the table of the winners.
 
     python perf/tune_cpu.py --out tcomm/tuning/tables/cpu.json
+    python perf/tune_cpu.py --out tcomm/tuning/tables/cpu_symmetric.json --families all_reduce_symmetric
 
 All candidates of a size are timed in one run, in alternating blocks, checked, the slowest rank counted.
 """
@@ -25,6 +26,7 @@ from tcomm.cli.cases import ROOT, VERBS, Case
 from tcomm.cli.workers import run_ranks
 from tcomm.groups.communicator import Communicator
 from tcomm.groups.jobs import JOBS, Caller
+from tcomm.tuning.choose import IN_SYMMETRIC
 from tcomm.tuning.measure import Schedule, summarise, time_alternating
 from tcomm.tuning.table import Row, Table
 
@@ -39,8 +41,6 @@ ARGUMENTS = {
     "all_to_all": (),
     "all_reduce_symmetric": ("sum",),
 }
-SYMMETRIC = "_symmetric"
-"""Behind a family: results in symmetric tensors."""
 PIECES = tuple(kib * 1024 for kib in (0, 64, 256, 512, 1024, 2048))
 LONG = 1 << 20
 """Bytes from which fewer calls do: nobody waits a minute for a size."""
@@ -53,7 +53,7 @@ def measure(family: str, sizes: list[int], engine: str, schedule: Schedule) -> d
 
 
 def measure_size(comm, family, nbytes, engine, schedule):
-    family, is_symmetric = family.removesuffix(SYMMETRIC), family.endswith(SYMMETRIC)
+    family, is_symmetric = family.removesuffix(IN_SYMMETRIC), family.endswith(IN_SYMMETRIC)
     case = Case(family, comm.rank, comm.world_size, nbytes // 4, torch.float32, "sum", True)
     if is_symmetric:
         case.out = comm.symmetric_empty(case.out.shape)
@@ -122,7 +122,9 @@ def rows_of(family, measured, ranks, min_ranks, max_ranks):
 
 def main(
     out: Annotated[pathlib.Path, typer.Option(help="file to write")],
-    families: Annotated[str, typer.Option(help="collectives to measure")] = ",".join(ARGUMENTS),
+    families: Annotated[str, typer.Option(help="collectives to measure")] = ",".join(
+        family for family in ARGUMENTS if not family.endswith(IN_SYMMETRIC)
+    ),
     sizes: Annotated[str, typer.Option(help="bytes, as nccl-tests counts them")] = (
         "1KiB,16KiB,64KiB,256KiB,1MiB,4MiB,32MiB"
     ),
@@ -138,7 +140,7 @@ def main(
                 ("cpu", sizes, Schedule(blocks, calls, 3)),
                 ("triton", triton_sizes, Schedule(2, 2, 1)),
             ):
-                if engine == "triton" and family.endswith(SYMMETRIC):
+                if engine == "triton" and family.endswith(IN_SYMMETRIC):
                     continue
                 args = (family, parse_sizes(lengths), engine, schedule)
                 measured = run_ranks(ranks, measure, *args, timeout=1800.0)

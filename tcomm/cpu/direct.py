@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch.autograd.graph import increment_version
@@ -23,8 +24,8 @@ __all__ = ["make_direct_plan"]
 _CHUNK_NUMEL = 32 * 1024
 """What is reduced is still in the cache when it is copied."""
 
-_Step = tuple[Reduce, list[tuple[int, int, int]]]
-"""Reduces a chunk at home; addresses at the peers and at home, and bytes, to copy it."""
+_Step = tuple[Reduce, list[tuple[Callable[..., object], int, int, int]]]
+"""Reduces a chunk at home; how it is copied, addresses at the peers and at home, and bytes."""
 
 
 def make_direct_plan(
@@ -52,7 +53,7 @@ def make_direct_plan(
     )
     results = _Results(arena, op, dtype, numel, place)
     address = results.own.data_ptr()
-    stage, move = make_stage(results.others(), [results.own]), make_move(_CHUNK_NUMEL * dtype.itemsize, 2)
+    stage = make_stage(results.others(), [results.own])
     # Made when it is first needed: whoever reduces in place does nothing else.
     steps: dict[bool, list[_Step]] = {}
 
@@ -70,7 +71,7 @@ def make_direct_plan(
         await_peers(0, word)
         for reduce, copies in steps[is_in_place]:
             reduce(x, out)
-            for there, here, nbytes in copies:
+            for move, there, here, nbytes in copies:
                 move(there, here, nbytes)
         publish(1, word)
         await_peers(1, word)
@@ -119,4 +120,5 @@ class _Results:
         # Each begins with another peer, or all would write to the same one.
         peers = [(self._rank + step) % self._world for step in range(1, self._world)]
         nbytes = len(mine) * self._dtype.itemsize
-        return reduce, [(chunks[peer].data_ptr(), mine.data_ptr(), nbytes) for peer in peers]
+        move = make_move(nbytes, self._world)
+        return reduce, [(move, chunks[peer].data_ptr(), mine.data_ptr(), nbytes) for peer in peers]

@@ -19,12 +19,22 @@ from tcomm.tuning.model import predict_us
 from tcomm.tuning.needs import refusal_of_nccl, refusal_on_gpus
 from tcomm.tuning.table import Row, Table
 
-__all__ = ["Capabilities", "Decision", "Request", "asked_of", "choose", "decide", "is_direct", "make_request"]
+__all__ = [
+    "IN_SYMMETRIC",
+    "Capabilities",
+    "Decision",
+    "Request",
+    "asked_of",
+    "choose",
+    "decide",
+    "is_direct",
+    "make_request",
+]
 
 ENGINES = ("cpu", "triton", "torch")
 _ONLY_ON_GPUS = frozenset(a.name for family in GPU_ALGORITHMS.values() for a in family)
 _DIRECT = frozenset(a.name for family in DIRECT_ALGORITHMS.values() for a in family)
-_IN_SYMMETRIC = "_symmetric"
+IN_SYMMETRIC = "_symmetric"
 """Behind a family in a table: results in symmetric tensors."""
 
 
@@ -185,7 +195,7 @@ def _pick_by_table(request: Request, possible: list[str], table: Table) -> _Pick
     engine, family = possible[0].partition(":")[0], FAMILIES[request.op]
     size = request.world_size, request.nbytes
     if request.symmetric:
-        row = table.pick(family + _IN_SYMMETRIC, engine, *size)
+        row = table.pick(family + IN_SYMMETRIC, engine, *size)
         # Else as everywhere: a rank may be the only one that wants its result in a symmetric tensor.
         if row is not None and row.algorithm in possible and row.algorithm in _DIRECT:
             return _Pick(row.algorithm, _told_by(row), row)
