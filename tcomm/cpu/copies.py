@@ -106,25 +106,21 @@ class Copies:
 
 def make_stage(parts: Sequence[Part], views: Sequence[torch.Tensor]) -> _Copy:
     """`Copies.stage`; views keep the memory alive that is reached by its address."""
+    if _are_short(parts):
+        return _make_short(parts, views, is_fetch=False)
 
     def stage(x: torch.Tensor, _views: object = views) -> None:
         start = x.data_ptr()
         for move, address, first, nbytes in parts:
             move(address, start + first, nbytes)
 
-    if len(parts) != 1:
-        return stage
-    ((move, address, first, nbytes),) = parts
-
-    # The hot path, without a loop.
-    def stage_one(x: torch.Tensor, _views: object = views) -> object:
-        return move(address, x.data_ptr() + first, nbytes)
-
-    return stage_one
+    return stage
 
 
 def _make_fetch(parts: Sequence[Part], views: Sequence[torch.Tensor]) -> _Copy:
     """`Copies.fetch`; views as for `make_stage`."""
+    if _are_short(parts):
+        return _make_short(parts, views, is_fetch=True)
 
     def fetch(out: torch.Tensor, _views: object = views) -> None:
         start = out.data_ptr()
@@ -132,3 +128,35 @@ def _make_fetch(parts: Sequence[Part], views: Sequence[torch.Tensor]) -> _Copy:
             move(start + first, address, nbytes)
 
     return fetch
+
+
+def _are_short(parts: Sequence[Part]) -> bool:
+    return all(nbytes <= SHORT_BYTES for *_, nbytes in parts)
+
+
+def _make_short(parts: Sequence[Part], views: Sequence[torch.Tensor], *, is_fetch: bool) -> _Copy:
+    """The hot path, by memoryviews: they copy in an eighth of the time that a call of memcpy takes.
+
+    They keep nothing alive. Those of the caller's tensor are used again while one lies at the same address.
+    """
+    staged = [_bytes_at(address, nbytes) for _, address, _, nbytes in parts]
+    # In one name, for a signal may come between any two.
+    last: tuple[int, Sequence[tuple[memoryview, memoryview]]] = (0, ())
+
+    def copy(tensor: torch.Tensor, _views: object = views) -> None:
+        nonlocal last
+        at, pairs = last
+        start = tensor.data_ptr()
+        if start != at:
+            given = [_bytes_at(start + first, nbytes) for _, _, first, nbytes in parts]
+            pairs = tuple(zip(given, staged, strict=True) if is_fetch else zip(staged, given, strict=True))
+            last = start, pairs
+        for target, source in pairs:
+            target[:] = source
+
+    return copy
+
+
+def _bytes_at(address: int, nbytes: int) -> memoryview:
+    """That memory, which somebody else keeps."""
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
 import ctypes
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -52,9 +54,10 @@ class Reduction:
 
     fp16 and bf16 are summed in fp32 and rounded once. Two ranks need no accumulator: torch itself adds two
     16-bit values in fp32 and rounds once. Long tensors go in chunks that stay in a core's cache. All views
-    that can be known are made once: where ranks share a core, each call of torch finds the caches cold. More
-    ranks' values that are not rounded are summed in numpy, whose views cost less, and which adds what comes
-    from another core's cache the faster of the two.
+    that can be known are made once: where ranks share a core, each call of torch finds the caches cold.
+    Values that are not rounded are summed in numpy, whose calls and views cost less, and which adds what
+    comes from another core's cache the faster of the two; but torch is sooner done with two ranks' long
+    tensors, in one call, from main memory.
 
     The destination may be any of the sources. Of several NaN, which one a sum keeps is up to torch and numpy,
     and does not depend on where the memory is: it is the same on every rank.
@@ -73,12 +76,12 @@ class Reduction:
         at_once = world_size == 1 or is_pair
         step = max(numel, 1) if at_once else _CHUNK_BYTES // wide.itemsize
         self._numel, self._dtype = numel, dtype
-        # Not two ranks' sums: torch makes them in one call, and from main memory sooner.
-        self._in_arrays = not at_once and op in {"sum", "avg"} and wide == dtype
+        is_short = numel * dtype.itemsize <= _CHUNK_BYTES
+        self._in_arrays = op in {"sum", "avg"} and wide == dtype and (not at_once or (is_pair and is_short))
         self._ranges = tuple(slice(at, min(at + step, numel)) for at in range(0, max(numel, 1), step))
         self._room = room.view(wide)[: 0 if at_once else min(numel, step)]
         self._pair = combine_of(op) if is_pair else None
-        if at_once:
+        if at_once and not self._in_arrays:
             self._reduce_chunk = _make_simple(op, world_size)
         elif wide != dtype:
             self._reduce_chunk = _make_widening(op, world_size)
@@ -106,12 +109,14 @@ class Reduction:
             reduce = self._over_whole(*chunks[0])
             return reduce if result is None else _into_flat(reduce, result, self._numel)
         take_results = self._make_take(result)
+        if own is None and self._in_arrays and self._pair is not None:
+            return _over_two(chunks[0][0], take_results)
         if own is None:
             reduce = _over_prepared(self._reduce_chunk, chunks, take_results)
         else:
             rank, first = own
             reduce = _over_own(self._reduce_chunk, chunks, rank, self._make_take(first), take_results)
-        return _like_torch(reduce) if self._in_arrays else reduce
+        return _telling_autograd(reduce) if self._in_arrays else reduce
 
     def _over_whole(self, parts: tuple[torch.Tensor, ...], room: torch.Tensor) -> Reduce:
         """Reduces a short message as it is: the hot path, where every line is a tenth of a microsecond."""
@@ -152,12 +157,20 @@ def _as_array(tensor: torch.Tensor) -> _Numbers:
     return tensor.view(-1).numpy()
 
 
-def _like_torch(reduce: Reduce) -> Reduce:
-    """Without warnings of infinities and NaN, which are values like any other, and autograd is told."""
+def _quietly(ufunc: np.ufunc) -> Callable[..., object]:
+    """`ufunc` without warnings of infinities and NaN, which are values like any other.
 
+    It runs in a context of its own, in which numpy was told so once: `np.errstate` takes thrice an addition's
+    time, and its end can be missed where a signal comes between.
+    """
+    context = contextvars.Context()
+    context.run(np.seterr, all="ignore")
+    return functools.partial(context.run, ufunc)
+
+
+def _telling_autograd(reduce: Reduce) -> Reduce:
     def run(x: torch.Tensor, out: torch.Tensor) -> None:
-        with np.errstate(all="ignore"):
-            reduce(x, out)
+        reduce(x, out)
         increment_version(out)
 
     return run
@@ -179,18 +192,24 @@ def _make_slices(ranges: Sequence[slice], first: int, numel: int) -> _Take:
 def _make_arrays(ranges: Sequence[slice], first: int, numel: int, dtype: torch.dtype) -> _Take:
     """As `_make_slices`, as arrays: made from the address, which takes a fraction of what torch's views take.
 
-    They keep nothing alive, and live no longer than the call.
+    They keep nothing alive. The last ones stay, and are used again while a tensor lies at their address.
     """
     kind = torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
     offset, memory = first * dtype.itemsize, cast("Any", ctypes.c_char * (numel * dtype.itemsize))
     if not numel:
         return lambda _tensor: (np.empty(0, kind),)
-    if len(ranges) == 1:
-        return lambda tensor: (np.frombuffer(memory.from_address(tensor.data_ptr() + offset), kind),)
+    # In one name, for a signal may come between any two.
+    last: tuple[int, Sequence[_Numbers]] = (0, ())
 
     def take(tensor: torch.Tensor) -> Sequence[_Numbers]:
-        flat = np.frombuffer(memory.from_address(tensor.data_ptr() + offset), kind)
-        return [flat[piece] for piece in ranges]
+        nonlocal last
+        at, arrays = last
+        address = tensor.data_ptr()
+        if address != at:
+            flat = np.frombuffer(memory.from_address(address + offset), kind)
+            arrays = (flat,) if len(ranges) == 1 else [flat[piece] for piece in ranges]
+            last = address, arrays
+        return arrays
 
     return take
 
@@ -219,6 +238,18 @@ def _over_prepared(reduce_chunk: _Chunk, chunks: Sequence[_Prepared], take_resul
     return reduce
 
 
+def _over_two(parts: Sequence[_Numbers], take_results: _Take) -> Reduce:
+    """Adds two ranks' short messages: the hot path, where every line is a tenth of a microsecond."""
+    first, second = parts
+    add = _quietly(np.add)
+
+    def reduce(_x: torch.Tensor, out: torch.Tensor) -> None:
+        add(first, second, take_results(out)[0])
+        increment_version(out)
+
+    return reduce
+
+
 def _over_own(
     reduce_chunk: _Chunk, chunks: Sequence[_Prepared], rank: int, take_own: _Take, take_results: _Take
 ) -> Reduce:
@@ -243,7 +274,7 @@ def _make_simple(op: str, world_size: int) -> _Chunk:
 
 def _make_chain(op: str, dtype: torch.dtype, world_size: int, in_arrays: bool) -> _Chunk:
     """One after another; the last step writes the result."""
-    combine: Callable[..., object] = np.add if in_arrays else combine_of(op)
+    combine = _quietly(np.add) if in_arrays else combine_of(op)
 
     def reduce_chunk(parts: Sequence[_Numbers], room: _Numbers, out: _Numbers) -> None:
         acc = parts[0]
@@ -254,11 +285,12 @@ def _make_chain(op: str, dtype: torch.dtype, world_size: int, in_arrays: bool) -
 
     if op != "avg":
         return reduce_chunk
+    multiply = _quietly(np.multiply)
     scale = torch.tensor(1.0 / world_size, dtype=dtype, device="cpu").numpy()
 
     def average_chunk(parts: Sequence[_Numbers], room: _Numbers, out: _Numbers) -> None:
         reduce_chunk(parts, room, room)
-        np.multiply(room, scale, out=out)
+        multiply(room, scale, out=out)
 
     return average_chunk
 

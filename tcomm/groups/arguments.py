@@ -33,6 +33,7 @@ __all__ = [
     "is_flat_memory",
     "is_ordinary",
     "is_plain",
+    "num_dispatch_modes",
     "refuse_integer_average",
     "refuse_tracers",
     "refuse_unequal_splits",
@@ -117,6 +118,8 @@ def check_tensor(verb: str, x: object, loses_gradient: bool = True) -> torch.Ten
         raise ConfigError(f"{verb} takes a plain tensor, not a {type(x).__name__}; give its local tensor")
     if x.is_quantized:
         raise ConfigError(f"{verb} takes no quantised tensor; call .dequantize() or .int_repr() first")
+    if x.device.type in {"cpu", "cuda"} and x.numel() and not x.untyped_storage().nbytes():
+        raise ConfigError(f"{verb} takes a tensor with memory, and the storage of this one was freed")
     if loses_gradient and x.requires_grad and torch.is_grad_enabled():
         raise ConfigError(
             f"{verb} would lose the gradient of its input; call it under torch.no_grad() or on x.detach()"
@@ -139,12 +142,13 @@ def is_ordinary(x: torch.Tensor) -> bool:
         and not x.requires_grad
         and forward_ad._current_level < 0
         and _current_transform() is None
-        and not (_num_dispatch_modes() or _num_function_modes())
+        and not (num_dispatch_modes() or _num_function_modes())
+        and (x.data_ptr() != 0 or not x.numel())
     )
 
 
 _current_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
-_num_dispatch_modes = torch._C._len_torch_dispatch_stack
+num_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _num_function_modes = torch._C._len_torch_function_stack
 
 

@@ -18,13 +18,13 @@ from tcomm.groups.arguments import (
     check_out,
     check_tensor,
     is_flat_memory,
-    is_ordinary,
     is_plain,
     refuse_tracers,
 )
 from tcomm.groups.handle import GroupHandle
 from tcomm.groups.jobs import JOBS, Caller, Job
 from tcomm.groups.plans import Plan
+from tcomm.groups.repeats import make_repeat
 from tcomm.tuning.choose import Decision, Request, is_direct, make_request
 
 __all__ = ["CallOptions", "Collective", "Ready"]
@@ -96,37 +96,54 @@ class Collective(GroupHandle):
         algorithm: str,
         contents: str = "",
     ) -> Any:
-        # The hot path of small messages: every line here is a tenth of a microsecond.
+        # The hot path of small messages: every line is a tenth of a microsecond.
         with self._lock:
-            if self._foreign:
-                self._refuse_foreign()
-            seconds = self.timeout if timeout is UNSET else self._seconds(timeout)
             if self._regions and out is not None and verb == "all_reduce" and not contents:
                 contents = self._name_place(out)
             try:
-                ready = self._plans[verb, args, algorithm, contents, x.dtype, x.shape, x.is_cpu, x.layout]
+                fits, plan, shape = self._repeats[verb, args, algorithm, contents, x.numel()]
+                is_known = fits(x, out) and not self._foreign
             except (KeyError, AttributeError, TypeError, RuntimeError):
-                ready = self._prepare(verb, args, x, out, algorithm, contents, seconds)
-            plan, shape, reach, may_alias = ready
-            if not is_ordinary(x):
-                check_tensor(verb, x, self.world_size > 1)
-            made = out is None
-            if shape is None:
-                out = x
-            elif out is None:
+                is_known = False
+            if not is_known:
+                return self._check_and_run(verb, args, x, out, timeout, algorithm, contents)
+            seconds = self.timeout if timeout is UNSET else self._seconds(timeout)
+            if out is None:
                 out = self._new(shape, x)
-            elif (out is not x or not may_alias or x.is_inference()) and not (
-                is_ordinary(out) and _is_apart(x, out, shape, reach)
-            ):
-                check_out(verb, x, out, shape, may_alias)
-            if is_plain(x) and (made or is_plain(out)):
-                try:
-                    plan(x, out, seconds)
-                except BaseException:
-                    with self._whole():
-                        raise
-                return None if shape is None else out
-            return self._run_densely(verb, ready, x, out, seconds)
+            try:
+                plan(x, out, seconds)
+            except BaseException:
+                with self._whole():
+                    raise
+            return out
+
+    def _check_and_run(
+        self,
+        verb: str,
+        args: tuple[object, ...],
+        x: torch.Tensor,
+        out: torch.Tensor | None,
+        timeout: Timeout | Unset,
+        algorithm: str,
+        contents: str,
+    ) -> Any:
+        self._refuse_foreign()
+        seconds = self._seconds(timeout)
+        try:
+            ready = self._plans[verb, args, algorithm, contents, x.dtype, x.shape, x.is_cpu, x.layout]
+        except (KeyError, AttributeError, TypeError, RuntimeError):
+            ready = self._prepare(verb, args, x, out, algorithm, contents, seconds)
+        plan, shape, reach, may_alias = ready
+        check_tensor(verb, x, self.world_size > 1)
+        if shape is None:
+            return self._run_densely(plan, x, None, seconds)
+        if out is not None:
+            check_out(verb, x, out, shape, may_alias)
+        if (repeat := make_repeat(plan, shape, reach, x, out)) is not None:
+            # What cannot be hashed is planned at every call.
+            with contextlib.suppress(TypeError):
+                self._repeats[verb, args, algorithm, contents, x.numel()] = repeat
+        return self._run_densely(plan, x, self._new(shape, x) if out is None else out, seconds)
 
     def _name_place(self, out: torch.Tensor) -> str:
         """What ranks call the place of a result in symmetric memory; empty where it is elsewhere."""
@@ -134,21 +151,16 @@ class Collective(GroupHandle):
         return self._regions.name(out) if is_flat_memory(out) else ""
 
     def _run_densely(
-        self, verb: str, ready: Ready, x: torch.Tensor, out: torch.Tensor, seconds: float | None
+        self, plan: Plan, x: torch.Tensor, out: torch.Tensor | None, seconds: float | None
     ) -> torch.Tensor | None:
-        """Run by way of contiguous copies of what is not."""
-        if ready.shape is not None and out is not x:
-            check_out(verb, x, out, ready.shape, ready.may_alias)
+        """Run by way of contiguous copies of what is not; `out` is None on a rank that gets no result."""
         dense = x if is_plain(x) else self._new(x.shape, x).copy_(x)
-        if ready.shape is None or out is x:
-            result = dense
-        else:
-            result = out if is_plain(out) else self._new(ready.shape, x)
+        result = dense
+        if out is not None and out is not x:
+            result = out if is_plain(out) else self._new(out.shape, x)
         with self._whole():
-            ready.plan(dense, result, seconds)
-        if ready.shape is None:
-            return None
-        return out if result is out else out.copy_(result)
+            plan(dense, result, seconds)
+        return out if out is None or result is out else out.copy_(result)
 
     def _prepare(
         self,
@@ -178,7 +190,7 @@ class Collective(GroupHandle):
             # Any other tensor has sizes of its own while torch.jit traces it, and is checked here every time.
             plan = _untraced(verb, plan)
         if len(self._plans) >= _MAX_PLANS:
-            self._plans.clear()
+            self._forget_plans()
         reach = max(x.numel(), job.shape.numel() if job.shape is not None else 0) * x.itemsize
         ready = Ready(plan, job.shape, reach, job.may_alias)
         # What cannot be hashed is planned at every call.
@@ -254,18 +266,6 @@ class Collective(GroupHandle):
             ),
             algorithm,
         )
-
-
-def _is_apart(x: torch.Tensor, out: torch.Tensor, shape: torch.Size, reach: int) -> bool:
-    """Whether `out` is as the result, and being contiguous and so far from x, apart from it."""
-    return (
-        out.layout is torch.strided
-        and out.shape == shape
-        and out.dtype is x.dtype
-        and out.is_cpu
-        and not out.is_inference()
-        and abs(out.data_ptr() - x.data_ptr()) >= reach
-    )
 
 
 def _untraced(verb: str, plan: Plan) -> Plan:

@@ -204,7 +204,7 @@ class Communicator(Aliases, PointToPoint):
                     self._devices.prepare(nbytes, dtypes, ops)
                     # Nobody calls before the last rank has compiled.
                     self._agreement.agree(call, seconds)
-            self._plans.clear()
+            self._forget_plans()
             return torch.empty(0, device="cpu")
 
         self._in_order(run, False)

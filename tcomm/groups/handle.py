@@ -26,6 +26,7 @@ from tcomm.groups.devices import DeviceMemory
 from tcomm.groups.fallback import TorchFallback
 from tcomm.groups.plans import PlanKey, Planner
 from tcomm.groups.pool import ResultPool
+from tcomm.groups.repeats import Repeat
 from tcomm.groups.setup import Membership, agree_on_settings
 from tcomm.groups.work import Work
 from tcomm.memory.arena import Arena, open_arena
@@ -98,6 +99,7 @@ class GroupHandle:
             self.name, self.config, self._arena, self._fallback, self._agreement, SETUP_SECONDS, self._devices
         )
         self._plans: dict[PlanKey, Any] = {}
+        self._repeats: dict[tuple[str, tuple[object, ...], str, str, int], Repeat] = {}
         self._transfers: dict[tuple[object, ...], TransferPlan] = {}
         self._transfer_reasons: set[str] = set()
         _open.add(self)
@@ -175,6 +177,10 @@ class GroupHandle:
                 self._arena.channel.interrupt()
             raise
 
+    def _forget_plans(self) -> None:
+        self._plans.clear()
+        self._repeats.clear()
+
     def _seconds(self, timeout: Timeout | Unset) -> float | None:
         return self.timeout if isinstance(timeout, Unset) else resolve_timeout(timeout)
 
@@ -243,7 +249,7 @@ class GroupHandle:
             if self._foreign:
                 return
             self._foreign = "it was closed"
-            self._plans.clear()
+            self._forget_plans()
             self._transfers.clear()
             # Whoever else holds the process group decides when it ends, and not a forgotten communicator.
             self._fallback = None
