@@ -84,7 +84,26 @@ class Collective(GroupHandle):
         if async_op or self._last_work is not None:
             run = functools.partial(self._run, verb, args, x, out, timeout, algorithm, contents)
             return self._in_order(run, async_op)
-        return self._run(verb, args, x, out, timeout, algorithm, contents)
+        # The hot path of small messages: every line is a tenth of a microsecond.
+        with self._lock:
+            if self._regions:
+                contents = self._name_place(verb, out, contents)
+            try:
+                fits, plan, shape = self._repeats[verb, args, algorithm, contents, x.numel()]
+                is_known = fits(x, out) and not self._foreign
+            except (KeyError, AttributeError, TypeError, RuntimeError):
+                is_known = False
+            if not is_known:
+                return self._run(verb, args, x, out, timeout, algorithm, contents)
+            seconds = self.timeout if timeout is UNSET else self._seconds(timeout)
+            if out is None:
+                out = self._new(shape, x)
+            try:
+                plan(x, out, seconds)
+            except BaseException:
+                with self._whole():
+                    raise
+            return out
 
     def _run(
         self,
@@ -96,39 +115,11 @@ class Collective(GroupHandle):
         algorithm: str,
         contents: str = "",
     ) -> Any:
-        # The hot path of small messages: every line is a tenth of a microsecond.
-        with self._lock:
-            if self._regions and out is not None and verb == "all_reduce" and not contents:
-                contents = self._name_place(out)
-            try:
-                fits, plan, shape = self._repeats[verb, args, algorithm, contents, x.numel()]
-                is_known = fits(x, out) and not self._foreign
-            except (KeyError, AttributeError, TypeError, RuntimeError):
-                is_known = False
-            if not is_known:
-                return self._check_and_run(verb, args, x, out, timeout, algorithm, contents)
-            seconds = self.timeout if timeout is UNSET else self._seconds(timeout)
-            if out is None:
-                out = self._new(shape, x)
-            try:
-                plan(x, out, seconds)
-            except BaseException:
-                with self._whole():
-                    raise
-            return out
-
-    def _check_and_run(
-        self,
-        verb: str,
-        args: tuple[object, ...],
-        x: torch.Tensor,
-        out: torch.Tensor | None,
-        timeout: Timeout | Unset,
-        algorithm: str,
-        contents: str,
-    ) -> Any:
+        """Run with every check. The lock is held, or this is the only thread that runs anything."""
         self._refuse_foreign()
         seconds = self._seconds(timeout)
+        if self._regions:
+            contents = self._name_place(verb, out, contents)
         try:
             ready = self._plans[verb, args, algorithm, contents, x.dtype, x.shape, x.is_cpu, x.layout]
         except (KeyError, AttributeError, TypeError, RuntimeError):
@@ -145,10 +136,12 @@ class Collective(GroupHandle):
                 self._repeats[verb, args, algorithm, contents, x.numel()] = repeat
         return self._run_densely(plan, x, self._new(shape, x) if out is None else out, seconds)
 
-    def _name_place(self, out: torch.Tensor) -> str:
-        """What ranks call the place of a result in symmetric memory; empty where it is elsewhere."""
+    def _name_place(self, verb: str, out: torch.Tensor | None, contents: str) -> str:
+        """What ranks call the place of an all-reduce's result in symmetric memory; else the contents of x."""
         # By its memory alone: what else matters is checked later, and may be of this moment and this rank.
-        return self._regions.name(out) if is_flat_memory(out) else ""
+        if contents or verb != "all_reduce" or out is None or not is_flat_memory(out):
+            return contents
+        return self._regions.name(out)
 
     def _run_densely(
         self, plan: Plan, x: torch.Tensor, out: torch.Tensor | None, seconds: float | None

@@ -43,7 +43,7 @@ logger = logging.getLogger("tcomm")
 SETUP_SECONDS = 120.0
 """How long each step of setting a group up may take."""
 _SPINS_WITH_A_CORE_EACH = 200
-_SPINS_OTHERWISE = 20
+_SPINS_OTHERWISE = 4
 
 _open: weakref.WeakSet[GroupHandle] = weakref.WeakSet()
 
