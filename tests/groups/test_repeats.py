@@ -1,0 +1,257 @@
+"""What may go to a plan without another look, and what may not."""
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tcomm
+from tcomm.errors import ConfigError
+from tcomm.groups import collective
+from tcomm.groups.arguments import check_out, check_tensor, is_ordinary, is_plain
+from tcomm.groups.repeats import make_repeat
+
+SHAPE = torch.Size([4, 4])
+NBYTES = 64
+
+
+def _plan(x, out, timeout):
+    """Never run here."""
+
+
+def _fits(x, out=None):
+    repeat = make_repeat(_plan, SHAPE, NBYTES, x, out)
+    assert repeat.plan is _plan
+    assert repeat.shape == SHAPE
+    return repeat.fits
+
+
+def _other_kinds(x):
+    """Tensors that differ from a contiguous float32 [4, 4] in one thing."""
+    with torch.inference_mode():
+        frozen = x.clone()
+    freed = x.clone()
+    freed.untyped_storage().resize_(0)
+    jagged = torch.nested.nested_tensor([x, x], layout=torch.jagged)
+    return {
+        "shape": x.view(2, 8),
+        "strides": x.t(),
+        "dtype": x.double(),
+        "bits of another dtype": x.view(torch.int32),
+        "device": x.to("meta"),
+        "gradient": x.clone().requires_grad_(),
+        "graph": x.clone().requires_grad_() * 2,
+        "subclass": torch.nn.Parameter(x, requires_grad=False),
+        "negated": torch._neg_view(x),
+        "inference": frozen,
+        "expanded": x[:1].expand(4, 4),
+        "storage": freed,
+        "zero": torch._efficientzerotensor((4, 4)),
+        "functional": torch._to_functional_tensor(x),
+        "sparse": x.to_sparse(),
+        "sparse rows": x.to_sparse_csr(),
+        "sparse columns": x.to_sparse_csc(),
+        "sparse blocks": x.to_sparse_bsr((2, 2)),
+        "mkldnn": x.to_mkldnn() if torch.backends.mkldnn.is_available() else jagged,
+        "nested": torch.nested.nested_tensor([x, x]),
+        "jagged": jagged,
+        "a list": [1.0],
+        "nothing": None,
+    }
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested", "ignore:Sparse", "ignore:.*beta state")
+def test_tensors_like_the_first_fit_and_every_other_kind_does_not():
+    x, out = torch.ones(SHAPE), torch.ones(SHAPE)
+    alone, in_place, apart = _fits(x), _fits(x, x), _fits(x, out)
+    same = torch.zeros(SHAPE)
+    assert alone(same, None)
+    assert in_place(same, same)
+    assert apart(same, x)
+    for kind, other in _other_kinds(x).items():
+        for fits, tensors in [
+            (alone, (other, None)),
+            (in_place, (other, other)),
+            (apart, (other, out)),
+            (apart, (x, other)),
+        ]:
+            try:
+                assert not fits(*tensors), kind
+            except (AttributeError, TypeError, RuntimeError):
+                assert not isinstance(other, torch.Tensor), kind
+
+
+def test_where_the_result_goes_has_to_be_as_it_was():
+    memory = torch.ones(2, *SHAPE)
+    x, out = memory
+    alone, in_place, apart = _fits(x), _fits(x, x), _fits(x, out)
+    assert not alone(x, out)
+    assert not alone(x, x)
+    assert not in_place(x, out)
+    assert not in_place(x, None)
+    assert not apart(x, None)
+    assert not apart(x, x)
+    assert apart(out, x)
+    # One row of the result is one of the input.
+    assert not apart(x, memory.view(8, 4)[3:7])
+    assert not apart(memory.view(8, 4)[3:7], x)
+
+
+def test_tensors_without_elements_have_no_memory_and_fit():
+    empty = torch.empty(0, 4)
+    assert make_repeat(_plan, empty.shape, 0, empty, empty).fits(empty, empty)
+    assert make_repeat(_plan, empty.shape, 0, empty, None).fits(torch.empty(0, 4), None)
+
+
+def test_what_is_not_ordinary_and_contiguous_is_checked_every_time():
+    x = torch.ones(SHAPE)
+    for other in (x.t(), torch.nn.Parameter(x), torch._neg_view(x), x.clone().requires_grad_()):
+        assert make_repeat(_plan, SHAPE, NBYTES, other, None) is None
+        assert make_repeat(_plan, SHAPE, NBYTES, other, other) is None
+        assert make_repeat(_plan, SHAPE, NBYTES, x, other) is None
+    with FakeTensorMode():
+        assert make_repeat(_plan, SHAPE, NBYTES, x, None) is None
+
+
+class _Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def _dual_level(observe):
+    with forward_ad.dual_level():
+        observe(torch.ones(SHAPE))
+
+
+def _inside(context):
+    def run(observe):
+        with context():
+            observe(torch.ones(SHAPE))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda observe: torch.func.vmap(observe)(torch.ones(2, *SHAPE)),
+        lambda observe: torch.func.grad(observe)(torch.ones(SHAPE)),
+        lambda observe: torch.func.jvp(observe, (torch.ones(SHAPE),), (torch.ones(SHAPE),)),
+        lambda observe: torch.func.functionalize(observe)(torch.ones(SHAPE)),
+        lambda observe: make_fx(observe)(torch.ones(SHAPE)),
+        lambda observe: make_fx(observe, pre_dispatch=True)(torch.ones(SHAPE)),
+        lambda observe: torch.jit.trace(observe, (torch.ones(SHAPE),), check_trace=False),
+        _inside(forward_ad.dual_level),
+        _inside(FakeTensorMode),
+        _inside(_Mode),
+        _inside(torch.inference_mode),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.torch.jit", "ignore:.*torch.jit.trace", "ignore:Accessing the data")
+def test_nothing_fits_in_a_mode_a_transform_or_a_tracer(run):
+    outer, out, seen = torch.ones(SHAPE), torch.ones(SHAPE), []
+    alone, in_place, apart = _fits(outer), _fits(outer, outer), _fits(outer, out)
+
+    def observe(x):
+        for tensor in (x, outer):
+            calls = [(alone, (tensor, None)), (in_place, (tensor, tensor)), (apart, (tensor, out))]
+            for fits, tensors in calls:
+                try:
+                    seen.append(bool(fits(*tensors)))
+                except (AttributeError, TypeError, RuntimeError):
+                    seen.append(False)
+        return x.sum()
+
+    run(observe)
+    assert seen == [False] * 6
+    assert alone(outer, None)
+    assert in_place(outer, outer)
+    assert apart(outer, out)
+
+
+def _tensors_of_any_kind():
+    """By name: pairs of mode and kind that the checks tell apart."""
+    with torch.inference_mode():
+        frozen = torch.ones(SHAPE)
+    return {"plain": torch.ones(SHAPE), "frozen": frozen, "gradient": torch.ones(SHAPE, requires_grad=True)}
+
+
+def _passes(x, out):
+    try:
+        check_tensor("all_reduce", x)
+        if out is not None:
+            check_out("all_reduce", x, out, SHAPE)
+    except ConfigError:
+        return False
+    return is_plain(x)
+
+
+def test_what_fits_would_pass_the_checks_in_every_mode_of_autograd():
+    modes = {
+        "grad": torch.enable_grad,
+        "no grad": torch.no_grad,
+        "inference": torch.inference_mode,
+        "autocast": lambda: torch.autocast("cpu"),
+    }
+    kinds, fitting = _tensors_of_any_kind(), 0
+    calls = list(itertools.product(modes, kinds, [None, *kinds]))
+    for made_in, x, out in calls:
+        with modes[made_in]():
+            given = None if out is None else kinds[out].clone() if out != "frozen" else kinds[out]
+            if not _passes(kinds[x], given):
+                continue
+            repeat = make_repeat(_plan, SHAPE, NBYTES, kinds[x], given)
+        for called_in, mine, theirs in calls if repeat is not None else []:
+            with modes[called_in]():
+                target = None if theirs is None else _apart(kinds[theirs], theirs)
+                if repeat.fits(kinds[mine], target):
+                    fitting += 1
+                    assert _passes(kinds[mine], target), (made_in, x, out, called_in, mine, theirs)
+                    assert is_ordinary(kinds[mine])
+    assert fitting >= len(modes)
+
+
+def _apart(tensor, kind):
+    """Another tensor of that kind."""
+    with torch.inference_mode() if kind == "frozen" else contextlib.nullcontext():
+        return tensor.detach().clone().requires_grad_(kind == "gradient")
+
+
+def test_a_call_is_checked_once_and_again_when_it_is_another(monkeypatch):
+    checked = []
+
+    def check(verb, x, loses_gradient=True):
+        checked.append(tuple(x.shape))
+        return check_tensor(verb, x, loses_gradient)
+
+    monkeypatch.setattr(collective, "check_tensor", check)
+    with tcomm.Communicator() as comm:
+        x, out = torch.arange(16.0).view(SHAPE), torch.empty(SHAPE)
+
+        def count(*args, **kwargs):
+            before = len(checked)
+            y = comm.all_reduce(*args, **kwargs)
+            assert y.equal(args[0])
+            assert y is kwargs.get("out", y)
+            return len(checked) - before
+
+        assert count(x, out=out)
+        assert [count(x, out=out), count(x + 1, out=torch.empty(SHAPE)), count(out, out=x)] == [0, 0, 0]
+        assert count(x.view(2, 8), out=torch.empty(2, 8))
+        assert count(x, out=out)
+        assert count(x)
+        assert [count(x), count(x + 1)] == [0, 0]
+        assert count(x, "max")
+        assert [count(x), count(x, "max"), count(x, timeout=3.0)] == [0, 0, 0]
+        with pytest.raises(ConfigError, match="timeout -1 is not"):
+            comm.all_reduce(x, timeout=-1)
+        comm.prepare(1024)
+        assert count(x)
+        assert count(x) == 0
+    with pytest.raises(tcomm.GroupClosedError):
+        comm.all_reduce(x)
