@@ -1,6 +1,7 @@
 import itertools
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,6 +69,17 @@ def _by_torch(op, sources):
     for source in sources[1:]:
         acc = combine(acc, source)
     return acc * (1.0 / len(sources)) if op == "avg" else acc
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_what_the_caller_has_told_numpy_of_infinities_stays(world_size):
+    sources = [torch.tensor([float("inf")]), torch.tensor([float("-inf")]), torch.zeros(1)][:world_size]
+    with np.errstate(all="raise"):
+        before = np.geterr()
+        assert _reduce("sum", sources, torch.empty(1)).isnan()
+        assert np.geterr() == before
+        with pytest.raises(FloatingPointError):
+            np.add(sources[0].numpy(), sources[1].numpy())
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

@@ -19,6 +19,7 @@ USES = {
     "all_reduce": lambda comm: comm.all_reduce(torch.ones(4)),
     "out": lambda comm: comm.all_reduce(torch.ones(4), out=torch.ones(4)),
     "async": lambda comm: comm.all_reduce(torch.ones(4), async_op=True),
+    "a known kind": lambda comm: comm.all_reduce(torch.ones(3)),
     "another kind": lambda comm: comm.all_reduce(torch.ones(9), "max"),
     "barrier": lambda comm: comm.barrier(),
     "prepare": lambda comm: comm.prepare(1 << 20),
@@ -63,6 +64,7 @@ def _kind_and_text(failure):
 def _fork_in_the_middle(member, kind):
     with group(member, kind) as comm:
         reduce_ones(comm, kind)
+        USES["a known kind"](comm)
         told = _answer_of_child(lambda: _use_everything(comm)) if member.rank == 0 else {}
         for numel in (4, 5, 4):
             reduce_ones(comm, kind, numel=numel)

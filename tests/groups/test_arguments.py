@@ -47,6 +47,19 @@ def test_a_gradient_may_be_lost_only_where_none_is_recorded():
     )
 
 
+def test_a_tensor_whose_memory_was_freed_is_refused():
+    x = torch.ones(3)
+    x.untyped_storage().resize_(0)
+    assert not is_ordinary(x)
+    assert _message(check_tensor, "send", x) == (
+        "send takes a tensor with memory, and the storage of this one was freed"
+    )
+    empty = torch.empty(0)
+    assert is_ordinary(empty)
+    assert check_tensor("send", empty) is empty
+    assert check_tensor("send", x.to("meta")).is_meta
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit")  # torch itself uses it for gradients of forward mode
 def test_a_gradient_of_forward_mode_is_one_too():
     x = torch.ones(3)

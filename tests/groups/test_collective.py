@@ -250,6 +250,8 @@ def _wrong(comm):
     x = torch.ones(4, 2)
     with torch.inference_mode():
         frozen = torch.ones(4, 2)
+    freed = torch.ones(4, 2)
+    freed.untyped_storage().resize_(0)
     needed = "needed float32 [8, 2] on cpu"
     frozen_told = "was made in inference mode and cannot be written outside of it"
     gradient = "would lose the gradient of its input; call it under torch.no_grad() or on x.detach()"
@@ -262,6 +264,10 @@ def _wrong(comm):
          f"float32 [4, 2] on cpu; {needed}"),
         (lambda: comm.broadcast(x.detach(), 0, out=x.detach().to_sparse()),
          "broadcast takes a dense tensor, not one of layout torch.sparse_coo; call .to_dense() first"),
+        (lambda: comm.broadcast(freed, 0),
+         "broadcast takes a tensor with memory, and the storage of this one was freed"),
+        (lambda: comm.all_gather_single(x.detach(), out=freed),
+         "all_gather_single takes a tensor with memory, and the storage of this one was freed"),
         (lambda: comm.broadcast(x.detach(), 0, out=[1]), "broadcast takes a torch.Tensor, not list"),
         (lambda: comm.broadcast(x.detach(), 2), f"root=2 of broadcast {ranks}"),
         (lambda: comm.gather(x.detach(), "0"), f"root='0' of gather {ranks}"),
