@@ -77,44 +77,48 @@ class Tcomm(Calls):
         self.out = case.out if case.reuses else None
         # Of the ranks that get nothing, none may say where it goes.
         self.root_out = self.out if case.has_result else None
-        self.options = {"algorithm": algorithm} if algorithm else {}
+        self.algorithm = algorithm
         w = case.world_size
         self.sends, self.recvs = case.parts, [case.parts[case.rank]] * w
 
     def all_reduce(self) -> Result:
-        return self.comm.all_reduce(self.x, self.redop, out=self.out, **self.options)
+        return self.comm.all_reduce(self.x, self.redop, out=self.out, algorithm=self.algorithm)
 
     def reduce(self) -> Result:
-        return self.comm.reduce(self.x, ROOT, self.redop, out=self.root_out, **self.options)
+        return self.comm.reduce(self.x, ROOT, self.redop, out=self.root_out, algorithm=self.algorithm)
 
     def reduce_scatter(self) -> Result:
-        return self.comm.reduce_scatter_single(self.x, self.redop, out=self.out, **self.options)
+        return self.comm.reduce_scatter_single(self.x, self.redop, out=self.out, algorithm=self.algorithm)
 
     def reduce_scatterv(self) -> Result:
-        return self.comm.reduce_scatterv(self.x, self.sends, self.redop, out=self.out, **self.options)
+        return self.comm.reduce_scatterv(
+            self.x, self.sends, self.redop, out=self.out, algorithm=self.algorithm
+        )
 
     def broadcast(self) -> Result:
         out = self.x if self.case.reuses else None
-        return self.comm.broadcast(self.x, ROOT, out=out, **self.options)
+        return self.comm.broadcast(self.x, ROOT, out=out, algorithm=self.algorithm)
 
     def all_gather(self) -> Result:
-        return self.comm.all_gather_single(self.x, out=self.out, **self.options)
+        return self.comm.all_gather_single(self.x, out=self.out, algorithm=self.algorithm)
 
     def all_gatherv(self) -> Result:
-        return self.comm.all_gatherv(self.x, self.sends, out=self.out, **self.options)
+        return self.comm.all_gatherv(self.x, self.sends, out=self.out, algorithm=self.algorithm)
 
     def gather(self) -> Result:
-        return self.comm.gather(self.x, ROOT, out=self.root_out, **self.options)
+        return self.comm.gather(self.x, ROOT, out=self.root_out, algorithm=self.algorithm)
 
     def scatter(self) -> Result:
         x = None if self.case.reuses and not self.is_root else self.x
-        return self.comm.scatter(x, ROOT, out=self.out, **self.options)
+        return self.comm.scatter(x, ROOT, out=self.out, algorithm=self.algorithm)
 
     def all_to_all(self) -> Result:
-        return self.comm.all_to_all_single(self.x, out=self.out, **self.options)
+        return self.comm.all_to_all_single(self.x, out=self.out, algorithm=self.algorithm)
 
     def all_to_allv(self) -> Result:
-        return self.comm.all_to_all_single(self.x, self.sends, self.recvs, out=self.out, **self.options)
+        return self.comm.all_to_all_single(
+            self.x, self.sends, self.recvs, out=self.out, algorithm=self.algorithm
+        )
 
     def sendrecv(self) -> Result:
         return self._shift(
