@@ -86,7 +86,7 @@ class Collective(GroupHandle):
             return self._in_order(run, async_op)
         # The hot path of small messages: every line is a tenth of a microsecond.
         with self._lock:
-            if self._regions:
+            if not self._regions.is_empty:
                 contents = self._name_place(verb, out, contents)
             try:
                 fits, plan, shape = self._repeats[verb, args, algorithm, contents, x.numel()]
@@ -118,7 +118,7 @@ class Collective(GroupHandle):
         """Run with every check. The lock is held, or this is the only thread that runs anything."""
         self._refuse_foreign()
         seconds = self._seconds(timeout)
-        if self._regions:
+        if not self._regions.is_empty:
             contents = self._name_place(verb, out, contents)
         try:
             ready = self._plans[verb, args, algorithm, contents, x.dtype, x.shape, x.is_cpu, x.layout]

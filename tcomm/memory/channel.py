@@ -23,6 +23,7 @@ from tcomm.memory.control import (
     arrival_index,
     dead_word,
 )
+from tcomm.memory.cores import HomeCore
 from tcomm.memory.liveness import PeerProcess
 from tcomm.memory.wait import Wait
 from tcomm.signature import CallDescription
@@ -65,6 +66,7 @@ class Channel:
         self.words = pages[rank].words
         self._call = CallDescription("")
         self._spins = spins
+        self._home = HomeCore(rank)
         self.waits_with_yields = 0
         """Short waits that ended in a yield, since the last one that did not."""
         self._peer_words = tuple(pages[peer].words for peer in self.peers)
@@ -147,14 +149,11 @@ class Channel:
 
         A process that yields stays where it is until the scheduler balances its cores, milliseconds later;
         meanwhile every wait costs a switch. So after a few waits that ended in a yield, and then seldom, the
-        thread moves to the core of its rank. It may run on all its cores again at once, and stays there only
-        if it has reason to.
+        thread moves to the core of its rank.
         """
         self.waits_with_yields += 1
         if self.waits_with_yields % _WAITS_PER_MOVE == 2:
-            cores = os.sched_getaffinity(0)
-            os.sched_setaffinity(0, {sorted(cores)[self.rank % len(cores)]})
-            os.sched_setaffinity(0, cores)
+            self._home.go()
 
     def finish(self, epoch: int) -> None:
         """End the call: its staging may be written again at the second epoch from here."""

@@ -27,6 +27,9 @@ class Regions:
     """A group's regions, by the call in which the ranks made them.
 
     Their addresses never change, and they stay until the group is closed, whoever drops the tensors.
+
+    Attributes:
+        is_empty: whether there are none; every call asks.
     """
 
     def __init__(self) -> None:
@@ -34,14 +37,12 @@ class Regions:
         self._starts: list[tuple[int, int]] = []
         self._names: dict[int, str] = {}
         self._places: dict[str, Place] = {}
-
-    def __bool__(self) -> bool:
-        """Whether there are any."""
-        return bool(self._buffers)
+        self.is_empty = True
 
     def add(self, buffer: SymmetricBuffer, call: int) -> None:
         """Take a region in that the ranks made in that call, of which each has one."""
         self._buffers[call] = buffer
+        self.is_empty = False
         self._starts = sorted((b.local.data_ptr(), made) for made, b in self._buffers.items())
         self._names.clear()
 
@@ -76,3 +77,4 @@ class Regions:
         """Give the memory back that no tensor holds."""
         for kept in (self._buffers, self._starts, self._names, self._places):
             kept.clear()
+        self.is_empty = True

@@ -14,10 +14,10 @@ def test_a_place_has_the_number_of_its_region_and_the_bytes_into_it():
     memory = torch.zeros(100, dtype=torch.uint8)
     late, early = _buffers(memory, (50, 80), (10, 30))
     found = Regions()
-    assert not found
+    assert found.is_empty
     assert found.name(memory[10:]) == ""
     found.add(late, 7)
-    assert found
+    assert not found.is_empty
     found.add(early, 9)
     names = {at: found.name(memory[at:]) for at in (0, 9, 10, 29, 30, 49, 50, 79, 80, 99)}
     assert {at: name for at, name in names.items() if name} == {
@@ -29,7 +29,7 @@ def test_a_place_has_the_number_of_its_region_and_the_bytes_into_it():
     assert found.find(names[29]) == (early, 19)
     assert found.find("") is None
     found.clear()
-    assert not found
+    assert found.is_empty
     assert (found.name(memory[10:]), found.find(names[29])) == ("", None)
 
 
