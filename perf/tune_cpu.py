@@ -72,7 +72,7 @@ def runs(comm, family, case, engine, nbytes):
             for piece in PIECES if engine == "cpu" else (0,):
                 if piece < nbytes:
                     yield f"{algorithm.name}@{piece}", call(comm, family, case, algorithm.name, piece)
-    if comm._regions and engine == "cpu":
+    if not comm._regions.is_empty and engine == "cpu":
         for algorithm in DIRECT_ALGORITHMS[family]:
             yield f"{algorithm.name}@0", call(comm, family, case, algorithm.name, 0)
     if engine == "cpu":
@@ -82,7 +82,7 @@ def runs(comm, family, case, engine, nbytes):
 def call(comm, family, case, algorithm, piece):
     verb = VERBS[family]
     job = JOBS[verb](Caller(comm.rank, comm.world_size, case.x.shape, case.x.dtype), *ARGUMENTS[family])
-    reason = comm.explain(verb, nbytes=job.nbytes, algorithm=algorithm, symmetric=bool(comm._regions))
+    reason = comm.explain(verb, nbytes=job.nbytes, algorithm=algorithm, symmetric=not comm._regions.is_empty)
     if reason.is_direct:
         contents = comm._regions.name(case.out)
         job = dataclasses.replace(job, call=msgspec.structs.replace(job.call, contents=contents))
