@@ -97,7 +97,7 @@ class Collective(GroupHandle):
                 return self._run(verb, args, x, out, timeout, algorithm, contents)
             seconds = self.timeout if timeout is UNSET else self._seconds(timeout)
             if out is None:
-                out = self._new(shape, x)
+                out = torch.empty_like(x) if shape is None else self._new(shape, x)
             try:
                 plan(x, out, seconds)
             except BaseException:

@@ -8,11 +8,12 @@ import sys
 
 import torch
 
-__all__ = ["ResultPool"]
+__all__ = ["POOLED_BYTES", "ResultPool"]
 
 _CPU = torch.device("cpu")
 """A word would be read at every call."""
-_MINIMUM_BYTES = 128 * 1024
+POOLED_BYTES = 128 * 1024
+"""Smaller results are new tensors."""
 _KEPT_PER_KIND = 2
 _KEPT_KINDS = 8
 
@@ -51,7 +52,7 @@ class ResultPool:
     def take(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """A tensor of `shape` and `dtype` with arbitrary contents, on the CPU."""
         nbytes = shape.numel() * dtype.itemsize
-        if nbytes < _MINIMUM_BYTES:
+        if nbytes < POOLED_BYTES:
             return torch.empty(shape, dtype=dtype, device=_CPU)
         key = (shape, dtype)
         buffers = self._buffers.setdefault(key, [])

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from tcomm.groups.arguments import is_ordinary, is_plain, num_dispatch_modes
 from tcomm.groups.plans import Plan
+from tcomm.groups.pool import POOLED_BYTES
 
 __all__ = ["Repeat", "make_repeat"]
 
@@ -23,8 +24,8 @@ class Repeat(NamedTuple):
 
     fits: Fits
     plan: Plan
-    shape: torch.Size
-    """Of the result."""
+    shape: torch.Size | None
+    """Of the result; None where `torch.empty_like` of x makes it, in half of the time."""
 
 
 def make_repeat(
@@ -41,11 +42,13 @@ def make_repeat(
     """
     if not (is_ordinary(x) and is_plain(x)):
         return None
+    is_like_x = shape == x.shape and (reach < POOLED_BYTES or not x.is_cpu)
+    made = None if is_like_x else shape
     if out is None or out is x:
-        return Repeat(_like_one(x, out is x), plan, shape)
+        return Repeat(_like_one(x, out is x), plan, made)
     if not (is_ordinary(out) and is_plain(out)):
         return None
-    return Repeat(_like_two(x, out, reach), plan, shape)
+    return Repeat(_like_two(x, out, reach), plan, made)
 
 
 def _guard(*tensors: torch.Tensor) -> Callable[..., bool]:

@@ -3,9 +3,9 @@ import gc
 import pytest
 import torch
 
-from tcomm.groups.pool import _KEPT_KINDS, _MINIMUM_BYTES, ResultPool
+from tcomm.groups.pool import _KEPT_KINDS, POOLED_BYTES, ResultPool
 
-LARGE = torch.Size([_MINIMUM_BYTES])
+LARGE = torch.Size([POOLED_BYTES])
 
 
 def _address(pool, shape=LARGE, dtype=torch.float32):
@@ -68,7 +68,7 @@ def test_results_that_are_held_are_never_overwritten():
 
 def test_shapes_and_dtypes_do_not_share_memory_and_are_as_asked():
     pool = ResultPool()
-    shapes = [LARGE, torch.Size([2, _MINIMUM_BYTES]), torch.Size([_MINIMUM_BYTES, 1])]
+    shapes = [LARGE, torch.Size([2, POOLED_BYTES]), torch.Size([POOLED_BYTES, 1])]
     taken = [pool.take(s, d) for s in shapes for d in (torch.float32, torch.bfloat16, torch.int64)]
     assert [(tuple(t.shape), t.dtype) for t in taken] == [
         (tuple(s), d) for s in shapes for d in (torch.float32, torch.bfloat16, torch.int64)
@@ -77,7 +77,7 @@ def test_shapes_and_dtypes_do_not_share_memory_and_are_as_asked():
     assert all(t.is_contiguous() and not t.requires_grad for t in taken)
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (_MINIMUM_BYTES // 4 - 1,)])
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (POOLED_BYTES // 4 - 1,)])
 def test_small_results_are_ordinary_tensors(shape):
     pool = ResultPool()
     assert pool.take(torch.Size(shape), torch.float32).shape == shape
@@ -87,7 +87,7 @@ def test_small_results_are_ordinary_tensors(shape):
 def test_memory_of_kinds_not_used_for_long_is_given_back():
     pool = ResultPool()
     for extra in range(3 * _KEPT_KINDS):
-        pool.take(torch.Size([_MINIMUM_BYTES + extra]), torch.float32)
+        pool.take(torch.Size([POOLED_BYTES + extra]), torch.float32)
     assert len(pool._buffers) == _KEPT_KINDS
     assert all(len(buffers) <= 2 for buffers in pool._buffers.values())
 

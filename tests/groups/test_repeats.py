@@ -14,6 +14,7 @@ import tcomm
 from tcomm.errors import ConfigError
 from tcomm.groups import collective
 from tcomm.groups.arguments import check_out, check_tensor, is_ordinary, is_plain
+from tcomm.groups.pool import POOLED_BYTES
 from tcomm.groups.repeats import make_repeat
 
 SHAPE = torch.Size([4, 4])
@@ -27,7 +28,7 @@ def _plan(x, out, timeout):
 def _fits(x, out=None):
     repeat = make_repeat(_plan, SHAPE, NBYTES, x, out)
     assert repeat.plan is _plan
-    assert repeat.shape == SHAPE
+    assert repeat.shape is None
     return repeat.fits
 
 
@@ -106,6 +107,14 @@ def test_tensors_without_elements_have_no_memory_and_fit():
     empty = torch.empty(0, 4)
     assert make_repeat(_plan, empty.shape, 0, empty, empty).fits(empty, empty)
     assert make_repeat(_plan, empty.shape, 0, empty, None).fits(torch.empty(0, 4), None)
+
+
+def test_results_like_x_are_made_like_it_unless_their_memory_is_kept():
+    x, long = torch.ones(SHAPE), torch.empty(POOLED_BYTES // 4)
+    assert make_repeat(_plan, torch.Size([8, 4]), 128, x, None).shape == (8, 4)
+    assert make_repeat(_plan, torch.Size([2, 8]), NBYTES, x, None).shape == (2, 8)
+    assert make_repeat(_plan, long.shape, POOLED_BYTES, long, None).shape == long.shape
+    assert make_repeat(_plan, long[1:].shape, POOLED_BYTES - 4, long[1:], None).shape is None
 
 
 def test_what_is_not_ordinary_and_contiguous_is_checked_every_time():
