@@ -141,7 +141,7 @@ def _make_short(parts: Sequence[Part], views: Sequence[torch.Tensor], *, is_fetc
     """
     staged = [_bytes_at(address, nbytes) for _, address, _, nbytes in parts]
     # In one name, for a signal may come between any two.
-    last: tuple[int, Sequence[tuple[memoryview, memoryview]]] = (0, ())
+    last: tuple[int, Sequence[tuple[memoryview, memoryview]]] = (-1, ())
 
     def copy(tensor: torch.Tensor, _views: object = views) -> None:
         nonlocal last

@@ -199,7 +199,7 @@ def _make_arrays(ranges: Sequence[slice], first: int, numel: int, dtype: torch.d
     if not numel:
         return lambda _tensor: (np.empty(0, kind),)
     # In one name, for a signal may come between any two.
-    last: tuple[int, Sequence[_Numbers]] = (0, ())
+    last: tuple[int, Sequence[_Numbers]] = (-1, ())
 
     def take(tensor: torch.Tensor) -> Sequence[_Numbers]:
         nonlocal last

@@ -29,6 +29,7 @@ __all__ = [
     "check_tensor",
     "dtype_name",
     "find_unequal_splits",
+    "has_memory",
     "has_tangent",
     "is_flat_memory",
     "is_ordinary",
@@ -118,8 +119,6 @@ def check_tensor(verb: str, x: object, loses_gradient: bool = True) -> torch.Ten
         raise ConfigError(f"{verb} takes a plain tensor, not a {type(x).__name__}; give its local tensor")
     if x.is_quantized:
         raise ConfigError(f"{verb} takes no quantised tensor; call .dequantize() or .int_repr() first")
-    if x.device.type in {"cpu", "cuda"} and x.numel() and not x.untyped_storage().nbytes():
-        raise ConfigError(f"{verb} takes a tensor with memory, and the storage of this one was freed")
     if loses_gradient and x.requires_grad and torch.is_grad_enabled():
         raise ConfigError(
             f"{verb} would lose the gradient of its input; call it under torch.no_grad() or on x.detach()"
@@ -129,6 +128,8 @@ def check_tensor(verb: str, x: object, loses_gradient: bool = True) -> torch.Ten
             f"{verb} would lose the forward-mode gradient of its input; call it on unpack_dual(x).primal, "
             "and again on its tangent where the verb is linear"
         )
+    if x.device.type in {"cpu", "cuda"} and not has_memory(x):
+        raise ConfigError(f"{verb} takes a tensor with memory; that of this one was freed, or never there")
     return x
 
 
@@ -143,7 +144,7 @@ def is_ordinary(x: torch.Tensor) -> bool:
         and forward_ad._current_level < 0
         and _current_transform() is None
         and not (num_dispatch_modes() or _num_function_modes())
-        and (x.data_ptr() != 0 or not x.numel())
+        and has_memory(x)
     )
 
 
@@ -161,6 +162,15 @@ def has_tangent(x: torch.Tensor) -> bool:
     except RuntimeError:
         # torch.func.vmap inside of torch.func.jvp does not tell.
         return True
+
+
+def has_memory(x: torch.Tensor) -> bool:
+    """Whether the elements of x, if there are any, are somewhere: nobody has freed the storage behind it."""
+    try:
+        # Without a storage, an address is only the distance from its beginning.
+        return not x.numel() or x.data_ptr() != x.storage_offset() * x.itemsize
+    except RuntimeError:
+        return False  # it has outlived the transform that it belongs to
 
 
 def refuse_tracers(verb: str) -> None:

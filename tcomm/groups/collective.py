@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import msgspec
 import torch
@@ -24,10 +24,10 @@ from tcomm.groups.arguments import (
 from tcomm.groups.handle import GroupHandle
 from tcomm.groups.jobs import JOBS, Caller, Job
 from tcomm.groups.plans import Plan
-from tcomm.groups.repeats import make_repeat
+from tcomm.groups.repeats import Ready, find_repeat, make_repeat
 from tcomm.tuning.choose import Decision, Request, is_direct, make_request
 
-__all__ = ["CallOptions", "Collective", "Ready"]
+__all__ = ["CallOptions", "Collective"]
 
 _MAX_PLANS = 1024
 
@@ -38,18 +38,6 @@ class CallOptions(TypedDict, total=False):
     out: torch.Tensor | None
     timeout: Timeout | Unset
     algorithm: str
-
-
-class Ready(NamedTuple):
-    """A plan, and what a call must be like to use it without another look."""
-
-    plan: Plan
-    shape: torch.Size | None
-    """Of the result; None where this rank gets none."""
-    reach: int
-    """Bytes of the longer of input and result: so far apart, they do not overlap."""
-    may_alias: bool
-    """Whether the result may go to the input itself."""
 
 
 class Collective(GroupHandle):
@@ -88,18 +76,19 @@ class Collective(GroupHandle):
         with self._lock:
             if not self._regions.is_empty:
                 contents = self._name_place(verb, out, contents)
+            last = None
             try:
-                fits, plan, shape = self._repeats[verb, args, algorithm, contents, x.numel()]
-                is_known = fits(x, out) and not self._foreign
-            except (KeyError, AttributeError, TypeError, RuntimeError):
-                is_known = False
-            if not is_known:
+                last = self._repeats.get((verb, args, algorithm, contents, x.numel()))
+                is_like_last = last is not None and last.fits(x, out) and not self._foreign
+            except (AttributeError, TypeError, RuntimeError):
+                is_like_last = False
+            if last is None or not is_like_last:
                 return self._run(verb, args, x, out, timeout, algorithm, contents)
             seconds = self.timeout if timeout is UNSET else self._seconds(timeout)
             if out is None:
-                out = torch.empty_like(x) if shape is None else self._new(shape, x)
+                out = torch.empty_like(x) if last.shape is None else self._new(last.shape, x)
             try:
-                plan(x, out, seconds)
+                last.plan(x, out, seconds)
             except BaseException:
                 with self._whole():
                     raise
@@ -115,7 +104,7 @@ class Collective(GroupHandle):
         algorithm: str,
         contents: str = "",
     ) -> Any:
-        """Run with every check. The lock is held, or this is the only thread that runs anything."""
+        """Run a call that may differ from the last one. The lock is held."""
         self._refuse_foreign()
         seconds = self._seconds(timeout)
         if not self._regions.is_empty:
@@ -124,16 +113,19 @@ class Collective(GroupHandle):
             ready = self._plans[verb, args, algorithm, contents, x.dtype, x.shape, x.is_cpu, x.layout]
         except (KeyError, AttributeError, TypeError, RuntimeError):
             ready = self._prepare(verb, args, x, out, algorithm, contents, seconds)
-        plan, shape, reach, may_alias = ready
-        check_tensor(verb, x, self.world_size > 1)
-        if shape is None:
-            return self._run_densely(plan, x, None, seconds)
-        if out is not None:
-            check_out(verb, x, out, shape, may_alias)
-        if (repeat := make_repeat(plan, shape, reach, x, out)) is not None:
+        plan, shape = ready.plan, ready.shape
+        repeat = find_repeat(ready.repeats, x, out)
+        if repeat is None:
+            check_tensor(verb, x, self.world_size > 1)
+            if out is not None and shape is not None:
+                check_out(verb, x, out, shape, ready.may_alias)
+            repeat = make_repeat(ready, x, out)
+        if repeat is not None:
             # What cannot be hashed is planned at every call.
             with contextlib.suppress(TypeError):
                 self._repeats[verb, args, algorithm, contents, x.numel()] = repeat
+        if shape is None:
+            return self._run_densely(plan, x, None, seconds)
         return self._run_densely(plan, x, self._new(shape, x) if out is None else out, seconds)
 
     def _name_place(self, verb: str, out: torch.Tensor | None, contents: str) -> str:
@@ -185,7 +177,7 @@ class Collective(GroupHandle):
         if len(self._plans) >= _MAX_PLANS:
             self._forget_plans()
         reach = max(x.numel(), job.shape.numel() if job.shape is not None else 0) * x.itemsize
-        ready = Ready(plan, job.shape, reach, job.may_alias)
+        ready = Ready(plan, job.shape, reach, job.may_alias, [])
         # What cannot be hashed is planned at every call.
         with contextlib.suppress(TypeError):
             self._plans[verb, args, algorithm, contents, x.dtype, x.shape, x.is_cpu, x.layout] = ready

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import is_inference_mode_enabled
 from torch._C._dynamo.guards import TensorGuards
 from torch.autograd import forward_ad
 
@@ -13,10 +14,13 @@ from tcomm.groups.arguments import is_ordinary, is_plain, num_dispatch_modes
 from tcomm.groups.plans import Plan
 from tcomm.groups.pool import POOLED_BYTES
 
-__all__ = ["Repeat", "make_repeat"]
+__all__ = ["Ready", "Repeat", "find_repeat", "make_repeat"]
 
 Fits = Callable[[torch.Tensor, "torch.Tensor | None"], object]
 """Takes x and out as the caller gave them; true only where every check would pass, both being contiguous."""
+
+
+_MAX_REPEATS = 4
 
 
 class Repeat(NamedTuple):
@@ -28,34 +32,58 @@ class Repeat(NamedTuple):
     """Of the result; None where `torch.empty_like` of x makes it, in half of the time."""
 
 
-def make_repeat(
-    plan: Plan, shape: torch.Size, reach: int, x: torch.Tensor, out: torch.Tensor | None
-) -> Repeat | None:
-    """For calls like one that passes every check; None where the next ones have to pass them, too.
+class Ready(NamedTuple):
+    """A plan for a kind of call, and what a call must be like to use it."""
+
+    plan: Plan
+    shape: torch.Size | None
+    """Of the result; None where this rank gets none."""
+    reach: int
+    """Bytes of the longer of input and result: so far apart, they do not overlap."""
+    may_alias: bool
+    """Whether the result may go to the input itself."""
+    repeats: list[Repeat]
+    """For calls that have passed every check: with a result given or not, in inference mode or not."""
+
+
+def find_repeat(repeats: Sequence[Repeat], x: torch.Tensor, out: torch.Tensor | None) -> Repeat | None:
+    """The first that fits, if one does."""
+    try:
+        return next((repeat for repeat in repeats if repeat.fits(x, out)), None)
+    except (AttributeError, TypeError, RuntimeError):
+        return None
+
+
+def make_repeat(ready: Ready, x: torch.Tensor, out: torch.Tensor | None) -> Repeat | None:
+    """For calls like one that has passed every check; None where the next ones have to pass them, too.
 
     Args:
-        plan: of the call.
-        shape: of its result.
-        reach: bytes of the longer of x and out: so far apart, they do not overlap.
+        ready: plan of the call, which keeps the last few.
         x: its input.
-        out: as the caller gave it, checked; may be x.
+        out: as the caller gave it; may be x.
     """
-    if not (is_ordinary(x) and is_plain(x)):
+    plan, shape = ready.plan, ready.shape
+    if shape is None or not (is_ordinary(x) and is_plain(x)):
         return None
-    is_like_x = shape == x.shape and (reach < POOLED_BYTES or not x.is_cpu)
-    made = None if is_like_x else shape
     if out is None or out is x:
-        return Repeat(_like_one(x, out is x), plan, made)
-    if not (is_ordinary(out) and is_plain(out)):
+        fits = _like_one(x, out is x)
+    elif is_ordinary(out) and is_plain(out):
+        fits = _like_two(x, out, ready.reach)
+    else:
         return None
-    return Repeat(_like_two(x, out, reach), plan, made)
+    is_like_x = shape == x.shape and (ready.reach < POOLED_BYTES or not x.is_cpu)
+    repeat = Repeat(fits, plan, None if is_like_x else shape)
+    ready.repeats.append(repeat)
+    del ready.repeats[:-_MAX_REPEATS]
+    return repeat
 
 
 def _guard(*tensors: torch.Tensor) -> Callable[..., bool]:
     """Whether as many tensors are like these, in one look: what torch.compile asks of graphs it has made.
 
-    It tells of type, dtype, device, shape and strides, of transforms, tracers and inference, and of the flags
-    of gradients, negation and conjugation; not of all modes, nor of tangents. It ends the process when it is
+    It tells of type, dtype, device, shape and strides, of transforms and tracers, and of the flags of
+    gradients, negation and conjugation. It does not tell of all modes, nor of tangents; what was made in
+    inference mode is for it, outside, what an ordinary tensor is inside; and it ends the process when it is
     asked of a nested tensor.
     """
     make: Any = TensorGuards
@@ -65,16 +93,17 @@ def _guard(*tensors: torch.Tensor) -> Callable[..., bool]:
 
 def _like_one(x: torch.Tensor, is_in_place: bool) -> Fits:
     """Whether a tensor alone is like x; it is its own result, or has none yet."""
-    is_alike = _guard(x)
-    has_memory = not x.numel()
+    is_alike, in_inference, itemsize = _guard(x), is_inference_mode_enabled(), x.itemsize
+    is_empty = not x.numel()
 
     def fits(x: torch.Tensor, out: torch.Tensor | None) -> object:
         return (
             (out is x if is_in_place else out is None)
             and not (x.is_nested or num_dispatch_modes())
+            and is_inference_mode_enabled() is in_inference
             and forward_ad._current_level < 0
             and is_alike(x)
-            and (has_memory or x.data_ptr())
+            and (is_empty or x.data_ptr() != x.storage_offset() * itemsize)
         )
 
     return fits
@@ -82,16 +111,17 @@ def _like_one(x: torch.Tensor, is_in_place: bool) -> Fits:
 
 def _like_two(x: torch.Tensor, out: torch.Tensor, reach: int) -> Fits:
     """Whether two tensors are like these, and apart."""
-    is_alike = _guard(x, out)
+    is_alike, in_inference, itemsize = _guard(x, out), is_inference_mode_enabled(), x.itemsize
 
     def fits(x: torch.Tensor, out: torch.Tensor | None) -> object:
         return (
             out is not None
             and not (x.is_nested or out.is_nested or num_dispatch_modes())
+            and is_inference_mode_enabled() is in_inference
             and forward_ad._current_level < 0
             and is_alike(x, out)
-            and (source := x.data_ptr())
-            and (target := out.data_ptr())
+            and (source := x.data_ptr()) != x.storage_offset() * itemsize
+            and (target := out.data_ptr()) != out.storage_offset() * itemsize
             and abs(target - source) >= reach
         )
 

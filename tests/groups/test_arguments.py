@@ -47,13 +47,28 @@ def test_a_gradient_may_be_lost_only_where_none_is_recorded():
     )
 
 
+def test_what_has_outlived_its_transform_is_refused():
+    kept = []
+    torch.func.vmap(lambda row: kept.append(row) or row)(torch.ones(2, 3))
+    assert not is_ordinary(kept[0])
+    assert "takes a tensor with memory" in _message(check_tensor, "send", kept[0])
+    torch.func.grad(lambda x: kept.append(x) or x.sum())(torch.ones(3))
+    assert "send would lose the gradient" in _message(check_tensor, "send", kept[1])
+
+
 def test_a_tensor_whose_memory_was_freed_is_refused():
     x = torch.ones(3)
     x.untyped_storage().resize_(0)
     assert not is_ordinary(x)
     assert _message(check_tensor, "send", x) == (
-        "send takes a tensor with memory, and the storage of this one was freed"
+        "send takes a tensor with memory; that of this one was freed, or never there"
     )
+    parts = [*torch.ones(2, 3)]
+    parts[0].untyped_storage().resize_(0)
+    zero = torch._efficientzerotensor((3,))
+    for other in (parts[1], zero, torch._to_functional_tensor(torch.ones(3))):
+        assert not is_ordinary(other)
+        assert "takes a tensor with memory" in _message(check_tensor, "send", other)
     empty = torch.empty(0)
     assert is_ordinary(empty)
     assert check_tensor("send", empty) is empty
