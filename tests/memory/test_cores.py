@@ -13,9 +13,8 @@ def machine(monkeypatch):
     """Cores that the thread may run on, where it runs, and every move of it."""
 
     class Machine:
-        allowed = {2, 5, 7}
-        at = 2
-        moves: list[set[int]] = []
+        def __init__(self):
+            self.allowed, self.at, self.moves = {2, 5, 7}, 2, []
 
         def move(self, _pid, mask):
             self.moves.append(set(mask))
@@ -24,7 +23,6 @@ def machine(monkeypatch):
                 self.at = min(mask)
 
     made = Machine()
-    made.moves = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(made.allowed))
     monkeypatch.setattr(os, "sched_setaffinity", made.move)
     monkeypatch.setattr(cores, "_current_core", lambda: made.at)
