@@ -18,13 +18,14 @@ from tcomm.groups.arguments import (
     check_out,
     check_tensor,
     is_flat_memory,
+    is_ordinary,
     is_plain,
     refuse_tracers,
 )
 from tcomm.groups.handle import GroupHandle
 from tcomm.groups.jobs import JOBS, Caller, Job
 from tcomm.groups.plans import Plan
-from tcomm.groups.repeats import Ready, find_repeat, make_repeat
+from tcomm.groups.repeats import Ready, Repeat, find_repeat, make_repeat
 from tcomm.tuning.choose import Decision, Request, is_direct, make_request
 
 __all__ = ["CallOptions", "Collective"]
@@ -84,15 +85,20 @@ class Collective(GroupHandle):
                 is_like_last = False
             if last is None or not is_like_last:
                 return self._run(verb, args, x, out, timeout, algorithm, contents)
-            seconds = self.timeout if timeout is UNSET else self._seconds(timeout)
-            if out is None:
-                out = torch.empty_like(x) if last.shape is None else self._new(last.shape, x)
-            try:
-                last.plan(x, out, seconds)
-            except BaseException:
-                with self._whole():
-                    raise
-            return out
+            return self._repeat(last, x, out, self.timeout if timeout is UNSET else self._seconds(timeout))
+
+    def _repeat(
+        self, repeat: Repeat, x: torch.Tensor, out: torch.Tensor | None, seconds: float | None
+    ) -> torch.Tensor:
+        """Run what fits."""
+        if out is None:
+            out = torch.empty_like(x) if repeat.shape is None else self._new(repeat.shape, x)
+        try:
+            repeat.plan(x, out, seconds)
+        except BaseException:
+            with self._whole():
+                raise
+        return out
 
     def _run(
         self,
@@ -116,7 +122,8 @@ class Collective(GroupHandle):
         plan, shape = ready.plan, ready.shape
         repeat = find_repeat(ready.repeats, x, out)
         if repeat is None:
-            check_tensor(verb, x, self.world_size > 1)
+            if not is_ordinary(x):
+                check_tensor(verb, x, self.world_size > 1)
             if out is not None and shape is not None:
                 check_out(verb, x, out, shape, ready.may_alias)
             repeat = make_repeat(ready, x, out)
@@ -124,6 +131,7 @@ class Collective(GroupHandle):
             # What cannot be hashed is planned at every call.
             with contextlib.suppress(TypeError):
                 self._repeats[verb, args, algorithm, contents, x.numel()] = repeat
+            return self._repeat(repeat, x, out, seconds)
         if shape is None:
             return self._run_densely(plan, x, None, seconds)
         return self._run_densely(plan, x, self._new(shape, x) if out is None else out, seconds)

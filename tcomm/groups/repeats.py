@@ -49,9 +49,12 @@ class Ready(NamedTuple):
 def find_repeat(repeats: Sequence[Repeat], x: torch.Tensor, out: torch.Tensor | None) -> Repeat | None:
     """The first that fits, if one does."""
     try:
-        return next((repeat for repeat in repeats if repeat.fits(x, out)), None)
+        for repeat in repeats:
+            if repeat.fits(x, out):
+                return repeat
     except (AttributeError, TypeError, RuntimeError):
-        return None
+        pass
+    return None
 
 
 def make_repeat(ready: Ready, x: torch.Tensor, out: torch.Tensor | None) -> Repeat | None:
