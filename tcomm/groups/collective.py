@@ -75,12 +75,12 @@ class Collective(GroupHandle):
             return self._in_order(run, async_op)
         # The hot path of small messages: every line is a tenth of a microsecond.
         with self._lock:
-            if not self._regions.is_empty:
-                contents = self._name_place(verb, out, contents)
             last = None
             try:
                 last = self._repeats.get((verb, args, algorithm, contents, x.numel()))
                 is_like_last = last is not None and last.fits(x, out) and not self._foreign
+                if is_like_last and last is not None and not self._regions.is_empty:
+                    is_like_last = last.place == self._regions.find_name(out)
             except (AttributeError, TypeError, RuntimeError):
                 is_like_last = False
             if last is None or not is_like_last:
@@ -112,7 +112,7 @@ class Collective(GroupHandle):
     ) -> Any:
         """Run a call that may differ from the last one. The lock is held."""
         self._refuse_foreign()
-        seconds = self._seconds(timeout)
+        seconds, key = self._seconds(timeout), (verb, args, algorithm, contents)
         if not self._regions.is_empty:
             contents = self._name_place(verb, out, contents)
         try:
@@ -120,17 +120,17 @@ class Collective(GroupHandle):
         except (KeyError, AttributeError, TypeError, RuntimeError):
             ready = self._prepare(verb, args, x, out, algorithm, contents, seconds)
         plan, shape = ready.plan, ready.shape
-        repeat = find_repeat(ready.repeats, x, out)
+        repeat = find_repeat(ready.repeats, x, out, self._regions)
         if repeat is None:
             if not is_ordinary(x):
                 check_tensor(verb, x, self.world_size > 1)
             if out is not None and shape is not None:
                 check_out(verb, x, out, shape, ready.may_alias)
-            repeat = make_repeat(ready, x, out)
+            repeat = make_repeat(ready, x, out, self._regions)
         if repeat is not None:
             # What cannot be hashed is planned at every call.
             with contextlib.suppress(TypeError):
-                self._repeats[verb, args, algorithm, contents, x.numel()] = repeat
+                self._repeats[*key, x.numel()] = repeat
             return self._repeat(repeat, x, out, seconds)
         if shape is None:
             return self._run_densely(plan, x, None, seconds)

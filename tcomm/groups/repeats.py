@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from tcomm.groups.arguments import is_ordinary, is_plain, num_dispatch_modes
 from tcomm.groups.plans import Plan
 from tcomm.groups.pool import POOLED_BYTES
+from tcomm.memory.regions import Regions
 
 __all__ = ["Ready", "Repeat", "find_repeat", "make_repeat"]
 
@@ -30,6 +31,8 @@ class Repeat(NamedTuple):
     plan: Plan
     shape: torch.Size | None
     """Of the result; None where `torch.empty_like` of x makes it, in half of the time."""
+    place: str
+    """What ranks call the place of a result in symmetric memory; empty where it is elsewhere."""
 
 
 class Ready(NamedTuple):
@@ -46,24 +49,27 @@ class Ready(NamedTuple):
     """For calls that have passed every check: with a result given or not, in inference mode or not."""
 
 
-def find_repeat(repeats: Sequence[Repeat], x: torch.Tensor, out: torch.Tensor | None) -> Repeat | None:
+def find_repeat(
+    repeats: Sequence[Repeat], x: torch.Tensor, out: torch.Tensor | None, regions: Regions
+) -> Repeat | None:
     """The first that fits, if one does."""
     try:
         for repeat in repeats:
-            if repeat.fits(x, out):
+            if repeat.fits(x, out) and repeat.place == regions.find_name(out):
                 return repeat
     except (AttributeError, TypeError, RuntimeError):
         pass
     return None
 
 
-def make_repeat(ready: Ready, x: torch.Tensor, out: torch.Tensor | None) -> Repeat | None:
+def make_repeat(ready: Ready, x: torch.Tensor, out: torch.Tensor | None, regions: Regions) -> Repeat | None:
     """For calls like one that has passed every check; None where the next ones have to pass them, too.
 
     Args:
         ready: plan of the call, which keeps the last few.
         x: its input.
         out: as the caller gave it; may be x.
+        regions: symmetric memory of the group.
     """
     plan, shape = ready.plan, ready.shape
     if shape is None or not (is_ordinary(x) and is_plain(x)):
@@ -75,7 +81,7 @@ def make_repeat(ready: Ready, x: torch.Tensor, out: torch.Tensor | None) -> Repe
     else:
         return None
     is_like_x = shape == x.shape and (ready.reach < POOLED_BYTES or not x.is_cpu)
-    repeat = Repeat(fits, plan, None if is_like_x else shape)
+    repeat = Repeat(fits, plan, None if is_like_x else shape, regions.find_name(out))
     ready.repeats.append(repeat)
     del ready.repeats[:-_MAX_REPEATS]
     return repeat

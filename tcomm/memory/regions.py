@@ -57,6 +57,10 @@ class Regions:
             name = self._names[address] = self._make_name(address)
         return name
 
+    def find_name(self, out: torch.Tensor | None) -> str:
+        """As `name`, of a result that may have to be made yet."""
+        return "" if self.is_empty or out is None else self.name(out)
+
     def _make_name(self, address: int) -> str:
         at = bisect.bisect(self._starts, address, key=lambda start: start[0]) - 1
         if at < 0:

@@ -15,9 +15,11 @@ from tcomm.groups import collective
 from tcomm.groups.arguments import check_out, check_tensor, is_ordinary, is_plain
 from tcomm.groups.pool import POOLED_BYTES
 from tcomm.groups.repeats import Ready, find_repeat, make_repeat
+from tcomm.memory.regions import Regions
 
 SHAPE = torch.Size([4, 4])
 NBYTES = 64
+NOWHERE = Regions()
 
 
 def _plan(x, out, timeout):
@@ -25,7 +27,7 @@ def _plan(x, out, timeout):
 
 
 def _make(shape, reach, x, out):
-    return make_repeat(Ready(_plan, shape, reach, True, []), x, out)
+    return make_repeat(Ready(_plan, shape, reach, True, []), x, out, NOWHERE)
 
 
 def _fits(x, out=None):
@@ -231,28 +233,41 @@ def test_what_fits_would_pass_the_checks_in_every_mode_of_autograd():
     assert fitting > 20
 
 
+def test_a_result_in_symmetric_memory_is_known_by_its_place():
+    class Here(Regions):
+        def find_name(self, out):
+            return "here" if out is placed else ""
+
+    x, placed, elsewhere = (torch.ones(SHAPE) for _ in range(3))
+    ready = Ready(_plan, SHAPE, NBYTES, True, [])
+    repeat = make_repeat(ready, x, placed, Here())
+    assert find_repeat(ready.repeats, x, placed, Here()) is repeat
+    assert find_repeat(ready.repeats, x, elsewhere, Here()) is None
+    assert find_repeat(ready.repeats, x, placed, NOWHERE) is None
+
+
 def test_a_kind_of_call_keeps_the_last_few_that_passed():
     x, out = torch.ones(SHAPE), torch.ones(SHAPE)
     ready = Ready(_plan, SHAPE, NBYTES, True, [])
-    alone, in_place, apart = (make_repeat(ready, x, y) for y in (None, x, out))
-    assert find_repeat(ready.repeats, out, None) is alone
-    assert find_repeat(ready.repeats, out, out) is in_place
-    assert find_repeat(ready.repeats, out, x) is apart
-    assert find_repeat(ready.repeats, x.t(), None) is None
-    assert find_repeat(ready.repeats, x, [1.0]) is None
+    alone, in_place, apart = (make_repeat(ready, x, y, NOWHERE) for y in (None, x, out))
+    assert find_repeat(ready.repeats, out, None, NOWHERE) is alone
+    assert find_repeat(ready.repeats, out, out, NOWHERE) is in_place
+    assert find_repeat(ready.repeats, out, x, NOWHERE) is apart
+    assert find_repeat(ready.repeats, x.t(), None, NOWHERE) is None
+    assert find_repeat(ready.repeats, x, [1.0], NOWHERE) is None
     for _ in range(3):
-        in_place = make_repeat(ready, x, x)
+        in_place = make_repeat(ready, x, x, NOWHERE)
     assert len(ready.repeats) == 4
-    assert find_repeat(ready.repeats, x, None) is None
-    assert find_repeat(ready.repeats, x, out) is apart
+    assert find_repeat(ready.repeats, x, None, NOWHERE) is None
+    assert find_repeat(ready.repeats, x, out, NOWHERE) is apart
 
 
 def test_a_call_is_checked_once_and_again_when_it_is_another(monkeypatch):
     checked = []
 
-    def make(ready, x, out):
+    def make(ready, x, out, regions):
         checked.append(tuple(x.shape))
-        return make_repeat(ready, x, out)
+        return make_repeat(ready, x, out, regions)
 
     monkeypatch.setattr(collective, "make_repeat", make)
     with tcomm.Communicator() as comm:

@@ -324,3 +324,24 @@ def _gradient(member):
 
 def test_autograd_is_told(on_ranks):
     on_ranks(2, _gradient)
+
+
+def _in_turn(member):
+    """Known at a look or not, each result goes where it was told, by the algorithm of its place."""
+    comm, numel, found = member.communicator(), 65536, []
+    first, second = comm.symmetric_empty((numel,)), comm.symmetric_empty((numel,))
+    places = [first, torch.empty(numel), second, torch.empty(numel)]
+    sums = sum(range(1, member.world_size + 1))
+    for turn in range(1, 13):
+        for out in places if turn % 3 else [place for place in places for _ in range(2)]:
+            comm.all_reduce(torch.full((numel,), float(turn * (member.rank + 1))), out=out)
+            found.append(bool(out.eq(turn * sums).all()))
+            others = [place for place in places if place is not out]
+            found += [not bool(place.isnan().any()) for place in others]
+            out.fill_(-1.0)
+    comm.close()
+    return all(found)
+
+
+def test_results_in_symmetric_memory_and_elsewhere_come_in_turn(on_ranks):
+    assert on_ranks(2, _in_turn) == [True, True]
