@@ -332,12 +332,14 @@ def _in_turn(member):
     first, second = comm.symmetric_empty((numel,)), comm.symmetric_empty((numel,))
     places = [first, torch.empty(numel), second, torch.empty(numel)]
     sums = sum(range(1, member.world_size + 1))
+    for place in places:
+        place.fill_(-1.0)
+    comm.barrier()
     for turn in range(1, 13):
         for out in places if turn % 3 else [place for place in places for _ in range(2)]:
             comm.all_reduce(torch.full((numel,), float(turn * (member.rank + 1))), out=out)
             found.append(bool(out.eq(turn * sums).all()))
-            others = [place for place in places if place is not out]
-            found += [not bool(place.isnan().any()) for place in others]
+            found += [bool(place.eq(-1.0).all()) for place in places if place is not out]
             out.fill_(-1.0)
     comm.close()
     return all(found)
