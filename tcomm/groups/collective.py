@@ -75,17 +75,19 @@ class Collective(GroupHandle):
             return self._in_order(run, async_op)
         # The hot path of small messages: every line is a tenth of a microsecond.
         with self._lock:
-            last = None
             try:
-                last = self._repeats.get((verb, args, algorithm, contents, x.numel()))
-                is_like_last = last is not None and last.fits(x, out) and not self._foreign
-                if is_like_last and last is not None and not self._regions.is_empty:
-                    is_like_last = last.place == self._regions.find_name(out)
+                known = self._repeats.get((verb, args, algorithm, contents, x.numel()))
+                if known is not None and (
+                    not known.fits(x, out)
+                    or self._foreign
+                    or not (self._regions.is_empty or known.place == self._regions.find_name(out))
+                ):
+                    known = None
             except (AttributeError, TypeError, RuntimeError):
-                is_like_last = False
-            if last is None or not is_like_last:
+                known = None
+            if known is None:
                 return self._run(verb, args, x, out, timeout, algorithm, contents)
-            return self._repeat(last, x, out, self.timeout if timeout is UNSET else self._seconds(timeout))
+            return self._repeat(known, x, out, self.timeout if timeout is UNSET else self._seconds(timeout))
 
     def _repeat(
         self, repeat: Repeat, x: torch.Tensor, out: torch.Tensor | None, seconds: float | None

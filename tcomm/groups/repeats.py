@@ -20,7 +20,6 @@ __all__ = ["Ready", "Repeat", "find_repeat", "make_repeat"]
 Fits = Callable[[torch.Tensor, "torch.Tensor | None"], object]
 """Takes x and out as the caller gave them; true only where every check would pass, both being contiguous."""
 
-
 _MAX_REPEATS = 4
 
 
