@@ -6,6 +6,7 @@ the rank's control page, so that a disagreement can be shown as a table of what 
 
 from __future__ import annotations
 
+import functools
 import zlib
 
 import msgspec
@@ -15,7 +16,7 @@ __all__ = ["CallDescription", "decode_description"]
 _encoder = msgspec.msgpack.Encoder()
 
 
-class CallDescription(msgspec.Struct, frozen=True):
+class CallDescription(msgspec.Struct, frozen=True, dict=True):
     """One call of one rank, in the part that all ranks must share and the part that may differ."""
 
     op: str
@@ -45,7 +46,7 @@ class CallDescription(msgspec.Struct, frozen=True):
         """Canonical bytes of the whole description (msgpack)."""
         return _encoder.encode(self)
 
-    @property
+    @functools.cached_property
     def signature(self) -> int:
         """32 bits over all that the ranks must share."""
         shared = (

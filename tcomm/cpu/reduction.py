@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch._C import _increment_version
 from torch.autograd.graph import increment_version
 
 from tcomm.algorithms import acc_dtype, combine_of
@@ -249,7 +250,7 @@ def _over_short(parts: Sequence[_Numbers], room: _Numbers, take_results: _Take) 
             add(acc, part, room)
             acc = room
         add(acc, last, take_results(out)[0])
-        increment_version(out)
+        _increment_version((out,))
 
     return reduce
 

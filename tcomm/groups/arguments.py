@@ -16,6 +16,7 @@ from tcomm.errors import ConfigError
 from tcomm.signature import CallDescription
 
 __all__ = [
+    "NOTHING",
     "UNSET",
     "Timeout",
     "Unset",
@@ -52,6 +53,8 @@ class Unset:
 
 
 UNSET: Final = Unset()
+NOTHING: Final = torch.empty(0, device="cpu")
+"""Input and result of a verb that has none."""
 Timeout = float | str | None
 """Seconds, a profile, or None: as long as the peers live."""
 

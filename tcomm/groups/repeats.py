@@ -10,7 +10,7 @@ from torch import is_inference_mode_enabled
 from torch._C._dynamo.guards import TensorGuards
 from torch.autograd import forward_ad
 
-from tcomm.groups.arguments import is_ordinary, is_plain, num_dispatch_modes
+from tcomm.groups.arguments import NOTHING, is_ordinary, is_plain, num_dispatch_modes
 from tcomm.groups.plans import Plan
 from tcomm.groups.pool import POOLED_BYTES
 from tcomm.memory.regions import Regions
@@ -21,6 +21,7 @@ Fits = Callable[[torch.Tensor, "torch.Tensor | None"], object]
 """Takes x and out as the caller gave them; true only where every check would pass, both being contiguous."""
 
 _MAX_REPEATS = 4
+_LONGER_THAN_STORAGE = 1 << 42
 
 
 class Repeat(NamedTuple):
@@ -73,7 +74,9 @@ def make_repeat(ready: Ready, x: torch.Tensor, out: torch.Tensor | None, regions
     plan, shape = ready.plan, ready.shape
     if shape is None or not (is_ordinary(x) and is_plain(x)):
         return None
-    if out is None or out is x:
+    if x is NOTHING:
+        fits = _is_barrier(x)
+    elif out is None or out is x:
         fits = _like_one(x, out is x)
     elif is_ordinary(out) and is_plain(out):
         fits = _like_two(x, out, ready.reach)
@@ -99,6 +102,16 @@ def _guard(*tensors: torch.Tensor) -> Callable[..., bool]:
     return check
 
 
+def _is_barrier(x: torch.Tensor) -> Fits:
+    """Whether there are no tensors at all, for which this one of nobody else's stands."""
+    is_alike = _guard(x)
+
+    def fits(x: torch.Tensor, out: torch.Tensor | None) -> object:
+        return x is NOTHING and out is NOTHING and not num_dispatch_modes() and is_alike(x)
+
+    return fits
+
+
 def _like_one(x: torch.Tensor, is_in_place: bool) -> Fits:
     """Whether a tensor alone is like x; it is its own result, or has none yet."""
     is_alike, in_inference, itemsize = _guard(x), is_inference_mode_enabled(), x.itemsize
@@ -120,6 +133,17 @@ def _like_one(x: torch.Tensor, is_in_place: bool) -> Fits:
 def _like_two(x: torch.Tensor, out: torch.Tensor, reach: int) -> Fits:
     """Whether two tensors are like these, and apart."""
     is_alike, in_inference, itemsize = _guard(x, out), is_inference_mode_enabled(), x.itemsize
+    known: tuple[int, int] = (0, 0)
+
+    def are_apart(x: torch.Tensor, out: torch.Tensor) -> bool:
+        nonlocal known
+        source, target = x.data_ptr(), out.data_ptr()
+        has_memory = source != x.storage_offset() * itemsize and target != out.storage_offset() * itemsize
+        is_so = has_memory and abs(target - source) >= reach
+        # Memory that was freed begins at 0; so far from there, no view of it lies.
+        if is_so and min(source, target) > _LONGER_THAN_STORAGE:
+            known = source, target
+        return is_so
 
     def fits(x: torch.Tensor, out: torch.Tensor | None) -> object:
         return (
@@ -128,9 +152,7 @@ def _like_two(x: torch.Tensor, out: torch.Tensor, reach: int) -> Fits:
             and is_inference_mode_enabled() is in_inference
             and forward_ad._current_level < 0
             and is_alike(x, out)
-            and (source := x.data_ptr()) != x.storage_offset() * itemsize
-            and (target := out.data_ptr()) != out.storage_offset() * itemsize
-            and abs(target - source) >= reach
+            and ((x.data_ptr(), out.data_ptr()) == known or are_apart(x, out))
         )
 
     return fits

@@ -9,6 +9,7 @@ import torch
 
 from tcomm.errors import CollectiveMismatchError, ConfigError
 from tcomm.groups.arguments import (
+    NOTHING,
     UNSET,
     Timeout,
     Unset,
@@ -28,7 +29,6 @@ from tcomm.signature import CallDescription
 
 __all__ = ["Transfers"]
 
-_NOTHING = torch.empty(0, device="cpu")
 
 
 class Transfers(Collective):
@@ -47,7 +47,7 @@ class Transfers(Collective):
         Raises:
             CollectiveMismatchError, PeerLostError, PeerTimeoutError, GroupClosedError: as `all_reduce` does.
         """
-        done = self._collect("barrier", (), _NOTHING, _NOTHING, timeout, async_op, algorithm)
+        done = self._collect("barrier", (), NOTHING, NOTHING, timeout, async_op, algorithm)
         return done if isinstance(done, Work) else None
 
     @overload

@@ -24,6 +24,7 @@ from tcomm.memory.control import (
     dead_word,
 )
 from tcomm.memory.cores import HomeCore
+from tcomm.memory.descriptions import OwnDescriptions
 from tcomm.memory.liveness import PeerProcess
 from tcomm.memory.wait import Wait
 from tcomm.signature import CallDescription
@@ -77,7 +78,7 @@ class Channel:
             for p in range(2)
             for parity in range(2)
         )
-        self._described: list[CallDescription | None] = [None, None]
+        self._descriptions = OwnDescriptions(pages[rank])
         self.breaks_off_alone = False
         """Whether the others are to go on when this rank breaks off in the middle of a call."""
         self.lanes: tuple[memoryview[int], ...] = ()
@@ -104,9 +105,7 @@ class Channel:
         if words[_POISON]:
             self.raise_poison()
         epoch = (words[_EPOCH] + 1) & EPOCH_MASK
-        if self._described[epoch & 1] is not call:
-            self.pages[self.rank].describe(epoch & 1, call.encode())
-            self._described[epoch & 1] = call
+        self._descriptions.point(epoch & 1, call)
         if not epoch & RENEWAL_MASK:
             self._renew(epoch)
         self._call = call

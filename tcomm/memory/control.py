@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 MAGIC = 0x74636F6D6D706167  # b"tcommpag"
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 MAX_WORLD_SIZE = 16
 MAX_BLOCKS = 32
 MAX_PHASES = 2
@@ -90,6 +90,8 @@ class Word(enum.IntEnum):
     ABORT = 26
     # Address of a `HostWord` record, where the page itself is out of the host's reach; else 0.
     HOST_RECORD = 27
+    # [parity]: which of the descriptions is that of the owner's call.
+    DESCRIBED = 28
     # Error record of a kernel; the kind is claimed first.
     ERROR_KIND = 32
     ERROR_PEER = 33
@@ -119,7 +121,8 @@ HOST_WORDS = 16
 FAULTS = 40
 """[opener]: the last round in which a rank asked the others whom to go on without; written by that rank."""
 REASON_WORD, REASON_BYTES = 64, 256
-DESCRIPTIONS, DESCRIPTION_BYTES = 128, 1024
+DESCRIPTIONS, DESCRIPTION_BYTES, DESCRIPTION_SLOTS = 128, 1024, 3
+"""[slot]: length, and what a call is. Two for the calls that peers may still ask for, and one for the next."""
 ARRIVALS = 512
 MAILBOXES = ARRIVALS + MAX_PHASES * 2 * MAX_BLOCKS * MAX_WORLD_SIZE
 """Counts of send and recv live from here on; collectives never touch them."""
@@ -214,16 +217,17 @@ class ControlPage:
             and words[Word.NONCE] == nonce
         )
 
-    def describe(self, parity: int, description: bytes) -> None:
-        """Put down what this rank calls at epochs of `parity`; before the arrival word is published."""
-        start = DESCRIPTIONS * 8 + parity * DESCRIPTION_BYTES
+    def describe(self, slot: int, description: bytes) -> None:
+        """Put down what this rank is going to call; nobody reads that slot until a call points to it."""
+        start = DESCRIPTIONS * 8 + slot * DESCRIPTION_BYTES
         data = description[: DESCRIPTION_BYTES - 8]
         self.words[start // 8] = len(data)
         self.bytes[start + 8 : start + 8 + len(data)] = data
 
     def description(self, parity: int) -> CallDescription | None:
-        """What the owner put down for `parity`, or None where it makes no sense."""
-        start = DESCRIPTIONS * 8 + parity * DESCRIPTION_BYTES
+        """What the owner calls at epochs of `parity`, or None where it makes no sense."""
+        slot = self.words[Word.DESCRIBED + parity] % DESCRIPTION_SLOTS
+        start = DESCRIPTIONS * 8 + slot * DESCRIPTION_BYTES
         length = min(self.words[start // 8], DESCRIPTION_BYTES - 8)
         return decode_description(bytes(self.bytes[start + 8 : start + 8 + length]))
 
