@@ -14,10 +14,10 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.autograd.graph import increment_version
 
 from tcomm.cpu.copies import Copies, Place
 from tcomm.cpu.reduction import Reduce, Reduction, room_of
+from tcomm.cpu.versions import increment_versions
 from tcomm.memory.arena import Arena
 from tcomm.memory.base import Staging
 from tcomm.memory.layout import cut, slice_numel
@@ -178,7 +178,7 @@ def _two_shot(piece: _Piece) -> AllReducePlan:
         publish(1, word)
         await_peers(1, word)
         fetches[parity](out)
-        increment_version(out)
+        increment_versions((out,))
         finish(epoch)
 
     return run

@@ -9,11 +9,11 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from torch.autograd.graph import increment_version
 
 from tcomm.cpu.all_reduce import AllReducePlan
 from tcomm.cpu.copies import Part, make_move, make_stage
 from tcomm.cpu.reduction import Reduce, Reduction, room_of
+from tcomm.cpu.versions import increment_versions
 from tcomm.memory.arena import Arena
 from tcomm.memory.layout import slice_numel
 from tcomm.memory.regions import Place
@@ -75,7 +75,7 @@ def make_direct_plan(
                 move(there, here, nbytes)
         publish(1, word)
         await_peers(1, word)
-        increment_version(out)
+        increment_versions((out,))
         finish(epoch)
 
     return run

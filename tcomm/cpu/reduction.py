@@ -11,10 +11,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch._C import _increment_version
-from torch.autograd.graph import increment_version
 
 from tcomm.algorithms import acc_dtype, combine_of
+from tcomm.cpu.versions import increment_versions
 from tcomm.memory.base import Staging
 
 __all__ = ["Own", "Reduce", "Reduction", "room_of"]
@@ -172,7 +171,7 @@ def _quietly(ufunc: np.ufunc) -> Callable[..., object]:
 def _telling_autograd(reduce: Reduce) -> Reduce:
     def run(x: torch.Tensor, out: torch.Tensor) -> None:
         reduce(x, out)
-        increment_version(out)
+        increment_versions((out,))
 
     return run
 
@@ -250,7 +249,7 @@ def _over_short(parts: Sequence[_Numbers], room: _Numbers, take_results: _Take) 
             add(acc, part, room)
             acc = room
         add(acc, last, take_results(out)[0])
-        _increment_version((out,))
+        increment_versions((out,))
 
     return reduce
 

@@ -30,7 +30,6 @@ from tcomm.signature import CallDescription
 __all__ = ["Transfers"]
 
 
-
 class Transfers(Collective):
     """Verbs of a communicator by which data goes out. Data of any dtype only moves."""
 

@@ -122,7 +122,7 @@ FAULTS = 40
 """[opener]: the last round in which a rank asked the others whom to go on without; written by that rank."""
 REASON_WORD, REASON_BYTES = 64, 256
 DESCRIPTIONS, DESCRIPTION_BYTES, DESCRIPTION_SLOTS = 128, 1024, 3
-"""[slot]: length, and what a call is. Two for the calls that peers may still ask for, and one for the next."""
+"""[slot]: length, and what a call is: two that peers may still ask for, and one for the next."""
 ARRIVALS = 512
 MAILBOXES = ARRIVALS + MAX_PHASES * 2 * MAX_BLOCKS * MAX_WORLD_SIZE
 """Counts of send and recv live from here on; collectives never touch them."""

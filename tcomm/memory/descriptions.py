@@ -23,28 +23,28 @@ class OwnDescriptions:
     def __init__(self, page: ControlPage) -> None:
         self._page = page
         self._words = page.words
-        self._slots: list[CallDescription | None] = [None] * DESCRIPTION_SLOTS
+        # The calls themselves are kept, so that their identities stay theirs.
+        self._calls: list[CallDescription | None] = [None] * DESCRIPTION_SLOTS
+        self._slots: dict[int, int] = {}
         self._pointed: list[CallDescription | None] = [None, None]
 
     def point(self, parity: int, call: CallDescription) -> None:
-        """Say that calls of `parity` are like this; before the arrival word is published."""
+        """Say that the next call, of that parity, is like this; before its arrival word is published."""
         if self._pointed[parity] is call:
             return
-        for slot, known in enumerate(self._slots):
-            if known is call:
-                break
-        else:
+        slot = self._slots.get(id(call))
+        if slot is None:
             slot = self._put(call)
-        # In this order, for a signal may come between any two.
-        self._pointed[parity] = None
         self._words[_DESCRIBED + parity] = slot
         self._pointed[parity] = call
 
     def _put(self, call: CallDescription) -> int:
-        """Put it down where nobody reads: of the other parity, peers may still ask for what was called."""
+        """Put it down where nobody reads: peers may still ask for what was called at the other parity."""
         words = self._words
-        slot = min({*range(DESCRIPTION_SLOTS)} - {words[_DESCRIBED], words[_DESCRIBED + 1]})
-        self._slots[slot] = None
+        slot: int = min({*range(DESCRIPTION_SLOTS)} - {words[_DESCRIBED], words[_DESCRIBED + 1]})
+        # A signal may come between any two: a description is known only while it is there as a whole.
+        self._slots.pop(id(self._calls[slot]), None)
         self._page.describe(slot, call.encode())
-        self._slots[slot] = call
+        self._calls[slot] = call
+        self._slots[id(call)] = slot
         return slot

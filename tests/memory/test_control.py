@@ -38,7 +38,8 @@ def test_every_arrival_word_is_its_own_and_outside_of_everything_else():
 def test_single_words_reason_and_descriptions_are_disjoint():
     assert len({int(word) for word in Word}) == len(Word)
     reason = control.REASON_WORD + control.REASON_BYTES // 8
-    descriptions = control.DESCRIPTIONS + 2 * control.DESCRIPTION_BYTES // 8
+    descriptions = control.DESCRIPTIONS + control.DESCRIPTION_SLOTS * control.DESCRIPTION_BYTES // 8
+    assert Word.DESCRIBED + 1 not in set(Word)
     assert max(Word) < control.REASON_WORD < reason <= control.DESCRIPTIONS < descriptions <= control.ARRIVALS
 
 
@@ -72,24 +73,36 @@ DESCRIPTIONS = st.builds(
 )
 
 
-@given(st.lists(st.tuples(st.integers(0, 1), DESCRIPTIONS), min_size=1, max_size=6))
-def test_descriptions_come_back_by_parity(written):
-    page, latest = _page(), {}
-    for parity, description in written:
-        page.describe(parity, description.encode())
-        latest[parity] = description
-    assert {parity: page.description(parity) for parity in latest} == latest
+def _describe(page, parity, slot, description):
+    page.describe(slot, description.encode())
+    page.words[Word.DESCRIBED + parity] = slot
+
+
+@given(st.lists(DESCRIPTIONS, min_size=3, max_size=3), st.integers(0, 2), st.integers(0, 2))
+def test_the_description_of_a_parity_is_that_of_the_slot_it_points_to(written, even, odd):
+    page = _page()
+    for slot, description in enumerate(written):
+        page.describe(slot, description.encode())
+    page.words[Word.DESCRIBED], page.words[Word.DESCRIBED + 1] = even, odd
+    assert page.description(0) == written[even]
+    assert page.description(1) == written[odd]
 
 
 def test_a_description_that_is_too_long_is_none_and_spills_nowhere():
     page = _page()
-    page.describe(1, CallDescription("other").encode())
+    _describe(page, 1, 1, CallDescription("other"))
     long = CallDescription("all_to_all_single", send_splits=tuple(range(10**6, 10**6 + 500)))
-    page.describe(0, long.encode())
+    _describe(page, 0, 0, long)
     assert page.description(0) is None
     assert page.description(1) == CallDescription("other")
-    page.describe(1, long.encode())
+    page.describe(control.DESCRIPTION_SLOTS - 1, long.encode())
     assert set(page.words[control.ARRIVALS :]) == {0}
+
+
+def test_a_pointer_that_makes_no_sense_does_not_lead_out_of_the_page():
+    page = _page()
+    page.words[Word.DESCRIBED] = 2**63 + 1
+    assert page.description(0) is None
 
 
 def test_a_length_that_makes_no_sense_does_not_lead_out_of_the_page():
