@@ -1,6 +1,7 @@
 """What may go to a plan without another look, and what may not."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tcomm
 from tcomm.errors import ConfigError
-from tcomm.groups import collective
-from tcomm.groups.arguments import check_out, check_tensor, is_ordinary, is_plain
+from tcomm.groups import collective, repeats
+from tcomm.groups.arguments import NOTHING, check_out, check_tensor, is_ordinary, is_plain
 from tcomm.groups.pool import POOLED_BYTES
 from tcomm.groups.repeats import Ready, find_repeat, make_repeat
 from tcomm.memory.regions import Regions
@@ -101,12 +102,56 @@ def test_where_the_result_goes_has_to_be_as_it_was():
     assert not alone(x, x)
     assert not in_place(x, out)
     assert not in_place(x, None)
-    assert not apart(x, None)
-    assert not apart(x, x)
-    assert apart(out, x)
-    # One row of the result is one of the input.
-    assert not apart(x, memory.view(8, 4)[3:7])
-    assert not apart(memory.view(8, 4)[3:7], x)
+    # A pair that was apart is known, and is not another pair.
+    for first, second in [(x, out), (x, out), (out, x)]:
+        assert apart(first, second)
+        assert not apart(x, None)
+        assert not apart(x, x)
+        assert not apart(out, out)
+        # One row of the result is one of the input.
+        assert not apart(x, memory.view(8, 4)[3:7])
+        for overlapping in [(memory.view(8, 4)[3:7], x), (memory.view(8, 4)[3:7], out)] * 2:
+            assert not apart(*overlapping)
+
+
+@pytest.mark.parametrize("freed", [0, 1])
+def test_a_pair_that_was_apart_has_to_have_memory_still(freed):
+    pair = [torch.ones(2, *SHAPE)[1], torch.ones(2, *SHAPE)[1]]
+    apart = _fits(*pair)
+    assert [bool(apart(*pair)) for _ in range(3)] == [True] * 3
+    pair[freed].untyped_storage().resize_(0)
+    assert not apart(*pair)
+
+
+def test_places_that_a_view_of_freed_memory_may_have_are_looked_at_every_time(monkeypatch):
+    monkeypatch.setattr(repeats, "_guard", lambda *_tensors: lambda *_others: True)
+    fits = repeats._like_two(torch.ones(SHAPE), torch.ones(SHAPE), NBYTES)
+
+    def tensor(address, offset):
+        return SimpleNamespace(is_nested=False, data_ptr=lambda: address, storage_offset=lambda: offset)
+
+    far = tensor(1 << 46, 0)
+    assert fits(tensor(4096, 0), far)
+    assert not fits(tensor(4096, 1024), far)
+    assert fits(far, tensor(4096, 0))
+    assert not fits(far, tensor(4096, 1024))
+
+
+def test_a_barrier_is_known_by_its_tensor_of_nobody():
+    fits = _make(NOTHING.shape, 0, NOTHING, NOTHING).fits
+    assert fits(NOTHING, NOTHING)
+    empty = torch.empty(0)
+    assert not fits(empty, empty)
+    assert not fits(NOTHING, empty)
+    assert not fits(empty, NOTHING)
+    assert not fits(NOTHING, None)
+    with torch.inference_mode():
+        assert _make(NOTHING.shape, 0, NOTHING, NOTHING).fits(NOTHING, NOTHING)
+    with FakeTensorMode():
+        assert not fits(NOTHING, NOTHING)
+    seen = []
+    torch.func.vmap(lambda x: (seen.append(bool(fits(NOTHING, NOTHING))), x)[1])(torch.ones(2))
+    assert seen == [False]
 
 
 def test_tensors_without_elements_have_no_memory_and_fit():
