@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tcomm.memory.control import CONTROL_BYTES, MAGIC, ControlPage, PoisonCode, Word
+from tcomm.memory.control import CONTROL_BYTES, LAYOUT_VERSION, MAGIC, ControlPage, PoisonCode, Word
 
 __all__ = ["inspect_process"]
 
@@ -39,6 +39,8 @@ def _status(path: pathlib.Path) -> dict[str, Any] | None:
     words = page.words
     if words[Word.MAGIC] != MAGIC:
         return None
+    if (version := words[Word.LAYOUT_VERSION]) != LAYOUT_VERSION:
+        return {"state": f"not read: its page has layout {version}, and that of this tcomm {LAYOUT_VERSION}"}
     epoch = words[Word.EPOCH]
     waiting = words[Word.WAITING_FOR]
     call = page.description((epoch + bool(waiting)) & 1)

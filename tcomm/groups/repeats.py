@@ -21,6 +21,7 @@ Fits = Callable[[torch.Tensor, "torch.Tensor | None"], object]
 """Takes x and out as the caller gave them; true only where every check would pass, both being contiguous."""
 
 _MAX_REPEATS = 4
+_MAX_KNOWN = 16
 _LONGER_THAN_STORAGE = 1 << 42
 
 
@@ -133,16 +134,17 @@ def _like_one(x: torch.Tensor, is_in_place: bool) -> Fits:
 def _like_two(x: torch.Tensor, out: torch.Tensor, reach: int) -> Fits:
     """Whether two tensors are like these, and apart."""
     is_alike, in_inference, itemsize = _guard(x, out), is_inference_mode_enabled(), x.itemsize
-    known: tuple[int, int] = (0, 0)
+    known: set[tuple[int, int]] = set()
 
     def are_apart(x: torch.Tensor, out: torch.Tensor) -> bool:
-        nonlocal known
         source, target = x.data_ptr(), out.data_ptr()
         has_memory = source != x.storage_offset() * itemsize and target != out.storage_offset() * itemsize
         is_so = has_memory and abs(target - source) >= reach
         # Memory that was freed begins at 0; so far from there, no view of it lies.
         if is_so and min(source, target) > _LONGER_THAN_STORAGE:
-            known = source, target
+            if len(known) >= _MAX_KNOWN:
+                known.clear()
+            known.add((source, target))
         return is_so
 
     def fits(x: torch.Tensor, out: torch.Tensor | None) -> object:
@@ -152,7 +154,7 @@ def _like_two(x: torch.Tensor, out: torch.Tensor, reach: int) -> Fits:
             and is_inference_mode_enabled() is in_inference
             and forward_ad._current_level < 0
             and is_alike(x, out)
-            and ((x.data_ptr(), out.data_ptr()) == known or are_apart(x, out))
+            and ((x.data_ptr(), out.data_ptr()) in known or are_apart(x, out))
         )
 
     return fits

@@ -35,6 +35,7 @@ class OwnDescriptions:
         slot = self._slots.get(id(call))
         if slot is None:
             slot = self._put(call)
+        self._pointed[parity] = None
         self._words[_DESCRIBED + parity] = slot
         self._pointed[parity] = call
 

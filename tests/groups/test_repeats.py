@@ -114,13 +114,33 @@ def test_where_the_result_goes_has_to_be_as_it_was():
             assert not apart(memory.view(8, 4)[3:7], overlapped)
 
 
-@pytest.mark.parametrize("freed", [0, 1])
-def test_a_pair_that_was_apart_has_to_have_memory_still(freed):
-    pair = [torch.ones(2, *SHAPE)[1], torch.ones(2, *SHAPE)[1]]
+@pytest.mark.parametrize("row", [0, 1])
+@pytest.mark.parametrize("freed", [[0], [1], [0, 1]])
+@pytest.mark.parametrize("looks", [0, 3])
+def test_a_pair_has_to_have_memory_at_its_first_look_and_at_every_other(row, freed, looks):
+    pair = [torch.ones(2, *SHAPE)[row], torch.ones(2, *SHAPE)[row]]
     apart = _fits(*pair)
-    assert [bool(apart(*pair)) for _ in range(3)] == [True] * 3
-    pair[freed].untyped_storage().resize_(0)
+    assert [bool(apart(*pair)) for _ in range(looks)] == [True] * looks
+    for index in freed:
+        pair[index].untyped_storage().resize_(0)
     assert not apart(*pair)
+
+
+def test_a_few_pairs_in_turn_are_known_and_of_many_the_last(monkeypatch):
+    slow, check = [], torch.Tensor.storage_offset
+    monkeypatch.setattr(torch.Tensor, "storage_offset", lambda x: (slow.append(1), check(x))[1])
+    pairs = [(torch.ones(SHAPE), torch.ones(SHAPE)) for _ in range(repeats._MAX_KNOWN + 1)]
+    apart = _fits(*pairs[0])
+
+    def looks(number):
+        slow.clear()
+        assert all(apart(*pair) for pair in pairs[:number])
+        return len(slow) // 2
+
+    assert looks(repeats._MAX_KNOWN) == repeats._MAX_KNOWN
+    assert looks(repeats._MAX_KNOWN) == 0
+    assert looks(repeats._MAX_KNOWN + 1) == 1
+    assert looks(1) == 1
 
 
 def test_places_that_a_view_of_freed_memory_may_have_are_looked_at_every_time(monkeypatch):

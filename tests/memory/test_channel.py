@@ -46,8 +46,7 @@ def pair(spins=5, world_size=2):
 
 
 def _arrive(channel, epoch, call=CALL, phase=0):
-    channel.pages[channel.rank].describe(epoch & 1, call.encode())
-    channel.words[Word.DESCRIBED + (epoch & 1)] = epoch & 1
+    channel._descriptions.point(epoch & 1, call)
     channel.publish(phase, epoch << 32 | call.signature)
 
 

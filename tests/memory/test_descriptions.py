@@ -76,3 +76,40 @@ def test_a_description_that_was_broken_off_is_put_down_anew(page, monkeypatch):
     own.point(1, second)
     assert page.description(1) == second
     assert page.description(0) == first
+
+
+def test_what_a_broken_off_description_has_written_over_is_put_down_anew(page, monkeypatch):
+    own, calls = OwnDescriptions(page), _calls(4)
+    for number in range(3):
+        own.point(number & 1, calls[number])
+    whole = page.describe
+
+    def broken_off(slot, description):
+        whole(slot, description[:3])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(page, "describe", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        own.point(1, calls[3])
+    monkeypatch.setattr(page, "describe", whole)
+    own.point(1, calls[0])
+    assert page.description(1) == calls[0]
+
+
+def test_a_pointer_that_was_broken_off_is_set_anew(page):
+    class BreakingOff:
+        def __getitem__(self, index):
+            return page.words[index]
+
+        def __setitem__(self, index, value):
+            page.words[index] = value
+            raise KeyboardInterrupt
+
+    own, (first, second) = OwnDescriptions(page), _calls(2)
+    own.point(0, first)
+    own._words = BreakingOff()
+    with pytest.raises(KeyboardInterrupt):
+        own.point(0, second)
+    own._words = page.words
+    own.point(0, first)
+    assert page.description(0) == first
