@@ -33,7 +33,7 @@ def _count(comm, names, op, numel, redop, reuses):
     if all(hasattr(comm, verb) for verb in (VERBS[op], "send")):
         calls["tcomm"] = Tcomm(case, comm, "")
     candidates = {name: case.candidate(call.call_of(op)) for name, call in calls.items()}
-    _, wrong = time_alternating(candidates, Schedule(1, 9, 0), dist.barrier)
+    _, wrong = time_alternating(candidates, Schedule(1, 9, 0), comm.barrier)
     counts = torch.tensor(list(wrong.values()))
     dist.all_reduce(counts)
     return dict(zip(wrong, counts.tolist(), strict=True))
