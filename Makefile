@@ -10,6 +10,8 @@ BENCH_JSON ?= .benchmarks/collectives.json
 BENCH ?=
 MUTANTS ?=
 WORKERS ?= 2
+# Hundreds of processes import the same modules: they are compiled once, also where the shell says otherwise.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: install demo short-demo test mutants lint type compile fetch-nvshmem compile-nvshmem bench bench-gpu
 .DELETE_ON_ERROR:
