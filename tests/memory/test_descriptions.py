@@ -60,9 +60,8 @@ def test_a_call_that_takes_the_place_of_a_forgotten_one_is_not_taken_for_it(page
     assert len(page.written) == 1000
 
 
-def test_a_description_that_was_broken_off_is_put_down_anew(page, monkeypatch):
-    own, (first, second) = OwnDescriptions(page), _calls(2)
-    own.point(0, first)
+def _break_off(monkeypatch, own, page, call):
+    """End the next call, of parity 1, in the middle of its description."""
     whole = page.describe
 
     def broken_off(slot, description):
@@ -71,8 +70,14 @@ def test_a_description_that_was_broken_off_is_put_down_anew(page, monkeypatch):
 
     monkeypatch.setattr(page, "describe", broken_off)
     with pytest.raises(KeyboardInterrupt):
-        own.point(1, second)
+        own.point(1, call)
     monkeypatch.setattr(page, "describe", whole)
+
+
+def test_a_description_that_was_broken_off_is_put_down_anew(page, monkeypatch):
+    own, (first, second) = OwnDescriptions(page), _calls(2)
+    own.point(0, first)
+    _break_off(monkeypatch, own, page, second)
     own.point(1, second)
     assert page.description(1) == second
     assert page.description(0) == first
@@ -82,16 +87,7 @@ def test_what_a_broken_off_description_has_written_over_is_put_down_anew(page, m
     own, calls = OwnDescriptions(page), _calls(4)
     for number in range(3):
         own.point(number & 1, calls[number])
-    whole = page.describe
-
-    def broken_off(slot, description):
-        whole(slot, description[:3])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(page, "describe", broken_off)
-    with pytest.raises(KeyboardInterrupt):
-        own.point(1, calls[3])
-    monkeypatch.setattr(page, "describe", whole)
+    _break_off(monkeypatch, own, page, calls[3])
     own.point(1, calls[0])
     assert page.description(1) == calls[0]
 
