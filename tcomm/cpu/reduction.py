@@ -36,7 +36,8 @@ _Prepared = tuple[tuple[_Numbers, ...], _Numbers]
 _Take = Callable[[torch.Tensor], Sequence[_Numbers]]
 """The chunks of a tensor that a call is given."""
 
-_CHUNK_BYTES = 128 * 1024
+_CHUNK_BYTES = 256 * 1024
+_MOST_PAIR_BYTES = 128 * 1024
 
 _rooms: weakref.WeakKeyDictionary[Staging, torch.Tensor] = weakref.WeakKeyDictionary()
 
@@ -76,7 +77,7 @@ class Reduction:
         at_once = world_size == 1 or is_pair
         step = max(numel, 1) if at_once else _CHUNK_BYTES // wide.itemsize
         self._op, self._numel, self._dtype = op, numel, dtype
-        is_short = numel * dtype.itemsize <= _CHUNK_BYTES
+        is_short = numel * dtype.itemsize <= _MOST_PAIR_BYTES
         self._in_arrays = op in {"sum", "avg"} and wide == dtype and (not at_once or (is_pair and is_short))
         self._ranges = tuple(slice(at, min(at + step, numel)) for at in range(0, max(numel, 1), step))
         self._room = room.view(wide)[: 0 if at_once else min(numel, step)]
@@ -102,7 +103,11 @@ class Reduction:
             result: where the result goes: a tensor like a source, or the first of `numel` elements of out
                 that takes it from flat sources; None: out is like a source.
         """
-        rooms = self._rooms(sources[0])
+        if self._in_arrays and own is not None and result is sources[own[0]]:
+            # What is not finished grows where the result goes, which nobody reads before it is all there.
+            rooms = self._pieces(sources[own[0]])
+        else:
+            rooms = self._rooms(sources[0])
         chunks = list(zip(zip(*map(self._pieces, sources), strict=True), rooms, strict=True))
         is_whole = own is None and len(chunks) == 1 and not self._in_arrays
         if is_whole and not isinstance(result, torch.Tensor):

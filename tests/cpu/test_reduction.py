@@ -153,6 +153,7 @@ def test_a_rank_reads_its_own_and_writes_the_result_where_it_was_told(rank, nume
         flat = band.view(-1)
         assert difference(flat[11 : 11 + numel].clone(), expected, op) == "", op
         assert torch.cat([flat[:11], flat[11 + numel :]]).eq(77).all(), op
+        assert sources[rank].eq(99).all(), op
         reducer.over(sources, (rank, 7), sources[rank])(x, band.fill_(77))
         assert difference(sources[rank], expected, op) == "", op
         assert band.eq(77).all(), op
