@@ -42,6 +42,8 @@ ARGUMENTS = {
     "all_reduce_symmetric": ("sum",),
 }
 PIECES = tuple(kib * 1024 for kib in (0, 64, 256, 512, 1024, 2048))
+WORTH = 0.95
+"""Of another's time: what gains less is no reason to do otherwise than for the size before, or in pieces."""
 LONG = 1 << 20
 """Bytes from which fewer calls do: nobody waits a minute for a size."""
 
@@ -60,7 +62,8 @@ def measure_size(comm, family, nbytes, engine, schedule):
     candidates = {name: case.candidate(run) for name, run in runs(comm, family, case, engine, nbytes)}
     if nbytes > LONG:
         schedule = dataclasses.replace(schedule, calls=max(2, schedule.calls * LONG // nbytes), warmups=1)
-    seconds, wrong = time_alternating(candidates, schedule, comm.barrier)
+    settle = comm.barrier if len(os.sched_getaffinity(0)) < comm.world_size else None
+    seconds, wrong = time_alternating(candidates, schedule, comm.barrier, settle)
     assert not any(wrong.values()), wrong
     return {name: summarise(values, comm.all_gather_single).median_us for name, values in seconds.items()}
 
@@ -97,16 +100,25 @@ def call(comm, family, case, algorithm, piece):
     return run
 
 
+def choose(times, before):
+    """The fastest `algorithm@piece`, unless that of the size before, or no pieces, is nearly as fast."""
+    ours = {name: us for name, us in times.items() if not name.startswith("torch")}
+    fastest = min(ours, key=ours.get)
+    simpler = (before, fastest.split("@")[0] + "@0")
+    return next((name for name in simpler if name in ours and ours[name] * WORTH <= ours[fastest]), fastest)
+
+
 def rows_of(family, measured, ranks, min_ranks, max_ranks):
-    """One row per run of sizes with the same winner."""
-    rows = []
+    """One row per run of sizes with the same choice."""
+    rows, chosen = [], ""
     for size, times in sorted(measured.items(), key=lambda item: int(item[0])):
-        ours = {name: us for name, us in times.items() if not name.startswith("torch")}
-        algorithm, piece = min(ours, key=ours.get).split("@")
+        chosen = choose(times, chosen)
+        algorithm, piece = chosen.split("@")
         best = {}
         for name, us in times.items():
             plain = name.split("@")[0]
             best[plain] = min(round(us, 1), best.get(plain, float("inf")))
+        best[algorithm] = round(times[chosen], 1)
         row = Row(
             op=family, algorithm=algorithm, max_nbytes=int(size), min_ranks=min_ranks,
             max_ranks=max_ranks, piece_nbytes=int(piece), measured_us=best,

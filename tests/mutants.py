@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import compileall
 import concurrent.futures
 import contextlib
 import dataclasses
 import fnmatch
 import os
 import pathlib
+import py_compile
 import re
 import shutil
 import signal
@@ -180,6 +182,8 @@ class Copies:
             copy.mkdir()
             for name in filter(lambda name: (root / name).exists(), COPIED):
                 _copy(root / name, copy / name)
+            # Sources change faster than the times by which bytecode is told to be old.
+            compileall.compile_dir(copy, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
 
     @contextlib.contextmanager
     def one(self) -> Iterator[pathlib.Path]:
@@ -211,8 +215,7 @@ def run_tests(copy: pathlib.Path, files: list[str], seconds: float) -> str:
         "no:cacheprovider",
         *files,
     ]
-    # Sources change faster than the times by which bytecode is told to be old.
-    variables = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    variables = {**os.environ, "PYTHONPATH": str(copy)}
     process = subprocess.Popen(
         command, cwd=copy, env=variables, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
