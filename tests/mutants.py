@@ -183,7 +183,9 @@ class Copies:
             for name in filter(lambda name: (root / name).exists(), COPIED):
                 _copy(root / name, copy / name)
             # Sources change faster than the times by which bytecode is told to be old.
-            compileall.compile_dir(copy, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
+            compileall.compile_dir(
+                copy, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH
+            )
 
     @contextlib.contextmanager
     def one(self) -> Iterator[pathlib.Path]:

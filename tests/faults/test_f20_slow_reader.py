@@ -18,7 +18,7 @@ def test_f20_a_slow_reader_is_named_nothing_is_lost_and_the_queue_goes_on(memory
         with pytest.raises(QueueFullError) as caught:
             writer.enqueue(5, timeout=0.2)
         told = str(caught.value)
-        assert f"the reader of rank 1 (pid {os.getpid()}, running) took its last chunk 0." in told
+        assert f"the reader of rank 1 (pid {os.getpid()}, running) last waited for a chunk 0." in told
         assert "it is 4 chunks behind and holds slot 1 of 4" in told
         assert (caught.value.peers, caught.value.op) == ((1,), "enqueue")
         # Part of this one goes out before its time is up; readers never see it.

@@ -229,7 +229,8 @@ class MessageQueue:
         Raises:
             ConfigError: when this is a reader, or something in the object may not travel; says where.
             QueueFullError: when a reader lags; says who. The object is not sent, and the queue goes on.
-            PeerLostError: when a reader is gone. GroupClosedError: when the queue is shut down.
+            PeerLostError: when a reader is gone; the others may have the object.
+            GroupClosedError: when the queue is shut down.
         """
         sender = self._sender if self._process == _process else None
         sender = sender or self._sending("enqueue")

@@ -37,7 +37,7 @@ PIECE_BYTES = 64 * 1024
 WITHDRAWN = -1
 """What FILLED says of a message that its writer did not finish."""
 _SHARED_BYTES = 2 << 20
-_MAGIC, _VERSION = 0x74636F6D6D716575, 2
+_MAGIC, _VERSION = 0x74636F6D6D716575, 3
 _PAGE, _ALIGNMENT = 4096, 64
 _MAX_NBYTES = 1 << 40
 RingHandle = tuple[int, int, int, str]
@@ -74,7 +74,7 @@ class ReaderWord(enum.IntEnum):
     PID = 2
     START_TIME = 3
     NAMESPACE = 4
-    PROGRESS_NS = 5
+    IDLE_NS = 5
     # In a line of its own, for the writer looks at it after each chunk and it seldom changes.
     ASLEEP = 8
 

@@ -35,7 +35,7 @@ __all__ = ["RingReader", "WithdrawnError"]
 _HEAD, _READY, _CLOSED, _ASLEEP = int(Word.HEAD), int(Word.READY), int(Word.CLOSED), int(Word.ASLEEP)
 _TOTAL, _OFFSET = int(SlotWord.TOTAL), int(SlotWord.OFFSET)
 _FILLED, _PLACE = int(SlotWord.FILLED), int(SlotWord.PLACE)
-_PROGRESS, _READER_ASLEEP = int(ReaderWord.PROGRESS_NS), int(ReaderWord.ASLEEP)
+_IDLE, _READER_ASLEEP = int(ReaderWord.IDLE_NS), int(ReaderWord.ASLEEP)
 _PAUSE_SECONDS = 0.0002
 
 
@@ -86,7 +86,7 @@ class RingReader:
         me, words, line = my_identity(), self._words, self._line
         words[line + ReaderWord.PID], words[line + ReaderWord.START_TIME] = me.pid, me.start_time
         words[line + ReaderWord.NAMESPACE] = namespace_word(me)
-        words[line + ReaderWord.PROGRESS_NS] = time.monotonic_ns()
+        words[line + ReaderWord.IDLE_NS] = time.monotonic_ns()
         words[line + ReaderWord.STATE] = State.OPEN
 
     def has_chunk(self) -> bool:
@@ -109,6 +109,8 @@ class RingReader:
     def _spin(self, index: int, value: int) -> bool:
         """As `spin_until`, without a call for each look: here a microsecond counts."""
         words, spins = self._words, self._spins
+        # There is time to look at a clock where the reader waits, and none where it has something to do.
+        words[self._line + _IDLE] = time.monotonic_ns()
         for _ in spins:
             if words[index] == value:
                 return True
@@ -126,6 +128,7 @@ class RingReader:
         Raises:
             PeerTimeoutError, PeerLostError, GroupClosedError, CommError: when none comes.
         """
+        self._words[self._line + _IDLE] = time.monotonic_ns()
         if not spin_until(self.has_chunk, 0):
             self._sleep_until(self.has_chunk, _HEAD, patience, "wrote nothing")
 
@@ -252,7 +255,6 @@ class RingReader:
         """Give the slot of the chunk back."""
         words, line, fence = self._words, self._line, self._fence
         self.taken = words[line] = self.taken + 1
-        words[line + _PROGRESS] = time.monotonic_ns()
         if fence is not None:
             # A full barrier, as the writer's.
             fence.acquire(False)

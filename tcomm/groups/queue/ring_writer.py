@@ -30,7 +30,7 @@ logger = logging.getLogger("tcomm")
 _HEAD, _READY, _CLOSED, _ASLEEP = int(Word.HEAD), int(Word.READY), int(Word.CLOSED), int(Word.ASLEEP)
 _LENGTH, _TOTAL, _OFFSET = int(SlotWord.LENGTH), int(SlotWord.TOTAL), int(SlotWord.OFFSET)
 _FILLED, _PLACE = int(SlotWord.FILLED), int(SlotWord.PLACE)
-_PROGRESS, _READER_ASLEEP = int(ReaderWord.PROGRESS_NS), int(ReaderWord.ASLEEP)
+_IDLE, _READER_ASLEEP = int(ReaderWord.IDLE_NS), int(ReaderWord.ASLEEP)
 
 
 class RingWriter:
@@ -72,24 +72,30 @@ class RingWriter:
 
     def has_room_now(self) -> bool:
         """As `has_room`; looks after the readers first, if that was not done just now. Raises as `look`."""
+        self._look_now_and_then(self.head + 1)
+        return self.head - self._floor < self._chunks or self.has_room()
+
+    def _look_now_and_then(self, end: int) -> None:
         now = time.monotonic()
         if now - self._looked > LOOK_SECONDS:
             self._looked = now
-            self.look()
-        return self.head - self._floor < self._chunks or self.has_room()
+            self.look(end)
 
     def put(self, message: bytes) -> bool:
-        """Give out a message of one chunk and one piece; False: there is no room. Raises as `look`."""
+        """Give out a message of one chunk and one piece; False: there is no room.
+
+        Raises as `look`, where a reader is gone for which no room was needed; the others have the message.
+        """
         head = self.head
-        # What `has_room_now` looks at first, without its call.
-        is_due = time.monotonic() - self._looked > LOOK_SECONDS
-        if (is_due or head - self._floor >= self._chunks) and not self.has_room_now():
+        if head - self._floor >= self._chunks and not self.has_room_now():
             return False
         slot, number, length = self._places[head % self._chunks]
         nbytes = len(message)
         slot[:nbytes] = message
         self._words[length] = nbytes
         self._give_out(number)
+        # Behind the message, on which readers work meanwhile. Who has taken it may have left since.
+        self._look_now_and_then(self.head)
         return True
 
     def stream(self, parts: Sequence[bytes | memoryview], nbytes: int) -> None:
@@ -121,8 +127,11 @@ class RingWriter:
         words, lines = self._words, self._lines
         return all(words[lines[index]] >= head for index in self._living)
 
-    def look(self) -> None:
+    def look(self, end: int) -> None:
         """Look after the readers; one that is gone is dropped where that was asked for.
+
+        Args:
+            end: who has taken all chunks before this one may be gone.
 
         Raises:
             PeerLostError: when a reader is gone.
@@ -130,6 +139,8 @@ class RingWriter:
         for index in list(self._living):
             told = self._why_gone(index)
             self.refuse_closed()
+            if self._words[self._lines[index]] >= end:
+                continue
             if told and self._drop_dead:
                 logger.warning("the queue goes on without the reader of rank %d: %s", self.ranks[index], told)
                 self._living.remove(index)
@@ -159,7 +170,7 @@ class RingWriter:
             return True
         while not self.has_room():
             self.refuse_closed()
-            self.look()
+            self.look(self.head + 1)
             if self.has_room():
                 return True
             seconds = patience.slice()
@@ -195,7 +206,7 @@ class RingWriter:
                 )
             time.sleep(min(seconds, 0.001))
         self.ring.unlink()
-        self.look()
+        self.look(self.head + 1)
 
     def publish_ready(self) -> None:
         """Let the readers' `wait_until_ready` return."""
@@ -241,8 +252,8 @@ class RingWriter:
             self._why_gone(index)
             watch = self._watches[index]
             known = watch.describe() if watch else f"pid {words[line + ReaderWord.PID]}"
-            silent = (now - words[line + _PROGRESS]) / 1e9
-            state = f"({known}) took its last chunk {silent:.1f} s ago"
+            busy = (now - words[line + _IDLE]) / 1e9
+            state = f"({known}) last waited for a chunk {busy:.1f} s ago"
         told = (
             f"the reader of rank {self.ranks[index]} {state}; it is {self.head - cursor} chunks behind and "
             f"holds slot {cursor % self._chunks} of {self._chunks}"

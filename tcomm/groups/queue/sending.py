@@ -63,10 +63,11 @@ class Sender:
         """
         self._check(timeout)
         local, nbytes = self._local, message.nbytes
+        has_room = local is not None and local.has_room_now()
         if local is None or self._remote is not None or nbytes > self._chunk_bytes:
             self._send_in_chunks(message, Patience(timeout, self._seconds))
             return
-        if not local.has_room_now():
+        if not has_room:
             self._make_room(Patience(timeout, self._seconds))
         if nbytes > self._short:
             local.stream(message.parts, nbytes)

@@ -1,7 +1,9 @@
+import time
+
 import pytest
 
-from tcomm.errors import DecodeError
-from tcomm.groups.queue.ring import PIECE_BYTES, WITHDRAWN, SlotWord, Word
+from tcomm.errors import DecodeError, PeerTimeoutError
+from tcomm.groups.queue.ring import PIECE_BYTES, WITHDRAWN, ReaderWord, SlotWord, Word
 from tests.groups.queue.peers import pair
 
 
@@ -78,3 +80,22 @@ def test_a_message_may_be_taken_back_between_any_two_looks_at_it(looks):
         source._words = _WordsThatChange(source.ring.words, filled, looks, WITHDRAWN)
         source.ring.words[Word.HEAD] = 1
         assert reader.dequeue(5) == "after"
+
+
+def test_a_reader_says_when_it_last_waited_and_not_when_it_took_a_chunk():
+    with pair() as (writer, reader):
+        ring = reader._receiver.source
+        place = ring.ring.reader_line(0) + ReaderWord.IDLE_NS
+        writer.enqueue(1)
+        writer.enqueue(2)
+        opened = ring.ring.words[place]
+        assert 0 < opened < time.monotonic_ns()
+        assert [reader.dequeue(5), reader.dequeue(5)] == [1, 2]
+        assert ring.ring.words[place] == opened
+        assert ring.take() is None
+        assert opened < ring.ring.words[place]
+        for wait in (reader.dequeue, lambda seconds: reader.acquire_read(seconds).__enter__()):
+            before = time.monotonic_ns()
+            with pytest.raises(PeerTimeoutError):
+                wait(0.01)
+            assert before < ring.ring.words[place] < time.monotonic_ns()

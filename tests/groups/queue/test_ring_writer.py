@@ -1,15 +1,17 @@
 import contextlib
 import itertools
 import threading
+import time
+import types
 
 import numpy as np
 import pytest
 
-from tcomm.errors import PeerTimeoutError
+from tcomm.errors import PeerLostError, PeerTimeoutError
 from tcomm.groups.queue import receiving, ring_writer
 from tcomm.groups.queue.chunks import cut
 from tcomm.groups.queue.patience import Patience
-from tcomm.groups.queue.ring import PIECE_BYTES
+from tcomm.groups.queue.ring import PIECE_BYTES, Word
 from tcomm.objects.codec import encode
 from tests.groups.queue.peers import pair
 
@@ -189,3 +191,40 @@ def test_there_is_no_shared_memory_where_no_message_is_long():
         assert len(reader._receiver.source.ring.shared) == 0
         writer.enqueue(value := bytes(PIECE_BYTES - 99))
         assert reader.dequeue(5) == value
+
+
+def test_a_reader_may_leave_with_the_last_message_and_is_missed_at_the_next(monkeypatch):
+    with pair(2) as (writer, first, second):
+        ring, taken = writer._sender.sides[0], []
+        give_out = ring._give_out
+
+        def give_out_and_let_the_first_leave(number):
+            give_out(number)
+            ring._looked = 0.0
+            if not taken:
+                taken.append(first.dequeue(5))
+                first.shutdown()
+
+        monkeypatch.setattr(ring, "_give_out", give_out_and_let_the_first_leave)
+        writer.enqueue("last")
+        assert (taken, second.dequeue(5)) == (["last"], "last")
+        # What takes the long way is not begun, in one chunk or several.
+        for value in (np.arange(3), b"long" * 2000):
+            ring._looked = 0.0
+            with pytest.raises(PeerLostError, match="the reader of rank 0 has left"):
+                writer.enqueue(value)
+        with pytest.raises(PeerLostError, match="the reader of rank 0 has left"):
+            writer.enqueue("next")
+        assert second.dequeue(5) == "next"
+        with pytest.raises(PeerTimeoutError):
+            second.dequeue(0.05)
+
+
+def test_nobody_looks_at_a_clock_before_a_short_message_is_out(monkeypatch):
+    with pair() as (writer, reader):
+        words, looks = reader._receiver.source.ring.words, []
+        clock = types.SimpleNamespace(monotonic=lambda: looks.append(words[Word.HEAD]) or time.monotonic())
+        monkeypatch.setattr(ring_writer, "time", clock)
+        writer.enqueue("short")
+        assert looks == [1]
+        assert reader.dequeue(5) == "short"
