@@ -14,10 +14,12 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fnmatch
+import json
 import os
 import pathlib
 import py_compile
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -173,27 +175,66 @@ def tests_of(root: pathlib.Path, path: str) -> list[str]:
     return [file for file in dict.fromkeys((mirror, *more)) if (root / file).exists()]
 
 
+class Copy:
+    """A copy of the tree, and a process that runs its tests."""
+
+    def __init__(self, root: pathlib.Path, path: pathlib.Path) -> None:
+        self.path = path
+        path.mkdir()
+        for name in filter(lambda name: (root / name).exists(), COPIED):
+            _copy(root / name, path / name)
+        # Sources change faster than the times by which bytecode is told to be old.
+        compileall.compile_dir(path, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
+        # Its imports take longer than most tests; without -P, the tests' folders would pass for packages.
+        self._server = subprocess.Popen(
+            [sys.executable, "-P", str(pathlib.Path(__file__).with_name("warm_pytest.py"))],
+            cwd=path, env={**os.environ, "PYTHONPATH": str(path)}, text=True, bufsize=1,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run_tests(self, files: list[str], seconds: float) -> str:
+        """The first test that failed; empty when all passed."""
+        log = self.path / "pytest.log"
+        options = ["-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps([str(log), *options, *files]) + "\n")
+        group = int(self._server.stdout.readline())
+        if not select.select([self._server.stdout], [], [], seconds)[0]:
+            os.killpg(group, signal.SIGKILL)
+            self._server.stdout.readline()
+            return f"still running after {seconds:g} s"
+        code = int(self._server.stdout.readline())
+        if code == 0:
+            return ""
+        text = log.read_text(errors="replace")
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
+        return failed[1] if failed else f"pytest ended with {code}: {text.strip()[-300:]}"
+
+    def close(self) -> None:
+        """End the process."""
+        self._server.communicate()
+
+
 class Copies:
     """Copies of the tree, one for each mutant that is looked at at a time."""
 
     def __init__(self, root: pathlib.Path, directory: str, number: int) -> None:
-        self._free = [pathlib.Path(directory) / str(index) for index in range(number)]
-        for copy in self._free:
-            copy.mkdir()
-            for name in filter(lambda name: (root / name).exists(), COPIED):
-                _copy(root / name, copy / name)
-            # Sources change faster than the times by which bytecode is told to be old.
-            compileall.compile_dir(
-                copy, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH
-            )
+        self._all = [Copy(root, pathlib.Path(directory) / str(index)) for index in range(number)]
+        self._free = list(self._all)
 
     @contextlib.contextmanager
-    def one(self) -> Iterator[pathlib.Path]:
+    def one(self) -> Iterator[Copy]:
         copy = self._free.pop()
         try:
             yield copy
         finally:
             self._free.append(copy)
+
+    def close(self) -> None:
+        """End what they run."""
+        for copy in self._all:
+            copy.close()
 
 
 def _copy(source: pathlib.Path, goal: pathlib.Path) -> None:
@@ -203,60 +244,38 @@ def _copy(source: pathlib.Path, goal: pathlib.Path) -> None:
         shutil.copy(source, goal)
 
 
-def run_tests(copy: pathlib.Path, files: list[str], seconds: float) -> str:
-    """The first test that failed; empty when all passed."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-rfE",
-        "--tb=no",
-        "-p",
-        "no:cacheprovider",
-        *files,
-    ]
-    variables = {**os.environ, "PYTHONPATH": str(copy)}
-    process = subprocess.Popen(
-        command, cwd=copy, env=variables, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        text, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return f"still running after {seconds:g} s"
-    if process.returncode == 0:
-        return ""
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
-    return failed[1] if failed else f"pytest ended with {process.returncode}: {text.strip()[-300:]}"
-
-
 def judge(copies: Copies, target: Target, seconds: float) -> Verdict:
     """Empty the function, run its tests, and put it back."""
-    started = time.monotonic()
     with copies.one() as copy:
-        file, files = copy / target.path, tests_of(copy, target.path)
+        started = time.monotonic()
+        file, files = copy.path / target.path, tests_of(copy.path, target.path)
         if not files:
             return Verdict(target, "", 0.0)
         source = file.read_text()
         file.write_text(emptied(source, target.name))
         try:
-            by = run_tests(copy, files, seconds)
+            by = copy.run_tests(files, seconds)
         finally:
             file.write_text(source)
     return Verdict(target, by, time.monotonic() - started)
 
 
-def refuse_failing(copies: Copies, targets: list[Target], seconds: float) -> None:
+def refuse_failing(
+    copies: Copies,
+    pool: concurrent.futures.Executor,
+    targets: list[Target],
+    seconds: float,
+    root: pathlib.Path,
+) -> None:
     """Leave with a word when tests fail although nothing is emptied."""
-    with copies.one() as copy:
-        suites = {tuple(tests_of(copy, target.path)) for target in targets} - {()}
-        for files in sorted(suites):
-            if by := run_tests(copy, list(files), seconds):
-                raise SystemExit(f"with nothing emptied, this fails: {by}")
+
+    def run(files: tuple[str, ...]) -> str:
+        with copies.one() as copy:
+            return copy.run_tests(list(files), seconds)
+
+    suites = {tuple(tests_of(root, target.path)) for target in targets} - {()}
+    if failed := [by for by in pool.map(run, sorted(suites)) if by]:
+        raise SystemExit(f"with nothing emptied, this fails: {', '.join(failed)}")
 
 
 def table_of(verdicts: list[Verdict]) -> Table:
@@ -293,7 +312,11 @@ def main(arguments: list[str] | None = None) -> int:
         console.print("\n".join(map(str, targets)) or "nothing to empty", highlight=False, soft_wrap=True)
         return 0 if targets else 2
     with tempfile.TemporaryDirectory(prefix="tcomm-mutants-") as directory:
-        verdicts = _judge_all(Copies(options.root, directory, options.jobs), targets, options, console)
+        copies = Copies(options.root, directory, options.jobs)
+        try:
+            verdicts = _judge_all(copies, targets, options, console)
+        finally:
+            copies.close()
     console.print(table_of(verdicts))
     survivors = sum(not verdict.by for verdict in verdicts)
     console.print(f"{len(verdicts)} emptied, {survivors} survived")
@@ -301,9 +324,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _judge_all(copies: Copies, targets: list[Target], options, console: Console) -> list[Verdict]:
-    refuse_failing(copies, targets, options.seconds)
     verdicts = []
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        refuse_failing(copies, pool, targets, options.seconds, options.root)
         for done in concurrent.futures.as_completed(
             [pool.submit(judge, copies, target, options.seconds) for target in targets]
         ):
