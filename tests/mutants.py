@@ -188,31 +188,45 @@ class Copy:
         # Its imports take longer than most tests; without -P, the tests' folders would pass for packages.
         self._server = subprocess.Popen(
             [sys.executable, "-P", str(pathlib.Path(__file__).with_name("warm_pytest.py"))],
-            cwd=path, env={**os.environ, "PYTHONPATH": str(path)}, text=True, bufsize=1,
+            cwd=path, env={**os.environ, "PYTHONPATH": str(path)}, start_new_session=True, bufsize=0,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
+        self._group = 0
 
     def run_tests(self, files: list[str], seconds: float) -> str:
         """The first test that failed; empty when all passed."""
         log = self.path / "pytest.log"
         options = ["-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps([str(log), *options, *files]) + "\n")
-        group = int(self._server.stdout.readline())
-        if not select.select([self._server.stdout], [], [], seconds)[0]:
-            os.killpg(group, signal.SIGKILL)
-            self._server.stdout.readline()
+        self._server.stdin.write(json.dumps([str(log), *options, *files]).encode() + b"\n")
+        self._group = self._answer()
+        in_time = select.select([self._server.stdout], [], [], seconds)[0]
+        if not in_time:
+            self.stop()
+        code, self._group = self._answer(), 0
+        if not in_time:
             return f"still running after {seconds:g} s"
-        code = int(self._server.stdout.readline())
         if code == 0:
             return ""
         text = log.read_text(errors="replace")
         failed = re.search(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
         return failed[1] if failed else f"pytest ended with {code}: {text.strip()[-300:]}"
 
+    def _answer(self) -> int:
+        # Unbuffered, or select would not see what has been read ahead.
+        line = self._server.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process that runs the tests of {self.path} has ended")
+        return int(line)
+
+    def stop(self) -> None:
+        """End the tests that are running, if any are."""
+        if self._group:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._group, signal.SIGKILL)
+
     def close(self) -> None:
         """End the process."""
+        self.stop()
         self._server.communicate()
 
 
@@ -230,6 +244,11 @@ class Copies:
             yield copy
         finally:
             self._free.append(copy)
+
+    def stop(self) -> None:
+        """End the tests that are running."""
+        for copy in self._all:
+            copy.stop()
 
     def close(self) -> None:
         """End what they run."""
@@ -326,13 +345,19 @@ def main(arguments: list[str] | None = None) -> int:
 def _judge_all(copies: Copies, targets: list[Target], options, console: Console) -> list[Verdict]:
     verdicts = []
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        refuse_failing(copies, pool, targets, options.seconds, options.root)
-        for done in concurrent.futures.as_completed(
-            [pool.submit(judge, copies, target, options.seconds) for target in targets]
-        ):
-            verdicts.append(done.result())
-            by = verdicts[-1].by or "SURVIVED"
-            console.print(f"{len(verdicts)}/{len(targets)} {verdicts[-1].target}: {by}", markup=False)
+        try:
+            refuse_failing(copies, pool, targets, options.seconds, options.root)
+            for done in concurrent.futures.as_completed(
+                [pool.submit(judge, copies, target, options.seconds) for target in targets]
+            ):
+                verdicts.append(done.result())
+                by = verdicts[-1].by or "SURVIVED"
+                console.print(f"{len(verdicts)}/{len(targets)} {verdicts[-1].target}: {by}", markup=False)
+        except BaseException:
+            # Ctrl-C, or a bug: nobody waits for the rest, and no tests stay behind.
+            pool.shutdown(wait=False, cancel_futures=True)
+            copies.stop()
+            raise
     return verdicts
 
 

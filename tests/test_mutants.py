@@ -1,3 +1,9 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 
 from tests import mutants
@@ -137,3 +143,49 @@ def test_a_module_without_tests_survives_and_may_have_some_elsewhere(toy, monkey
     monkeypatch.setattr(mutants, "MORE_TESTS", {"toy/a": ("tests/a/test_all.py",)})
     assert mutants.main(only) == 0
     assert "tests/a/test_all.py::test_watched" in capsys.readouterr().out
+
+
+def _wait(is_so):
+    end = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def _is_gone(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_ctrl_c_ends_the_tests_that_are_running(toy):
+    started = toy / "started"
+    endless = (
+        f"import os, time\ndef test_endless():\n    open({str(started)!r}, 'w').write(str(os.getpid()))\n"
+    )
+    (toy / "tests/a/test_b.py").write_text(endless + "    time.sleep(100)\n")
+    arguments = ["--root", str(toy), "--under", "toy", "*.watched"]
+    program = f"from tests import mutants; mutants.COPIED = ('toy', 'tests'); mutants.main({arguments})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=mutants.ROOT, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        _wait(lambda: started.exists() and started.read_text())
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(30) != 0
+    finally:
+        process.kill()
+    _wait(lambda: _is_gone(int(started.read_text())))
+
+
+def test_tests_that_do_not_end_are_ended_and_count_as_red(toy, tmp_path):
+    (toy / "tests/a/test_c.py").write_text("import time\ndef test_endless():\n    time.sleep(100)\n")
+    copy = mutants.Copy(toy, tmp_path / "copy")
+    try:
+        assert copy.run_tests(["tests/a/test_c.py"], 1.0) == "still running after 1 s"
+        assert copy.run_tests(["tests/a/test_b.py"], 60.0) == ""
+    finally:
+        copy.close()

@@ -153,6 +153,9 @@ def test_a_rank_reads_its_own_and_writes_the_result_where_it_was_told(rank, nume
         flat = band.view(-1)
         assert difference(flat[11 : 11 + numel].clone(), expected, op) == "", op
         assert torch.cat([flat[:11], flat[11 + numel :]]).eq(77).all(), op
+        elsewhere = torch.empty(numel, dtype=dtype)
+        reducer.over(sources, (rank, 7), elsewhere)(x, band)
+        assert difference(elsewhere, expected, op) == "", op
         assert sources[rank].eq(99).all(), op
         reducer.over(sources, (rank, 7), sources[rank])(x, band.fill_(77))
         assert difference(sources[rank], expected, op) == "", op

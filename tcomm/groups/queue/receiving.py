@@ -54,7 +54,7 @@ class Receiver:
         if value is NOT_FLAT:
             if message is None:
                 message, in_slot = self.next_message(timeout, cancel, indefinite)
-                if ring is not None and in_slot and len(message) <= PIECE_BYTES:
+                if ring is not None and len(message) <= PIECE_BYTES:
                     # Also what was waited for: most steps of an engine are further apart than a spin.
                     value = decode_flat(message)
             if value is NOT_FLAT:

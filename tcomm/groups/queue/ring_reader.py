@@ -128,9 +128,11 @@ class RingReader:
         Raises:
             PeerTimeoutError, PeerLostError, GroupClosedError, CommError: when none comes.
         """
-        self._words[self._line + _IDLE] = time.monotonic_ns()
-        if not spin_until(self.has_chunk, 0):
-            self._sleep_until(self.has_chunk, _HEAD, patience, "wrote nothing")
+        try:
+            if not spin_until(self.has_chunk, 0):
+                self._sleep_until(self.has_chunk, _HEAD, patience, "wrote nothing")
+        finally:
+            self._words[self._line + _IDLE] = time.monotonic_ns()
 
     def wait_until_ready(self, patience: Patience) -> None:
         """Wait for the writer to have all its readers. Raises as `wait` does."""

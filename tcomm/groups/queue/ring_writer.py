@@ -84,7 +84,7 @@ class RingWriter:
     def put(self, message: bytes) -> bool:
         """Give out a message of one chunk and one piece; False: there is no room.
 
-        Raises as `look`, where a reader is gone for which no room was needed; the others have the message.
+        Raises as `look`; then the others may have the message.
         """
         head = self.head
         if head - self._floor >= self._chunks and not self.has_room_now():

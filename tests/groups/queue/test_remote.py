@@ -20,7 +20,7 @@ from tcomm.groups.queue.handle import Handle
 from tcomm.groups.queue.message_queue import MessageQueue
 from tcomm.groups.queue.patience import Patience
 from tcomm.groups.queue.remote import RemoteReader, RemoteReaders, parse_url
-from tcomm.objects.codec import decode, encode
+from tcomm.objects.codec import Encoded, decode, encode
 from tests.faults.worlds import failure_of
 
 
@@ -233,3 +233,21 @@ def test_a_chunk_that_is_none_is_an_error():
     reader._frame = bytearray(3)
     with pytest.raises(DecodeError, match="a chunk came in 3 bytes"):
         reader.look()
+
+
+def _pass_what_may_not_travel(member, queue):
+    if member.rank == 0:
+        # A dict with a key of bytes, which no writer of this library makes.
+        queue._sender.send(Encoded([b"\x81\xc4\x01a\x01"], 5), 20)
+        queue.enqueue("next", 20)
+        return None
+    if member.rank == 2:
+        with pytest.raises(DecodeError, match="of a type that may not travel"):
+            queue.dequeue(20)
+    else:
+        queue.dequeue(20)
+    return queue.dequeue(20)
+
+
+def test_types_are_checked_again_of_what_comes_from_elsewhere(on_ranks):
+    assert on_ranks(3, _mixed, _pass_what_may_not_travel)[1:] == ["next", "next"]

@@ -1,3 +1,4 @@
+import threading
 import time
 
 import pytest
@@ -99,3 +100,12 @@ def test_a_reader_says_when_it_last_waited_and_not_when_it_took_a_chunk():
             with pytest.raises(PeerTimeoutError):
                 wait(0.01)
             assert before < ring.ring.words[place] < time.monotonic_ns()
+
+
+def test_the_time_of_a_wait_is_that_of_its_end():
+    with pair() as (writer, reader):
+        ring = reader._receiver.source
+        threading.Timer(0.3, writer.enqueue, ["late"]).start()
+        began = time.monotonic_ns()
+        assert reader.dequeue(5) == "late"
+        assert ring.ring.words[ring.ring.reader_line(0) + ReaderWord.IDLE_NS] > began + 0.2e9

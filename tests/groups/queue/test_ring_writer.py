@@ -1,3 +1,4 @@
+import concurrent.futures
 import contextlib
 import itertools
 import threading
@@ -10,6 +11,7 @@ import pytest
 from tcomm.errors import PeerLostError, PeerTimeoutError
 from tcomm.groups.queue import receiving, ring_writer
 from tcomm.groups.queue.chunks import cut
+from tcomm.groups.queue.message_queue import MessageQueue
 from tcomm.groups.queue.patience import Patience
 from tcomm.groups.queue.ring import PIECE_BYTES, Word
 from tcomm.objects.codec import encode
@@ -228,3 +230,54 @@ def test_nobody_looks_at_a_clock_before_a_short_message_is_out(monkeypatch):
         writer.enqueue("short")
         assert looks == [1]
         assert reader.dequeue(5) == "short"
+
+
+def test_one_who_left_with_the_last_message_hides_nobody_who_left_without_it(monkeypatch):
+    with pair(2) as (writer, first, second):
+        ring = writer._sender.sides[0]
+        give_out = ring._give_out
+
+        def give_out_and_let_both_leave(number):
+            give_out(number)
+            ring._looked = 0.0
+            assert first.dequeue(5) == "last"
+            first.shutdown()
+            second.shutdown()
+
+        monkeypatch.setattr(ring, "_give_out", give_out_and_let_both_leave)
+        with pytest.raises(PeerLostError, match="the reader of rank 1 has left"):
+            writer.enqueue("last")
+
+
+def test_who_left_with_all_messages_is_missed_beside_one_that_lags():
+    with pair(2, chunks=2) as (writer, first, _second):
+        writer.enqueue(1)
+        writer.enqueue(2)
+        assert [first.dequeue(5), first.dequeue(5)] == [1, 2]
+        first.shutdown()
+        with pytest.raises(PeerLostError, match="the reader of rank 0 has left"):
+            writer.enqueue(3, timeout=5)
+
+
+def test_who_leaves_before_all_have_come_is_missed():
+    writer = MessageQueue(1, 1, None, 64, 2)
+    with contextlib.closing(types.SimpleNamespace(close=writer.shutdown)):
+        MessageQueue.create_from_handle(writer.export_handle(), 0).shutdown()
+        with pytest.raises(PeerLostError, match="the reader of rank 0 has left"):
+            writer.wait_until_ready(5)
+
+
+def test_a_long_plain_message_is_whole_also_where_its_reader_waited_for_it(monkeypatch):
+    before, message = [0] * 100_000, [1] * 100_000
+    with pair(chunk_bytes=1 << 20, chunks=2) as (writer, reader), contextlib.ExitStack() as stack:
+        writer.enqueue(before)
+        assert reader.dequeue(5) == before
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+        coming = pool.submit(reader.dequeue, 5)
+
+        def give_the_reader_time(_number):
+            time.sleep(0.1)
+
+        with between_pieces(monkeypatch, give_the_reader_time):
+            writer.enqueue(message)
+        assert coming.result() == message
