@@ -46,6 +46,7 @@ LAYER = (
 _parsing = threading.Lock()
 """Python 3.11 counts the depth of all threads' trees in one number: where they mix, SystemError."""
 MORE_TESTS: dict[str, tuple[str, ...]] = {
+    "tcomm/groups/moe/layers": ("tests/groups/moe/layers/test_layers.py",),
     "tcomm/groups/queue": ("tests/groups/queue/test_message_queue.py", "tests/groups/queue/test_remote.py"),
 }
 """Test files of a module, or of all modules of a folder, beside those that mirror them."""

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from tcomm.errors import CollectiveMismatchError, ConfigError, PeerLostError, UsageError
+from tcomm.errors import CollectiveMismatchError, ConfigError, GroupClosedError, PeerLostError, UsageError
 from tcomm.groups.moe import low_latency
 from tests.groups.moe.low_latency_cases import (
     KINDS,
@@ -131,6 +131,8 @@ def _rules(member):
     told.append([one.unique().tolist() for one in sums])
     exchange.close()
     exchange.close()
+    with pytest.raises(GroupClosedError):
+        exchange.dispatch(x, EXPERT_0)
     return told
 
 

@@ -212,6 +212,30 @@ def test_closed_sides_wait_for_nobody_and_a_reader_that_left_is_told():
     writer.shutdown()
 
 
+def test_a_writer_waits_until_a_remote_reader_has_room():
+    writer = MessageQueue(1, 0, None, 4096, 2)
+    reader = MessageQueue.create_from_handle(writer.export_handle(), 0)
+    got = []
+
+    def read_late():
+        reader.wait_until_ready(20)
+        time.sleep(0.2)
+        got.extend(reader.dequeue(20) for _ in range(6))
+
+    thread = threading.Thread(target=read_late)
+    thread.start()
+    writer.wait_until_ready(20)
+    began = time.monotonic()
+    for number in range(6):
+        writer.enqueue(number, 20)
+    waited = time.monotonic() - began
+    thread.join()
+    writer.shutdown()
+    reader.shutdown()
+    assert got == [*range(6)]
+    assert waited > 0.1
+
+
 def _enqueue_times(queue, count):
     for _ in range(count):
         queue.enqueue(1, 5)

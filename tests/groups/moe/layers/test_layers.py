@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tcomm.errors import ConfigError
+from tcomm.errors import ConfigError, GroupClosedError
 from tcomm.groups.moe.layers import BACKENDS, MoeShape, make_backend
 
 NUM_EXPERTS, HIDDEN, MOST = 16, 128, 9
@@ -61,6 +61,8 @@ def _forward(member, kinds):
             moved = backend.wire_nbytes > 0
             assert moved == (member.world_size > 1), name
             backend.close()
+            with pytest.raises(GroupClosedError):
+                backend.forward(x.to(dtype), idx, weights, experts)
     return worst
 
 
