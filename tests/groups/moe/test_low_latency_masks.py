@@ -415,6 +415,22 @@ def _by_hand_on_device(member, exchange):
     return [*told, sum_of(exchange, CASES[2])]
 
 
+def _leaves_a_verdict(member):
+    exchange = make(member)
+    verdicts = exchange.masks.survivors._verdicts
+    assert verdicts.propose("1", 0) == "1"
+    member.meet("proposed")
+    assert verdicts.exists(0)
+    member.meet("seen")
+    exchange.close()
+    member.meet("closed")
+    return verdicts.exists(0)
+
+
+def test_the_last_one_to_close_leaves_no_verdict_behind(on_ranks):
+    assert on_ranks(2, _leaves_a_verdict) == [False, False]
+
+
 def _elastic_on_device(member):
     give_workspaces_device_memory(member)
     exchange = make(member, engine="triton", num_experts=6)

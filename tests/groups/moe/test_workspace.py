@@ -72,6 +72,7 @@ def test_an_open_call_is_completed_by_its_hook_or_by_the_next_call(on_ranks, wor
 
 def _errors(member):
     space = make(member, timeout=20.0)
+    assert (space.seconds(), space.seconds(2.5), space.seconds("ml_inference")) == (20.0, 2.5, 600.0)
     told = []
     hook, _ = _give(space, 1, CallDescription("turn", f"of {member.rank}"))
     with pytest.raises(CollectiveMismatchError) as caught:
