@@ -105,7 +105,10 @@ def test_a_reader_says_when_it_last_waited_and_not_when_it_took_a_chunk():
 def test_the_time_of_a_wait_is_that_of_its_end():
     with pair() as (writer, reader):
         ring = reader._receiver.source
-        threading.Timer(0.3, writer.enqueue, ["late"]).start()
+        late = threading.Timer(0.3, writer.enqueue, ["late"])
+        late.start()
         began = time.monotonic_ns()
         assert reader.dequeue(5) == "late"
+        # It still looks after its readers.
+        late.join()
         assert ring.ring.words[ring.ring.reader_line(0) + ReaderWord.IDLE_NS] > began + 0.2e9
