@@ -138,13 +138,13 @@ class RingWriter:
         """
         for index in list(self._living):
             told = self._why_gone(index)
-            self.refuse_closed()
-            if self._words[self._lines[index]] >= end:
+            if not told or self._words[self._lines[index]] >= end:
                 continue
-            if told and self._drop_dead:
+            self.refuse_closed()
+            if self._drop_dead:
                 logger.warning("the queue goes on without the reader of rank %d: %s", self.ranks[index], told)
                 self._living.remove(index)
-            elif told:
+            else:
                 raise PeerLostError(
                     f"the reader of rank {self.ranks[index]} {told}; drop_dead_readers=True goes on without",
                     peers=(self.ranks[index],),
