@@ -5,13 +5,19 @@ import gc
 import pytest
 
 from tcomm.errors import ConfigError, UsageError
-from tcomm.groups.compiled.registry import find_group, living_groups, register, unique_name
+from tcomm.groups.compiled.registry import find_group, living_groups, next_number, register, unique_name
 from tests.groups.compiled.groups import Alone
 
 
 def test_names_count_from_zero_for_each_base():
     assert [unique_name("test-a") for _ in range(3)] == ["test-a:0", "test-a:1", "test-a:2"]
     assert unique_name("test-b") == "test-b:0"
+
+
+def test_the_next_number_is_told_and_not_taken():
+    assert next_number("test-c") == next_number("test-c") == 0
+    assert unique_name("test-c", at_least=4) == "test-c:4"
+    assert next_number("test-c") == 5
 
 
 def test_a_group_is_found_while_somebody_holds_it():
