@@ -78,6 +78,9 @@ class Sender:
     def slot(self, timeout: float | str | None) -> memoryview:
         """Memory for a whole chunk, once there is room; then to be lent. Raises as `send`."""
         self._check(timeout)
+        if self._local is not None:
+            # Also where there is room: a reader that is gone is missed before its slots are full.
+            self._local.has_room_now()
         self._make_room(Patience(timeout, self._seconds))
         return self._local.slot() if self._local is not None else memoryview(bytearray(self._chunk_bytes))
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tcomm.errors import UsageError
+from tcomm.errors import PeerLostError, PeerTimeoutError, UsageError
 from tests.groups.queue.peers import pair
 
 WRITTEN = "is being written; end the block of acquire_write first"
@@ -22,3 +22,18 @@ def test_nothing_else_is_written_while_a_slot_is_lent(value):
             1 / 0  # noqa: B018
         writer.enqueue("after")
         assert reader.dequeue(5) == "after"
+
+
+def test_a_slot_is_not_lent_where_a_reader_is_gone_though_there_is_room():
+    with pair(2) as (writer, first, second):
+        ring = writer._sender.sides[0]
+        first.shutdown()
+        ring._looked = 0.0
+        with (
+            pytest.raises(PeerLostError, match="the reader of rank 0 has left") as raised,
+            writer.acquire_write(5),
+        ):
+            pass
+        assert raised.value.peers == (0,)
+        with pytest.raises(PeerTimeoutError, match="wrote nothing"):
+            second.dequeue(0.05)
