@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from tcomm.errors import DecodeError
+from tcomm.errors import DecodeError, PeerTimeoutError
 from tcomm.groups.parallel import lanes
-from tcomm.groups.parallel.lanes import Lanes, broadcast_message
+from tcomm.groups.parallel.lanes import Lanes, SentMessage, broadcast_message
 from tcomm.objects.codec import encode
 from tests.groups.parallel.engine import refusal
 
@@ -45,6 +45,34 @@ def _both_ways(member):
 
 def test_long_messages_pass_each_other(on_ranks):
     assert on_ranks(2, _both_ways) == [(1, 200_000), (0, 0)]
+
+
+class _Part:
+    """A part of a message under way; what its wait raises is given."""
+
+    def __init__(self, error=None):
+        self.error, self.waits = error, 0
+
+    def is_completed(self):
+        return self.waits > 0
+
+    def wait(self):
+        self.waits += 1
+        if self.error is not None:
+            raise self.error
+
+
+def test_the_handle_of_a_message_waits_for_each_part_and_tells_what_became_of_it():
+    head, rest = _Part(), _Part()
+    handle = SentMessage([head, rest])
+    head.wait()
+    assert not handle.is_completed()
+    assert handle.wait() is None
+    assert (head.waits, rest.waits) == (2, 1)
+    assert handle.is_completed()
+    lost = PeerTimeoutError("rank 1 is silent", peers=(1,))
+    with pytest.raises(PeerTimeoutError, match="rank 1 is silent"):
+        SentMessage([_Part(), _Part(lost)]).wait()
 
 
 def _nonsense(member):
