@@ -229,9 +229,12 @@ def remove_orphans(directory: str) -> None:
     Links have no lock: those of verdicts go when they are so old that nobody can still ask for them.
     """
     mine = f"{_PREFIX}{os.getuid()}-*"
+    # The kernel's clock, by which files have their times: a process may be told another one, and would
+    # take a file for old that its maker has yet to lock.
+    now = time.clock_gettime(time.CLOCK_REALTIME)
     for path in pathlib.Path(directory).glob(mine):
         with contextlib.suppress(OSError):
-            seconds = time.time() - path.lstat().st_mtime
+            seconds = now - path.lstat().st_mtime
             if path.is_symlink():
                 if VERDICT in path.name and seconds > _OLD_VERDICT_SECONDS:
                     path.unlink()

@@ -148,6 +148,16 @@ def test_only_old_unlocked_names_of_ours_are_removed(tmp_path):
     os.close(fd)
 
 
+def test_a_process_with_another_clock_removes_nothing_that_is_new(tmp_path, monkeypatch):
+    prefix = f"tcomm-{os.getuid()}-"
+    (tmp_path / f"{prefix}not-locked-yet").touch()
+    (tmp_path / f"{prefix[:-1]}{shm.VERDICT}new").symlink_to("commit")
+    real_time = time.time
+    monkeypatch.setattr(time, "time", lambda: real_time() + 365 * 86400.0)
+    shm.remove_orphans(str(tmp_path))
+    assert len(os.listdir(tmp_path)) == 2
+
+
 def test_a_file_without_room_leaves_no_name(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
