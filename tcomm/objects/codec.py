@@ -28,6 +28,7 @@ __all__ = [
     "decode_flat",
     "encode",
     "encode_flat",
+    "encode_tagged",
     "register",
 ]
 
@@ -86,11 +87,22 @@ def encode(value: object, *, max_nbytes: int = MAX_NBYTES, max_depth: int = MAX_
     Raises:
         ConfigError: when something in `value` may not travel, with the path to it, or a cap is passed.
     """
+    body = encode_flat(value, max_depth)
+    if body is None:
+        return encode_tagged(value, max_nbytes=max_nbytes, max_depth=max_depth)
+    return _capped(Encoded([body], len(body)), max_nbytes)
+
+
+def encode_tagged(value: object, *, max_nbytes: int = MAX_NBYTES, max_depth: int = MAX_DEPTH) -> Encoded:
+    """As `encode`, of a value for which `encode_flat` has answered None."""
     try:
-        body = encode_flat(value, max_depth)
-        encoded = _encode_structure(value, max_depth) if body is None else Encoded([body], len(body))
+        encoded = _encode_structure(value, max_depth)
     except RecursionError:
         raise ConfigError(f"the value is deeper than Python's stack allows; max_depth={max_depth}") from None
+    return _capped(encoded, max_nbytes)
+
+
+def _capped(encoded: Encoded, max_nbytes: int) -> Encoded:
     if encoded.nbytes > max_nbytes:
         raise ConfigError(
             f"the message has {encoded.nbytes} bytes, more than max_nbytes={max_nbytes}; "
@@ -138,7 +150,7 @@ def decode_flat(message: memoryview) -> object:
 
 def _encode_structure(value: object, max_depth: int) -> Encoded:
     packer = Packer(max_depth)
-    tree = packer.pack(value)
+    tree = packer.pack_tagged(value)
     try:
         structure = encode_plain([[len(buffer) for buffer in packer.buffers], tree])
         head = HEAD.pack(MARK, VERSION, 0, len(structure)) + structure

@@ -59,6 +59,13 @@ class Packer:
             return [int(Tag.NUMBER), number_name(value.dtype), value.tobytes()]
         return self.refuse(_why_not(kind))
 
+    def pack_tagged(self, value: Any) -> object:
+        """As `pack`, of a value that is known not to be plain; so nobody looks again."""
+        kind = type(value)
+        if kind is dict:
+            return self._pairs(value)
+        return self._items([_LIST], value) if kind is list else self.pack(value)
+
     def refuse(self, reason: str) -> NoReturn:
         """Say that what is being packed may not travel.
 
@@ -115,14 +122,18 @@ class Packer:
         return packed
 
     def _dict(self, value: dict[Any, Any]) -> object:
-        if plain := self._plain(value):
-            return plain
+        return self._plain(value) or self._pairs(value)
+
+    def _pairs(self, value: dict[Any, Any]) -> object:
         self._enter()
         trail, pack = self._trail, self.pack
         packed: list[object] = [_DICT]
         for key, item in value.items():
-            trail[-1] = _KEYS
-            packed.append(pack(key))
+            if type(key) is str and key.isascii():
+                packed.append(key)
+            else:
+                trail[-1] = _KEYS
+                packed.append(pack(key))
             trail[-1] = key
             packed.append(pack(item))
         trail.pop()

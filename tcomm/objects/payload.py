@@ -58,7 +58,13 @@ class Payload:
         if self._arrived is None:
             return bytes(self._data[self._begin : self._end])
         # Of what the library offers, only this fills a bytes object part by part, without another copy.
-        return io.BufferedReader(_Stream(self), _BLOCK_BYTES).read(len(self))
+        try:
+            reader = _idle_readers.pop()
+        except IndexError:
+            reader = _BytesReader()
+        made = reader.read(self)
+        _idle_readers.append(reader)
+        return made
 
     def _copy_some(self, begin: int, target: memoryview) -> int:
         assert self._arrived is not None
@@ -68,18 +74,43 @@ class Payload:
 
 
 class _Stream(io.RawIOBase):
-    """A payload as a file that is read once."""
+    """Payloads as one file without end; a payload is read from its beginning to its end."""
 
-    def __init__(self, payload: Payload) -> None:
-        super().__init__()
-        self._payload = payload
-        self._at = payload._begin
+    payload: Payload | None = None
+    at = 0
 
     def readable(self) -> bool:
         return True
 
+    def tell(self) -> int:
+        return 0
+
     def readinto(self, target: Any) -> int:
-        room = min(len(target), self._payload._end - self._at)
-        count = self._payload._copy_some(self._at, target[:room]) if room else 0
-        self._at += count
+        payload, at = self.payload, self.at
+        if payload is None or at == payload._end:
+            return 0
+        count = payload._copy_some(at, target[: payload._end - at])
+        self.at = at + count
         return count
+
+
+class _BytesReader:
+    """Makes bytes of payloads, one after another.
+
+    A `BufferedReader` takes 10 us to make and to close, an eighth of what it takes to copy 1 MiB.
+    """
+
+    def __init__(self) -> None:
+        self._stream = _Stream()
+        self._buffered = io.BufferedReader(self._stream, _BLOCK_BYTES)
+
+    def read(self, payload: Payload) -> bytes:
+        """All of a payload. Not to be used again when this raised: it may hold a part."""
+        self._stream.payload, self._stream.at = payload, payload._begin
+        made = self._buffered.read(len(payload))
+        self._stream.payload = None
+        return made
+
+
+_idle_readers: list[_BytesReader] = []
+"""Those that nobody reads with; a thread takes one out while it does."""

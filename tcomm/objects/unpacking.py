@@ -92,7 +92,7 @@ class Unpacker:
         if not self._depth:
             raise DecodeError("the message is deeper than max_depth allows")
         self._depth -= 1
-        values = [self._unpack(node) for node in nodes]
+        values = [node if type(node) in SCALARS else self._unpack(node) for node in nodes]
         self._depth += 1
         return values
 

@@ -19,7 +19,7 @@ from tcomm.groups.queue.ring import ShmRingBuffer, Word
 from tcomm.groups.queue.ring_reader import RingReader
 from tcomm.groups.queue.ring_writer import RingWriter
 from tcomm.groups.queue.sending import Sender
-from tcomm.objects.codec import encode, encode_flat
+from tcomm.objects.codec import encode_flat, encode_tagged
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -239,7 +239,7 @@ class MessageQueue:
             if flat is not None:
                 sender.send_flat(flat, timeout)
             else:
-                sender.send(encode(obj), timeout)
+                sender.send(encode_tagged(obj), timeout)
         except CommError as error:
             self._sign(error, "enqueue")
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 from tcomm.config import resolve_timeout
@@ -53,7 +54,8 @@ class Receiver:
         value = NOT_FLAT if message is None else decode_flat(message)
         if value is NOT_FLAT:
             if message is None:
-                message, in_slot = self.next_message(timeout, cancel, indefinite)
+                self._patience = Patience(timeout, self._seconds, cancel, indefinite)
+                message, in_slot = self._await_message()
                 if ring is not None and len(message) <= PIECE_BYTES:
                     # Also what was waited for: most steps of an engine are further apart than a spin.
                     value = decode_flat(message)
@@ -148,7 +150,7 @@ class Receiver:
         ring, patience = self._ring, self._patience
         if ring is None or len(message) <= PIECE_BYTES:
             return None
-        return lambda nbytes: ring.wait_filled(nbytes, patience)
+        return functools.partial(ring.wait_filled, patience)
 
     def next_whole(
         self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool

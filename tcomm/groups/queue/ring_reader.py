@@ -170,7 +170,7 @@ class RingReader:
             )
         return seconds
 
-    def wait_filled(self, nbytes: int, patience: Patience) -> int:
+    def wait_filled(self, patience: Patience, nbytes: int) -> int:
         """Wait until `nbytes` of the long message at hand are there; how many are.
 
         Raises:

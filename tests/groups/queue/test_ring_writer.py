@@ -53,7 +53,7 @@ def test_readers_see_each_piece_of_a_long_message_when_it_is_written(monkeypatch
         def look(number):
             for ring in rings:
                 total, offset, chunk = ring.look()
-                arrived = ring.wait_filled(number * PIECE_BYTES, None)
+                arrived = ring.wait_filled(None, number * PIECE_BYTES)
                 seen.append((total, offset, arrived, bytes(chunk[:arrived]) in message))
 
         for round_ in range(2):
