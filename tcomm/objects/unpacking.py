@@ -88,10 +88,13 @@ class Unpacker:
             return node
         raise DecodeError(f"a {kind.__name__} stands where none may")
 
-    def _all(self, nodes: tuple[Any, ...]) -> list[Any]:
+    def _enter(self) -> None:
         if not self._depth:
             raise DecodeError("the message is deeper than max_depth allows")
         self._depth -= 1
+
+    def _all(self, nodes: tuple[Any, ...]) -> list[Any]:
+        self._enter()
         values = [node if type(node) in SCALARS else self._unpack(node) for node in nodes]
         self._depth += 1
         return values
@@ -112,10 +115,14 @@ class Unpacker:
         return tuple(self._all(nodes))
 
     def _dict(self, *nodes: Any) -> dict[Any, Any]:
-        items = self._all(nodes)
-        made = dict(zip(items[::2], items[1::2], strict=True))
-        if len(made) * 2 != len(items):
+        # As little as possible is done behind the last buffer: a reader waits for each step of it.
+        self._enter()
+        unpack, made = self._unpack, {}
+        for key, node in zip(nodes[::2], nodes[1::2], strict=True):
+            made[unpack(key)] = node if type(node) in SCALARS else unpack(node)
+        if len(made) * 2 != len(nodes):
             raise DecodeError("a dict has a key twice")
+        self._depth += 1
         return made
 
     def _set(self, *nodes: Any) -> set[Any]:
