@@ -18,6 +18,7 @@ __all__ = ["Packer", "encode_plain"]
 
 encode_plain = msgspec.msgpack.Encoder().encode
 """A plain value as msgpack; OverflowError or UnicodeEncodeError for integers and text that msgpack lacks."""
+_SIMPLE = frozenset({type(None), bool, float})
 _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1
 _PLAIN, _LIST, _TUPLE, _DICT, _SET, _FROZENSET, _INT, _STR = (int(tag) for tag in list(Tag)[:8])
 
@@ -135,7 +136,7 @@ class Packer:
                 trail[-1] = _KEYS
                 packed.append(pack(key))
             trail[-1] = key
-            packed.append(pack(item))
+            packed.append(item if type(item) in _SIMPLE else pack(item))
         trail.pop()
         return packed
 

@@ -82,9 +82,6 @@ class _Stream(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return 0
-
     def readinto(self, target: Any) -> int:
         payload, at = self.payload, self.at
         if payload is None or at == payload._end:

@@ -118,8 +118,10 @@ class Unpacker:
         # As little as possible is done behind the last buffer: a reader waits for each step of it.
         self._enter()
         unpack, made = self._unpack, {}
-        for key, node in zip(nodes[::2], nodes[1::2], strict=True):
-            made[unpack(key)] = node if type(node) in SCALARS else unpack(node)
+        for name, node in zip(nodes[::2], nodes[1::2], strict=True):
+            # First, as it stands first: it may be of a buffer, too.
+            key = name if type(name) in SCALARS else unpack(name)
+            made[key] = node if type(node) in SCALARS else unpack(node)
         if len(made) * 2 != len(nodes):
             raise DecodeError("a dict has a key twice")
         self._depth += 1

@@ -28,6 +28,7 @@ from tcomm.objects.codec import (
     decode_flat,
     encode,
     encode_flat,
+    encode_tagged,
     register,
 )
 from tests.objects import values
@@ -92,6 +93,11 @@ def test_same_tells_types_apart():
     assert not [pair for pair in pairs if same(*pair)]
     assert not same(np.longlong(1), np.int64(1))
     assert not same(torch.ones(1), torch.ones(1, 1))
+
+
+def test_buffers_go_to_keys_and_values_in_their_order():
+    value = {b"k" * 70_000: b"v" * 80_000, ("x", b"l" * 70_001): bytearray(b"w")}
+    assert decode(encode(value).join()) == value
 
 
 def test_dict_order_stays_and_shared_objects_come_apart():
@@ -505,3 +511,17 @@ def test_small_objects_are_fast():
         best = min(best, time.perf_counter() - started)
     # About 2 us on the machine it was written on: an order of magnitude is a mistake and not a slow machine.
     assert best / 200 < 20e-6
+
+
+def test_a_value_that_was_found_not_to_be_plain_is_encoded_as_otherwise():
+    for value in EXAMPLES:
+        encoded = encode_tagged(value)
+        assert same(decode(encoded.join()), value)
+        if encode_flat(value) is None:
+            assert encoded.join() == encode(value).join()
+    with pytest.raises(ConfigError, match="more than max_nbytes=70000"):
+        encode_tagged(bytes(70_000), max_nbytes=70_000)
+    with pytest.raises(ConfigError, match="more than 3 containers deep"):
+        encode_tagged(_nested(4, tuple), max_depth=3)
+    with pytest.raises(ConfigError, match="deeper than Python's stack allows"):
+        encode_tagged(_nested(9999, tuple), max_depth=10_000)

@@ -49,3 +49,35 @@ def test_what_the_wait_raises_comes_out(copy):
 
     with pytest.raises(PeerTimeoutError, match="no more"):
         getattr(Payload(memoryview(bytearray(WHOLE)), 0, 9000, arrived), copy)()
+
+
+def test_bytes_that_were_interrupted_leave_nothing_to_the_next():
+    def stop(nbytes):
+        if nbytes > 9000:
+            raise PeerTimeoutError("no more")
+        return 9000
+
+    other = memoryview(bytes(reversed(WHOLE)))
+    with pytest.raises(PeerTimeoutError, match="no more"):
+        Payload(other, 0, 9500, stop).to_bytes()
+    assert Payload(memoryview(WHOLE), 1, 9876, lambda _: len(WHOLE)).to_bytes() == WHOLE[1:9876]
+
+
+def test_who_waits_for_one_payload_may_read_another():
+    other = bytes(reversed(WHOLE))
+    inner = []
+
+    def arrived(nbytes):
+        inner.append(Payload(memoryview(other), 2, 9000, lambda _: len(other)).to_bytes())
+        return nbytes + 999
+
+    assert Payload(memoryview(WHOLE), 1, 8000, arrived).to_bytes() == WHOLE[1:8000]
+    assert set(inner) == {other[2:9000]}
+
+
+def test_a_message_is_let_go_once_its_bytes_are_made():
+    message = bytearray(WHOLE)
+    made = Payload(memoryview(message), 0, len(WHOLE), lambda _: len(WHOLE)).to_bytes()
+    # Refused while somebody still views it.
+    message.clear()
+    assert made == WHOLE

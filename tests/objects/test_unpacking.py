@@ -40,6 +40,13 @@ def test_a_depth_that_is_left_counts_again():
         _unpacker(max_depth=2).finish([2, [2, [0, []]]])
 
 
+def test_a_dict_counts_for_the_depth_and_no_longer_than_it_lasts():
+    shallow = [3, "a", [3], "b", [3], "c", [0, {}]]
+    assert _unpacker(max_depth=2).finish(shallow) == {"a": {}, "b": {}, "c": {}}
+    with pytest.raises(DecodeError, match="deeper than max_depth allows"):
+        _unpacker(max_depth=1).finish(shallow)
+
+
 def test_buffers_are_exactly_what_follows():
     with pytest.raises(DecodeError, match="says that it has 69 bytes, and has 68"):
         _unpacker(bytes(68), 4, [5])
