@@ -152,7 +152,7 @@ def _encode_structure(value: object, max_depth: int) -> Encoded:
     packer = Packer(max_depth)
     tree = packer.pack_tagged(value)
     try:
-        structure = encode_plain([[len(buffer) for buffer in packer.buffers], tree])
+        structure = encode_plain([list(map(len, packer.buffers)), tree])
         head = HEAD.pack(MARK, VERSION, 0, len(structure)) + structure
     except (ValueError, OverflowError, struct.error) as error:
         raise ConfigError(
@@ -165,7 +165,7 @@ def _encode_structure(value: object, max_depth: int) -> Encoded:
         parts.append(bytes(begin - end))
         parts.append(buffer)
         end = begin + len(buffer)
-    return Encoded([part for part in parts if len(part)], end)
+    return Encoded(list(filter(len, parts)), end)
 
 
 def decode(

@@ -136,7 +136,9 @@ class Packer:
                 trail[-1] = _KEYS
                 packed.append(pack(key))
             trail[-1] = key
-            packed.append(item if type(item) in _SIMPLE else pack(item))
+            kind = type(item)
+            is_itself = kind in _SIMPLE or (kind is str and item.isascii())
+            packed.append(item if is_itself else pack(item))
         trail.pop()
         return packed
 

@@ -67,6 +67,7 @@ class Unpacker:
             offset += size
         if offset != len(data):
             raise DecodeError(f"the message says that it has {offset} bytes, and has {len(data)}")
+        # From the end: each is used once, in order, or few bytes could ask for much memory.
         self._payloads.reverse()
 
     def finish(self, structure: object) -> object:
@@ -98,10 +99,6 @@ class Unpacker:
         values = [node if type(node) in SCALARS else self._unpack(node) for node in nodes]
         self._depth += 1
         return values
-
-    def _payload(self) -> Payload:
-        """The next buffer; each is used once, or few bytes could ask for much memory."""
-        return self._payloads.pop()
 
     def _plain(self, value: object) -> object:
         if not is_plain(value, self._depth):
@@ -146,22 +143,22 @@ class Unpacker:
         return text.decode(errors="surrogatepass")
 
     def _bytes(self) -> bytes:
-        return self._payload().to_bytes()
+        return self._payloads.pop().to_bytes()
 
     def _bytearray(self) -> bytearray:
-        payload = self._payload()
+        payload = self._payloads.pop()
         made = bytearray(len(payload))
         payload.copy_into(memoryview(made))
         return made
 
     def _array(self, name: str, shape: Sequence[object]) -> Any:
-        return make_array(name, shape, self._payload(), self._borrow)
+        return make_array(name, shape, self._payloads.pop(), self._borrow)
 
     def _number(self, name: str, payload: bytes) -> Any:
         return make_number(name, payload)
 
     def _tensor(self, name: str, device_type: str, shape: Sequence[object]) -> torch.Tensor:
-        tensor = make_tensor(name, shape, self._payload(), self._borrow)
+        tensor = make_tensor(name, shape, self._payloads.pop(), self._borrow)
         if self._device is not None and self._device.type == device_type:
             return tensor.to(self._device)
         return tensor

@@ -61,7 +61,8 @@ class Sender:
             QueueFullError: when a reader has no room in time. PeerLostError: when one is gone.
             ConfigError: when the timeout makes no sense, or a slot is lent.
         """
-        self._check(timeout)
+        if timeout is not None or self.is_lent:
+            self._check(timeout)
         local, nbytes = self._local, message.nbytes
         has_room = local is not None and local.has_room_now()
         if local is None or self._remote is not None or nbytes > self._chunk_bytes:
