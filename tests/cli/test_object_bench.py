@@ -1,4 +1,5 @@
 import json
+import types
 
 import pytest
 from typer.testing import CliRunner
@@ -63,3 +64,24 @@ def test_readers_that_are_no_numbers_are_a_sentence(programs):
     assert (done.returncode, done.stderr) == (
         1, "tcomm: ConfigError: --readers 'one' is not numbers with commas between\n",
     )  # fmt: skip
+
+
+def test_every_wrong_byte_and_value_is_counted(monkeypatch):
+    monkeypatch.setattr(object_bench.dist, "get_rank", lambda: 1)
+    value = message_of(10_000)
+    assert 0 not in value["data"]
+    flipped = bytearray(value["data"])
+    flipped[-1] ^= 1
+    wrong = [
+        value | {"data": bytes(flipped)},
+        value | {"data": value["data"][:-1]},
+        value | {"data": bytearray(value["data"])},
+        value | {"ids": [1, 2, 4]},
+        value | {"more": None},
+    ]
+    came = [value, *wrong]
+    candidate = object_bench._candidate(types.SimpleNamespace(take=lambda: came.pop()), value)
+    for expected in [1] * len(wrong) + [0]:
+        candidate.prepare()
+        candidate.run()
+        assert candidate.count_wrong() == expected
