@@ -80,7 +80,7 @@ def test_every_wrong_byte_and_value_is_counted(monkeypatch):
         value | {"more": None},
     ]
     came = [value, *wrong]
-    candidate = object_bench._candidate(types.SimpleNamespace(take=lambda: came.pop()), value)
+    candidate = object_bench._candidate(types.SimpleNamespace(take=came.pop), value)
     for expected in [1] * len(wrong) + [0]:
         candidate.prepare()
         candidate.run()
