@@ -10,7 +10,8 @@ __all__ = ["Arrived", "Payload"]
 
 Arrived = Callable[[int], int]
 """Waits until so many bytes of a message have come; says how many have, or raises."""
-_BLOCK_BYTES = 4096
+_BLOCK_BYTES = 1
+"""Of a `BufferedReader`; what is left over of a larger one would pass through its buffer."""
 
 
 class Payload:
