@@ -12,7 +12,8 @@ import msgspec
 import torch
 
 from tcomm.errors import CommError, ConfigError, DecodeError
-from tcomm.objects.layout import HEAD, MARK, SCALARS, VERSION, align, is_plain
+from tcomm.objects.layout import HEAD, MARK, SCALARS, VERSION, Form, align, is_plain
+from tcomm.objects.marked import decode_marked, encode_marked, is_marked
 from tcomm.objects.packing import Packer, encode_plain
 from tcomm.objects.payload import Arrived
 from tcomm.objects.registry import ErrorText, register
@@ -38,6 +39,7 @@ MAX_DEPTH = 64
 """Containers that may lie in one another unless the caller says otherwise."""
 NOT_FLAT: Final = object()
 """What `decode_flat` makes of all other messages."""
+_TAGGED, _MARKED = int(Form.TAGGED), int(Form.MARKED)
 _NOT_MSGPACK = (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError)
 
 
@@ -149,23 +151,29 @@ def decode_flat(message: memoryview) -> object:
 
 
 def _encode_structure(value: object, max_depth: int) -> Encoded:
-    packer = Packer(max_depth)
-    tree = packer.pack_tagged(value)
+    marked = encode_marked(value, max_depth)
+    form = _TAGGED if marked is None else _MARKED
     try:
-        structure = encode_plain([list(map(len, packer.buffers)), tree])
-        head = HEAD.pack(MARK, VERSION, 0, len(structure)) + structure
+        structure, buffers = _encode_with_tags(value, max_depth) if marked is None else marked
+        head = HEAD.pack(MARK, VERSION, form, len(structure)) + structure
     except (ValueError, OverflowError, struct.error) as error:
         raise ConfigError(
             f"all but arrays, tensors and bytes may have 4 GiB in a message: {error}"
         ) from error
     parts: list[bytes | memoryview] = [head]
     end = len(head)
-    for buffer in packer.buffers:
+    for buffer in buffers:
         begin = align(end)
         parts.append(bytes(begin - end))
         parts.append(buffer)
         end = begin + len(buffer)
     return Encoded(list(filter(len, parts)), end)
+
+
+def _encode_with_tags(value: object, max_depth: int) -> tuple[bytes, list[memoryview]]:
+    packer = Packer(max_depth)
+    tree = packer.pack_tagged(value)
+    return encode_plain([list(map(len, packer.buffers)), tree]), packer.buffers
 
 
 def decode(
@@ -189,7 +197,8 @@ def decode(
         max_depth: containers that may lie in one another.
         device: where tensors go that lay on a device of its type; None: every tensor arrives on the CPU.
         arrived: for a message that is still being written into `data`: waits until so many of its bytes are
-            there and returns how many are; large buffers are copied as they come. None: all are there.
+            there and returns how many are; large buffers are copied as they come. For memory that only this
+            user's processes write: plain values are not looked at again. None: all are there.
 
     Raises:
         CommError: what `arrived` raises.
@@ -222,15 +231,22 @@ def decode(
 def _decode_structure(
     data: memoryview, borrow: bool, max_depth: int, device: torch.device | None, arrived: Arrived | None
 ) -> object:
-    _, version, zero, nbytes = HEAD.unpack_from(data)
-    if version != VERSION or zero:
-        raise DecodeError(f"a message of version {version}.{zero}; here it is {VERSION}.0")
+    _, version, form, nbytes = HEAD.unpack_from(data)
+    if version != VERSION or form > _MARKED:
+        raise DecodeError(f"a message of version {version} and form {form}; here it is {VERSION}, 0 or 1")
     end = HEAD.size + nbytes
     if arrived is not None:
         arrived(min(end, len(data)))
-    sizes, tree = decode_plain(data[HEAD.size : end])
-    unpacker = Unpacker(data, end, sizes, borrow=borrow, max_depth=max_depth, device=device, arrived=arrived)
-    value = unpacker.finish(tree)
+    if form == _MARKED:
+        value = decode_marked(data, end, arrived)
+        if arrived is None and not is_marked(value, max_depth):
+            raise DecodeError("the message is deeper than max_depth allows, or what should be plain is not")
+    else:
+        sizes, tree = decode_plain(data[HEAD.size : end])
+        unpacker = Unpacker(
+            data, end, sizes, borrow=borrow, max_depth=max_depth, device=device, arrived=arrived
+        )
+        value = unpacker.finish(tree)
     if arrived is not None:
         # Also what belongs to no buffer: until the last byte is there, the message may be given up.
         arrived(len(data))

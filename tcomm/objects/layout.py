@@ -6,18 +6,38 @@ import enum
 import struct
 from typing import Any
 
-__all__ = ["ALIGNMENT", "HEAD", "INLINE_BYTES", "MARK", "SCALARS", "VERSION", "Tag", "align", "is_plain"]
+__all__ = [
+    "ALIGNMENT",
+    "HEAD",
+    "INLINE_BYTES",
+    "MARK",
+    "SCALARS",
+    "VERSION",
+    "Form",
+    "Tag",
+    "align",
+    "is_plain",
+]
 
 MARK = 0xC1
 """First byte of a message with more than plain values; msgpack never begins with it."""
 VERSION = 1
 HEAD = struct.Struct("<BBHI")
-"""Mark, version, zero, bytes of the structure that follows."""
+"""Mark, version, form, bytes of the structure that follows."""
 ALIGNMENT = 64
 """Every buffer begins at a multiple of this, counted from the beginning of the message."""
 INLINE_BYTES = 1 << 16
 """Bytes objects up to this many stand in the structure; larger ones are buffers, which are not copied."""
 SCALARS = frozenset({type(None), bool, int, float, str})
+
+
+class Form(enum.IntEnum):
+    """How a structure tells what its values are."""
+
+    TAGGED = 0
+    """All but scalars are lists that begin with a tag."""
+    MARKED = 1
+    """They are what they are, but for an extension of msgpack in the place of each buffer."""
 
 
 class Tag(enum.IntEnum):

@@ -47,6 +47,17 @@ def _structure(tree, sizes=(), payload=b""):
     return head + bytes(-len(head) % 64 if sizes else 0) + payload
 
 
+def _marked(tree, payload=b""):
+    """As `_structure`, with marks."""
+    body = msgspec.msgpack.encode(tree)
+    head = struct.pack("<BBHI", 0xC1, 1, 1, len(body)) + body
+    return head + (bytes(-len(head) % 64) + payload if payload else b"")
+
+
+def _mark(tag, nbytes):
+    return msgspec.msgpack.Ext(tag, msgspec.msgpack.encode(nbytes))
+
+
 @pytest.mark.parametrize("borrow", [False, True])
 def test_what_comes_out_is_what_went_in_to_the_type(borrow):
     for value in [*EXAMPLES, *values.EVERY_NUMBER, *values.EVERY_DTYPE, *values.EVERY_TENSOR]:
@@ -357,6 +368,31 @@ HOSTILE = {
     "a device of a large number": _structure([14, "cuda", HUGE]),
     "a size of text": _structure([15, "x"]),
     "a class by name": _structure([16, "subprocess.Popen", 0, "true"]),
+    "marks: a date": _marked([msgspec.Raw(b"\xd6\xff\0\0\0\0"), _mark(8, 1)], b"x"),
+    "marks: an extension": _marked([msgspec.msgpack.Ext(5, b"1234")]),
+    "marks: a bytearray": _marked([_mark(9, 1)], b"x"),
+    "marks: a tuple": _marked([_mark(2, 0)]),
+    "marks: no number": _marked([_mark(8, "x")], b"x"),
+    "marks: nothing": _marked([msgspec.msgpack.Ext(8, b"")], b"x"),
+    "marks: no msgpack": _marked([msgspec.msgpack.Ext(8, b"\xc1")], b"x"),
+    "marks: a list": _marked([_mark(8, [1])], b"x"),
+    "marks: bytes of -1": _marked([_mark(8, -1)], b"x"),
+    "marks: bytes of True": _marked([_mark(8, True)], b"x"),
+    "marks: bytes of 2^60": _marked([_mark(8, HUGE)], b"x"),
+    "marks: bytes too long": _marked([_mark(8, 2)], b"x"),
+    "marks: bytes behind": _marked([_mark(8, 1)], b"xy"),
+    "marks: a buffer less": _marked([_mark(8, 1)]),
+    "marks: a buffer too many": _marked([1], b"x"),
+    "marks: one buffer twice": _marked([_mark(8, 1), _mark(8, 1)], b"x"),
+    "marks: lists in lists": _marked(msgspec.Raw(b"\x91" * 200_000 + b"\xc0")),
+    "marks: too deep": _marked(_nested(65, list)),
+    "marks: no container": _marked(_mark(8, 1), b"x"),
+    "marks: bytes as a key": _marked({b"k": 1}),
+    "marks: a buffer as a key": _marked(msgspec.Raw(b"\x81\xc7\x01\x08\x01\xc0"), b"x"),
+    "marks: a tuple as a key": _marked(msgspec.Raw(b"\x81\x91\x01\x00")),
+    "marks: a longer structure": b"\xc1\x01\1\0\xff\xff\xff\xff\x90",
+    "marks: two values": b"\xc1\x01\1\0\2\0\0\0\x90\x90",
+    "another form": b"\xc1\x01\2\0\1\0\0\0\x90",
     "no tree": b"\xc1\x01\0\0\x02\0\0\0\x91\x90",
     "a tree of another kind": b"\xc1\x01\0\0\x01\0\0\0\x05",
 }  # fmt: skip
@@ -386,7 +422,11 @@ def test_hostile_bytes_are_a_decode_error_and_take_no_memory(message):
 def test_the_messages_that_are_hostile_are_nearly_right():
     assert decode(b"\xc1\x01\0\0\x03\0\0\0\x92\x90\xc0") is None
     assert decode(_structure([10, "<f4f", [4]], [16], bytes(16))).tolist() == [0] * 4
-    with pytest.raises(DecodeError, match=r"a message of version 2\.0; here it is 1\.0"):
+    assert decode(_marked({"k": _mark(8, 1)}, b"x")) == {"k": b"x"}
+    assert decode(_marked(msgspec.Raw(b"\x81\xa1k\xc7\x01\x08\x01"), b"x")) == {"k": b"x"}
+    assert decode(_marked(_nested(64, list))) == _nested(64, list)
+    assert decode(b"\xc1\x01\1\0\1\0\0\0\x90") == []
+    with pytest.raises(DecodeError, match="a message of version 2 and form 0; here it is 1, 0 or 1"):
         decode(HOSTILE["another version"])
 
 
@@ -406,10 +446,11 @@ def _decodes_or_refuses(message):
 @hypothesis.given(st.binary(max_size=200))
 def test_random_bytes_are_a_value_or_a_decode_error(message):
     _decodes_or_refuses(message)
-    body = b"\xc1\x01\0\0" + len(message).to_bytes(4, "little") + message
-    _decodes_or_refuses(body)
-    peak, _ = _peak_while_decoding(body)
-    assert peak < FLOOR + FACTOR * len(body)
+    for form in (b"\0", b"\1"):
+        body = b"\xc1\x01" + form + b"\0" + len(message).to_bytes(4, "little") + message
+        _decodes_or_refuses(body)
+        peak, _ = _peak_while_decoding(body)
+        assert peak < FLOOR + FACTOR * len(body)
 
 
 _trees = st.recursive(
@@ -425,6 +466,24 @@ _trees = st.recursive(
 @hypothesis.given(_trees, st.lists(st.integers(-1, 70), max_size=3))
 def test_random_structures_are_a_value_or_a_decode_error(tree, sizes):
     _decodes_or_refuses(_structure(tree, sizes, bytes(sum(-(-max(size, 0) // 64) * 64 for size in sizes))))
+
+
+_marks = st.builds(
+    _mark, st.one_of(st.just(8), st.integers(-2, 18)), st.one_of(st.integers(-1, 70), st.just([1]))
+)
+
+
+@QUICK
+@hypothesis.given(
+    st.recursive(
+        st.one_of(st.none(), st.integers(-2, 20), st.binary(max_size=9), _marks),
+        lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.sampled_from("abc"), inner)),
+        max_leaves=12,
+    ),
+    st.binary(max_size=200),
+)
+def test_random_marks_are_a_value_or_a_decode_error(tree, payload):
+    _decodes_or_refuses(_marked(tree, payload))
 
 
 @QUICK
