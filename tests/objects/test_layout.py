@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from tcomm.objects.layout import HEAD, INLINE_BYTES, MARK, Tag, align, is_plain
+from tcomm.objects.layout import HEAD, INLINE_BYTES, MARK, Form, Tag, align, is_plain
 from tests.objects.test_codec import _Level
 
 
@@ -13,6 +13,7 @@ def test_the_layout_is_as_documented():
         "NUMBER", "TENSOR", "DTYPE", "DEVICE", "SIZE", "REGISTERED",
     ]  # fmt: skip
     assert [int(tag) for tag in Tag] == list(range(17))
+    assert {form.name: int(form) for form in Form} == {"TAGGED": 0, "MARKED": 1}
 
 
 def test_align_goes_up_to_the_next_64():
