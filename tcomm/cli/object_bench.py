@@ -181,12 +181,14 @@ def _candidate(contender: _Contender, value: dict[str, object]) -> Candidate:
     )
 
 
-def _digest(message: Any) -> dict[str, object]:
+def _digest(message: Any) -> object:
     """A message with a checksum for its bytes.
 
     To be compared with another's: to compare the bytes themselves would fill the reader's caches with a
     second copy before each call, and so time what no reader of one message does.
     """
+    if type(message) is not dict or type(message.get("data")) not in (bytes, bytearray):
+        return message
     return {**message, "data": (type(message["data"]), zlib.crc32(message["data"]))}
 
 

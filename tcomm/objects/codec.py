@@ -13,7 +13,7 @@ import torch
 
 from tcomm.errors import CommError, ConfigError, DecodeError
 from tcomm.objects.layout import HEAD, MARK, SCALARS, VERSION, Form, align, is_plain
-from tcomm.objects.marked import decode_marked, encode_marked, is_marked
+from tcomm.objects.marked import decode_marked, encode_marked
 from tcomm.objects.packing import Packer, encode_plain
 from tcomm.objects.payload import Arrived
 from tcomm.objects.registry import ErrorText, register
@@ -39,6 +39,7 @@ MAX_DEPTH = 64
 """Containers that may lie in one another unless the caller says otherwise."""
 NOT_FLAT: Final = object()
 """What `decode_flat` makes of all other messages."""
+_TOO_LONG = "all but arrays, tensors and bytes may have 4 GiB in a message: {}"
 _TAGGED, _MARKED = int(Form.TAGGED), int(Form.MARKED)
 _NOT_MSGPACK = (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError)
 
@@ -153,13 +154,11 @@ def decode_flat(message: memoryview) -> object:
 def _encode_structure(value: object, max_depth: int) -> Encoded:
     marked = encode_marked(value, max_depth)
     form = _TAGGED if marked is None else _MARKED
+    structure, buffers = _encode_with_tags(value, max_depth) if marked is None else marked
     try:
-        structure, buffers = _encode_with_tags(value, max_depth) if marked is None else marked
         head = HEAD.pack(MARK, VERSION, form, len(structure)) + structure
-    except (ValueError, OverflowError, struct.error) as error:
-        raise ConfigError(
-            f"all but arrays, tensors and bytes may have 4 GiB in a message: {error}"
-        ) from error
+    except struct.error as error:
+        raise ConfigError(_TOO_LONG.format(error)) from error
     parts: list[bytes | memoryview] = [head]
     end = len(head)
     for buffer in buffers:
@@ -173,7 +172,10 @@ def _encode_structure(value: object, max_depth: int) -> Encoded:
 def _encode_with_tags(value: object, max_depth: int) -> tuple[bytes, list[memoryview]]:
     packer = Packer(max_depth)
     tree = packer.pack_tagged(value)
-    return encode_plain([list(map(len, packer.buffers)), tree]), packer.buffers
+    try:
+        return encode_plain([list(map(len, packer.buffers)), tree]), packer.buffers
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(_TOO_LONG.format(error)) from error
 
 
 def decode(
@@ -197,8 +199,7 @@ def decode(
         max_depth: containers that may lie in one another.
         device: where tensors go that lay on a device of its type; None: every tensor arrives on the CPU.
         arrived: for a message that is still being written into `data`: waits until so many of its bytes are
-            there and returns how many are; large buffers are copied as they come. For memory that only this
-            user's processes write: plain values are not looked at again. None: all are there.
+            there and returns how many are; large buffers are copied as they come. None: all are there.
 
     Raises:
         CommError: what `arrived` raises.
@@ -238,9 +239,7 @@ def _decode_structure(
     if arrived is not None:
         arrived(min(end, len(data)))
     if form == _MARKED:
-        value = decode_marked(data, end, arrived)
-        if arrived is None and not is_marked(value, max_depth):
-            raise DecodeError("the message is deeper than max_depth allows, or what should be plain is not")
+        value = decode_marked(data, end, max_depth, arrived)
     else:
         sizes, tree = decode_plain(data[HEAD.size : end])
         unpacker = Unpacker(

@@ -7,12 +7,12 @@ from typing import Any
 import msgspec
 
 from tcomm.errors import DecodeError
-from tcomm.objects.layout import HEAD, INLINE_BYTES, Tag, align, is_plain
+from tcomm.objects.layout import HEAD, INLINE_BYTES, SCALARS, Tag, align, is_plain
 from tcomm.objects.packing import encode_plain
 from tcomm.objects.payload import Arrived, Payload
 from tcomm.objects.unpacking import decode_plain
 
-__all__ = ["decode_marked", "encode_marked", "is_marked"]
+__all__ = ["decode_marked", "encode_marked"]
 
 _BYTES = int(Tag.BYTES)
 
@@ -27,11 +27,12 @@ def encode_marked(value: Any, max_depth: int) -> tuple[bytes, list[memoryview]] 
     kind = type(value)
     if kind is not dict and kind is not list:
         return None
-    items = value.items() if kind is dict else enumerate(value)
-    large = [(key, item) for key, item in items if type(item) is bytes and len(item) > INLINE_BYTES]
-    if not large:
-        return None
+    # First, so that nobody changes it meanwhile.
     marked = value.copy()
+    items = marked.items() if kind is dict else enumerate(marked)
+    large = [(key, item) for key, item in items if type(item) is bytes and len(item) > INLINE_BYTES]
+    if not large or (kind is dict and not SCALARS.issuperset(map(type, marked))):
+        return None
     for key, _ in large:
         marked[key] = None
     try:
@@ -74,30 +75,30 @@ class _Buffers:
             raise DecodeError(f"the message says that it has {self._end} bytes, and has {len(self._data)}")
 
 
-def decode_marked(data: memoryview, end: int, arrived: Arrived | None) -> object:
-    """The value of a message whose structure has marks; `is_marked` tells whether it is one that may travel.
+def decode_marked(data: memoryview, end: int, max_depth: int, arrived: Arrived | None) -> object:
+    """The value of a message whose structure has marks.
 
     Args:
         data: the whole message.
         end: of the structure.
+        max_depth: containers that may lie in one another.
         arrived: for a message that is still coming; None: it is all there.
 
     Raises:
-        DecodeError: when a mark means nothing, or its buffers are not what follows. Others mean the same.
+        DecodeError: when a mark means nothing, its buffers are not what follows, or the rest is not plain.
+            Other errors mean the same.
     """
     buffers = _Buffers(data, end, arrived)
     value: object = msgspec.msgpack.decode(data[HEAD.size : end], ext_hook=buffers.make)
     buffers.refuse_rest()
+    if not _is_plain_but_for_bytes(value, max_depth):
+        raise DecodeError("the message is deeper than max_depth allows, or what should be plain is not")
     return value
 
 
-def is_marked(value: Any, max_depth: int) -> bool:
-    """Whether `encode_marked` could have made a structure of `value`."""
+def _is_plain_but_for_bytes(value: Any, max_depth: int) -> bool:
     kind = type(value)
     if kind is dict:
-        return is_plain({key: _but_for_bytes(item) for key, item in value.items()}, max_depth)
-    return kind is list and is_plain([_but_for_bytes(item) for item in value], max_depth)
-
-
-def _but_for_bytes(item: object) -> object:
-    return None if type(item) is bytes else item
+        rest = {key: item for key, item in value.items() if type(item) is not bytes}
+        return is_plain(rest, max_depth) and SCALARS.issuperset(map(type, value))
+    return kind is list and is_plain([item for item in value if type(item) is not bytes], max_depth)

@@ -33,6 +33,7 @@ def test_without_zmq_the_message_says_how_to_get_it(monkeypatch):
 
 @pytest.mark.parametrize("nbytes", [100, 10240, 1 << 20])
 def test_a_message_has_about_the_size_asked_for(nbytes):
+    assert len(message_of(nbytes)["data"]) == nbytes - 40
     assert 0.9 * nbytes <= encode(message_of(nbytes)).nbytes <= 1.1 * nbytes + 64
 
 
@@ -78,6 +79,9 @@ def test_every_wrong_byte_and_value_is_counted(monkeypatch):
         value | {"data": bytearray(value["data"])},
         value | {"ids": [1, 2, 4]},
         value | {"more": None},
+        value | {"data": None},
+        {"op": "step"},
+        None,
     ]
     came = [value, *wrong]
     candidate = object_bench._candidate(types.SimpleNamespace(take=came.pop), value)

@@ -70,7 +70,9 @@ def test_what_comes_out_is_what_went_in_to_the_type(borrow):
 def test_a_message_is_read_while_it_comes_and_nothing_of_it_before(piece):
     large = bytes(range(256)) * 300
     array = np.arange(9999, dtype=">i4").reshape(99, 101)
-    for value in [large, [bytearray(large), {"a": array, "b": large}], torch.arange(5000), "x" * 5000, (), 1]:
+    long_structures = [{"s": "x" * 9000, "b": large}, ["x" * 9000, (large,)]]
+    mixed = [bytearray(large), {"a": array, "b": large}]
+    for value in [large, mixed, torch.arange(5000), "x" * 5000, (), 1, *long_structures]:
         coming = Coming(encode(value).join(), piece)
         assert same(decode(coming.data, arrived=coming.arrived), value)
     coming = Coming(encode(large).join()[:-1], piece)
@@ -244,6 +246,10 @@ class _Marked(torch.Tensor):
     pass
 
 
+class _Text(str):
+    __slots__ = ()
+
+
 NESTED = []
 NESTED.append({"again": NESTED})
 REFUSED = [
@@ -276,6 +282,20 @@ def test_what_may_not_travel_is_refused_with_its_place(value, told):
     with pytest.raises(ConfigError) as raised:
         encode(value)
     assert told in str(raised.value)
+    assert str(raised.value).startswith("value")
+
+
+def test_many_dicts_side_by_side_are_no_deeper_and_have_their_own_paths():
+    value = [{"a": (index,)} for index in range(100)]
+    assert decode(encode(value, max_depth=3).join(), max_depth=3) == value
+    value[99]["a"] = (1, {object(): 1})
+    with pytest.raises(ConfigError, match=r"^value\[99\]\['a'\]\[1\]\.keys\(\) is a object"):
+        encode(value)
+
+
+def test_a_key_of_a_subclass_of_str_is_refused():
+    with pytest.raises(ConfigError, match=r"^value\.keys\(\) is a tests\.objects\.test_codec\._Text, which"):
+        encode({_Text("k"): ()})
 
 
 def _nested(depth, container):
@@ -392,17 +412,19 @@ HOSTILE = {
     "marks: a tuple as a key": _marked(msgspec.Raw(b"\x81\x91\x01\x00")),
     "marks: a longer structure": b"\xc1\x01\1\0\xff\xff\xff\xff\x90",
     "marks: two values": b"\xc1\x01\1\0\2\0\0\0\x90\x90",
-    "another form": b"\xc1\x01\2\0\1\0\0\0\x90",
+    "marks: forth and back": _marked([_mark(8, 4096), _mark(8, -4096), _mark(8, 4096)], bytes(4096)),
+    "another form": b"\xc1\x01\2\0\3\0\0\0\x92\x90\xc0",
+    "another form of marks": b"\xc1\x01\2\0\1\0\0\0\x90",
     "no tree": b"\xc1\x01\0\0\x02\0\0\0\x91\x90",
     "a tree of another kind": b"\xc1\x01\0\0\x01\0\0\0\x05",
 }  # fmt: skip
 
 
-def _peak_while_decoding(message, borrow=False):
+def _peak_while_decoding(message, borrow=False, arrived=None):
     """Bytes that decoding takes at most, and what it raises."""
     tracemalloc.start()
     try:
-        decode(message, borrow=borrow)
+        decode(message, borrow=borrow, arrived=arrived)
         return tracemalloc.get_traced_memory()[1], None
     except Exception as error:
         return tracemalloc.get_traced_memory()[1], error
@@ -412,8 +434,8 @@ def _peak_while_decoding(message, borrow=False):
 
 @pytest.mark.parametrize("message", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_bytes_are_a_decode_error_and_take_no_memory(message):
-    for borrow in (False, True):
-        peak, error = _peak_while_decoding(bytearray(message), borrow)
+    for borrow, arrived in ((False, None), (True, None), (False, lambda _: len(message))):
+        peak, error = _peak_while_decoding(bytearray(message), borrow, arrived)
         assert type(error) is DecodeError
         assert peak < FLOOR + 20 * len(message)
         assert len(str(error)) < 600

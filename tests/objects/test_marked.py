@@ -4,8 +4,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from tcomm.errors import ConfigError, DecodeError
 from tcomm.objects.codec import decode, encode
-from tcomm.objects.marked import encode_marked, is_marked
+from tcomm.objects.marked import encode_marked
 from tests.objects.values import Point, same
 
 LARGE = b"x" * 65537
@@ -61,6 +62,9 @@ def test_containers_are_counted():
     message = encode(value, max_depth=3).join()
     assert structure in message
     assert decode(message, max_depth=3) == value
+    for arrived in (None, lambda _: len(message)):
+        with pytest.raises(DecodeError, match="deeper than max_depth allows"):
+            decode(message, max_depth=2, arrived=arrived)
 
 
 def test_buffers_go_where_they_were_taken_from():
@@ -69,19 +73,20 @@ def test_buffers_go_where_they_were_taken_from():
     assert same(decode(bytearray(encode(value).join()), borrow=True), value)
 
 
-@pytest.mark.parametrize(
-    ("value", "may_travel"),
-    [
-        ([LARGE, 1], True),
-        ({"a": LARGE, 2: [b""]}, True),
-        ([], True),
-        (LARGE, False),
-        (1, False),
-        ([(1,)], False),
-        ({b"k": LARGE}, False),
-        ([[LARGE]], False),
-        ({"a": [[[1]]]}, False),
-    ],
-)
-def test_what_came_is_told_from_what_could_not_be_sent(value, may_travel):
-    assert is_marked(value, 3) is may_travel
+class _Odd:
+    """A key that can be looked up once."""
+
+    def __init__(self):
+        self.looked = 0
+
+    def __hash__(self):
+        self.looked += 1
+        if self.looked > 1:
+            raise KeyError("looked up twice")
+        return 1
+
+
+def test_a_key_that_may_not_travel_is_not_touched():
+    assert encode_marked({_Odd(): LARGE}, 8) is None
+    with pytest.raises(ConfigError, match=r"^value\.keys\(\) is a .*_Odd, which may not travel"):
+        encode({_Odd(): LARGE})

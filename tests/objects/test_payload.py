@@ -1,5 +1,8 @@
+import contextlib
+
 import pytest
 
+import tcomm.objects.payload
 from tcomm.errors import PeerTimeoutError
 from tcomm.objects.payload import Payload
 from tests.objects.coming import Coming
@@ -81,3 +84,26 @@ def test_a_message_is_let_go_once_its_bytes_are_made():
     # Refused while somebody still views it.
     message.clear()
     assert made == WHOLE
+
+
+def test_a_message_is_let_go_where_its_wait_raised():
+    message = bytearray(WHOLE)
+
+    def lose(_):
+        raise PeerTimeoutError("no more")
+
+    def read():
+        with contextlib.suppress(PeerTimeoutError):
+            Payload(memoryview(message), 0, len(WHOLE), lose).to_bytes()
+
+    read()
+    message.clear()
+
+
+def test_what_reads_bytes_is_made_once(monkeypatch):
+    def read():
+        return Payload(memoryview(WHOLE), 5, 9000, lambda _: len(WHOLE)).to_bytes()
+
+    read()
+    monkeypatch.setattr(tcomm.objects.payload, "_BytesReader", None)
+    assert [read() for _ in range(3)] == [WHOLE[5:9000]] * 3
