@@ -408,6 +408,8 @@ HOSTILE = {
     "marks: too deep": _marked(_nested(65, list)),
     "marks: no container": _marked(_mark(8, 1), b"x"),
     "marks: bytes as a key": _marked({b"k": 1}),
+    "marks: bytes of bytes": _marked({b"k": _mark(8, 1)}, b"x"),
+    "marks: bytes of 2^33": _marked([_mark(8, 2**33)], b"x"),
     "marks: a buffer as a key": _marked(msgspec.Raw(b"\x81\xc7\x01\x08\x01\xc0"), b"x"),
     "marks: a tuple as a key": _marked(msgspec.Raw(b"\x81\x91\x01\x00")),
     "marks: a longer structure": b"\xc1\x01\1\0\xff\xff\xff\xff\x90",

@@ -91,12 +91,15 @@ class Receiver:
     ) -> tuple[object, bool]:
         """As `next_value`, without a copy, and whether it lies in a slot, which is then to be lent."""
         self._check(timeout)
-        if self._kept is not None:
-            return self.next_value(timeout, cancel, indefinite), False
-        message, in_slot = self.next_whole(timeout, cancel, indefinite)
+        message, in_slot = memoryview(b""), False
+        if self._kept is None:
+            message, in_slot = self.next_whole(timeout, cancel, indefinite)
         if not in_slot:
             # Its last chunk is at hand, and what is made of it a view of this process's own memory.
-            return self.next_value(timeout, cancel, indefinite), False
+            # It is no longer in the ring, and so the next call's until `lend`.
+            value = self.next_value(timeout, cancel, indefinite)
+            self._kept = (value,)
+            return value, False
         try:
             return decode(message, borrow=True), True
         except DecodeError:
@@ -193,7 +196,9 @@ class Receiver:
                 return chunk
 
     def lend(self, in_slot: bool) -> None:
-        """The caller uses the slot of the message until `take_back`, if the message lies in one."""
+        """The caller has what was borrowed, and uses its slot until `take_back`, if it lies in one."""
+        if not in_slot:
+            self._kept = None
         self._lent = self.source.taken if in_slot else -1
 
     def take_back(self) -> None:

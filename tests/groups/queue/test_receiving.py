@@ -118,6 +118,14 @@ def test_a_borrow_that_is_interrupted_while_it_decodes_keeps_nothing_and_loses_n
         assert reader.dequeue(5).tolist() == list(range(99))
 
 
+def _interrupted_after(call):
+    def called(*args):
+        call(*args)
+        raise InterruptedByTestError
+
+    return called
+
+
 def _take(reader, take):
     if take == "dequeue":
         return reader.dequeue(5)
@@ -126,25 +134,48 @@ def _take(reader, take):
 
 
 def test_a_call_that_is_interrupted_when_it_has_its_slot_keeps_no_slot(monkeypatch):
-    def interrupted_after(call):
-        def called(*args):
-            call(*args)
-            raise InterruptedByTestError
-
-        return called
-
     with pair() as (writer, reader):
         sender, receiver = writer._sender, reader._receiver
         with monkeypatch.context() as patched:
-            patched.setattr(sender, "slot", interrupted_after(sender.slot))
+            patched.setattr(sender, "slot", _interrupted_after(sender.slot))
             with pytest.raises(InterruptedByTestError), writer.acquire_write(5):
                 pass
         writer.enqueue("first")
         with monkeypatch.context() as patched:
-            patched.setattr(receiver, "next_chunk", interrupted_after(receiver.next_chunk))
+            patched.setattr(receiver, "next_chunk", _interrupted_after(receiver.next_chunk))
             with pytest.raises(InterruptedByTestError), reader.acquire_read(5):
                 pass
         assert reader.dequeue(5) == "first"
+
+
+@pytest.mark.parametrize("chunk_bytes", [256, 1 << 20])
+@pytest.mark.parametrize("then", ["borrow", "dequeue"])
+def test_a_borrow_that_is_interrupted_when_it_has_its_message_loses_none(monkeypatch, chunk_bytes, then):
+    with pair(chunk_bytes=chunk_bytes, chunks=16) as (writer, reader):
+        values = [np.arange(count) for count in (99, 98, 97)]
+        for value in values:
+            writer.enqueue(value)
+        receiver = reader._receiver
+        with monkeypatch.context() as patched:
+            patched.setattr(receiver, "next_borrowed", _interrupted_after(receiver.next_borrowed))
+            for _ in range(3):
+                with pytest.raises(InterruptedByTestError), reader.borrow(5):
+                    pass
+        assert [_take(reader, take).size for take in (then, "borrow", "dequeue")] == [99, 98, 97]
+
+
+def test_what_an_interrupted_call_left_outlives_a_read_by_hand(monkeypatch):
+    with pair(chunk_bytes=256, chunks=16) as (writer, reader):
+        for value in (np.arange(99), 5):
+            writer.enqueue(value)
+        receiver = reader._receiver
+        with monkeypatch.context() as patched:
+            patched.setattr(receiver, "next_borrowed", _interrupted_after(receiver.next_borrowed))
+            with pytest.raises(InterruptedByTestError), reader.borrow(5):
+                pass
+        with reader.acquire_read(5) as chunk:
+            assert bytes(chunk) == b"\x05"
+        assert reader.dequeue(5).size == 99
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
