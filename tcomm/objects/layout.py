@@ -67,8 +67,14 @@ def align(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
-def is_plain(value: Any, depth: int) -> bool:
-    """Whether msgpack alone gives back `value`, types and all, and it is at most `depth` containers deep."""
+def is_plain(value: Any, depth: int, longest: int = INLINE_BYTES) -> bool:
+    """Whether msgpack alone gives back `value`, types and all, and it is at most `depth` containers deep.
+
+    Args:
+        value: of any type.
+        depth: containers that may lie in one another.
+        longest: bytes that a `bytes` object may have.
+    """
     # Half of what a short message costs, on either side: most values are told by one or two comparisons.
     kind = type(value)
     if kind is dict and depth:
@@ -78,7 +84,7 @@ def is_plain(value: Any, depth: int) -> bool:
             kind = type(item)
             if kind is str or kind is int or kind in SCALARS:
                 continue
-            if len(item) > INLINE_BYTES if kind is bytes else not is_plain(item, depth - 1):
+            if len(item) > longest if kind is bytes else not is_plain(item, depth - 1, longest):
                 return False
         return True
     if kind is list and depth:
@@ -86,7 +92,7 @@ def is_plain(value: Any, depth: int) -> bool:
             kind = type(item)
             if kind is int or kind is str or kind in SCALARS:
                 continue
-            if len(item) > INLINE_BYTES if kind is bytes else not is_plain(item, depth - 1):
+            if len(item) > longest if kind is bytes else not is_plain(item, depth - 1, longest):
                 return False
         return True
-    return kind in SCALARS or (kind is bytes and len(value) <= INLINE_BYTES)
+    return kind in SCALARS or (kind is bytes and len(value) <= longest)

@@ -15,6 +15,7 @@ from tcomm.objects.unpacking import decode_plain
 __all__ = ["decode_marked", "encode_marked"]
 
 _BYTES = int(Tag.BYTES)
+_CONTAINERS = (dict, list)
 
 
 def encode_marked(value: Any, max_depth: int) -> tuple[bytes, list[memoryview]] | None:
@@ -25,7 +26,7 @@ def encode_marked(value: Any, max_depth: int) -> tuple[bytes, list[memoryview]] 
         max_depth: containers that may lie in one another.
     """
     kind = type(value)
-    if kind is not dict and kind is not list:
+    if kind not in _CONTAINERS:
         return None
     # First, so that nobody changes it meanwhile.
     marked = value.copy()
@@ -91,14 +92,6 @@ def decode_marked(data: memoryview, end: int, max_depth: int, arrived: Arrived |
     buffers = _Buffers(data, end, arrived)
     value: object = msgspec.msgpack.decode(data[HEAD.size : end], ext_hook=buffers.make)
     buffers.refuse_rest()
-    if not _is_plain_but_for_bytes(value, max_depth):
+    if type(value) not in _CONTAINERS or not is_plain(value, max_depth, len(data)):
         raise DecodeError("the message is deeper than max_depth allows, or what should be plain is not")
     return value
-
-
-def _is_plain_but_for_bytes(value: Any, max_depth: int) -> bool:
-    kind = type(value)
-    if kind is dict:
-        rest = {key: item for key, item in value.items() if type(item) is not bytes}
-        return is_plain(rest, max_depth) and SCALARS.issuperset(map(type, value))
-    return kind is list and is_plain([item for item in value if type(item) is not bytes], max_depth)
