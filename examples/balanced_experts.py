@@ -241,17 +241,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Routed experts, moved to where there is room for them.")
     parser.add_argument("--asynchronous", action="store_true", help="move them beside the passes")
     options = parser.parse_args(arguments)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         directory = find_model()
+        if NUM_SLOTS % world_size or world_size < 2:
+            wanted = "start it with torchrun --nproc-per-node 4, or any divisor of 80 from 2 on"
+            raise CannotRunError(f"a world of {world_size} cannot share {NUM_SLOTS} slots; {wanted}", 1)
         torch.set_num_threads(1)
-        if "WORLD_SIZE" not in os.environ:
-            raise CannotRunError(
-                "start it with torchrun --nproc-per-node 4, or any divisor of 80 from 2 on", 1
-            )
         dist.init_process_group("gloo")
         try:
-            if NUM_SLOTS % dist.get_world_size() or dist.get_world_size() < 2:
-                raise CannotRunError(f"{dist.get_world_size()} ranks cannot share {NUM_SLOTS} slots", 1)
             return 0 if demonstrate(read_tokens(directory), options.asynchronous) else 1
         finally:
             dist.destroy_process_group()

@@ -258,15 +258,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code: 0 agreed, 1 wrong or failed, 2 something is not installed."""
     options = parse_options(arguments)
     names = list(BACKENDS) if options.backend == "all" else [options.backend]
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         directory = find_model()
+        if NUM_EXPERTS % world_size:
+            raise CannotRunError(
+                f"a world of {world_size} cannot share {NUM_EXPERTS} experts; give a divisor", 1
+            )
         torch.set_num_threads(1)
         address = "env://" if "WORLD_SIZE" in os.environ else "tcp://127.0.0.1:0"
         size, rank = (-1, -1) if "WORLD_SIZE" in os.environ else (1, 0)
         dist.init_process_group("gloo", init_method=address, world_size=size, rank=rank)
         try:
-            if NUM_EXPERTS % dist.get_world_size():
-                raise CannotRunError(f"{dist.get_world_size()} ranks cannot share {NUM_EXPERTS} experts", 1)
             return 0 if demonstrate(directory, names) else 1
         finally:
             dist.destroy_process_group()

@@ -1,4 +1,6 @@
-from tests.examples.test_minilm import ROOT, _ranks, needs_model
+import pytest
+
+from tests.examples.test_minilm import ROOT, _first_rank_alone, _ranks, needs_model
 
 EXAMPLE = ROOT / "examples" / "balanced_experts.py"
 
@@ -42,3 +44,12 @@ def test_weights_that_stay_where_they_were_fail_the_demo(programs, tmp_path):
     assert code != 0
     assert "ok" not in out.splitlines()
     assert "from the whole layers" in err
+
+
+@needs_model
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_ranks_that_cannot_share_the_slots_are_a_sentence_before_they_meet(programs, world_size):
+    code, err = _first_rank_alone(programs, world_size, EXAMPLE)
+    assert code == 1
+    assert err.startswith(f"error: a world of {world_size} cannot share 80 slots; start it with torchrun")
+    assert len(err.splitlines()) == 1

@@ -117,6 +117,13 @@ def _ranks(programs, world_size, *command):
     return ranks[0].returncode, ranks[0].stdout, ranks[0].stderr
 
 
+def _first_rank_alone(programs, world_size, *command):
+    """Exit code and stderr of rank 0 of a world whose other ranks never come."""
+    joined = {"RANK": "0", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = programs.run(*command, env=_environment() | joined, timeout=30.0)
+    return done.returncode, done.stderr
+
+
 @needs_model
 def test_two_ranks_agree_with_the_unsharded_model(programs):
     code, out, err = _ranks(programs, 2, EXAMPLE)
