@@ -12,6 +12,7 @@ import msgspec
 import torch
 
 from tcomm.errors import CommError, ConfigError, DecodeError
+from tcomm.objects.handlers import is_from_handler
 from tcomm.objects.layout import HEAD, MARK, SCALARS, VERSION, Form, align, is_plain
 from tcomm.objects.marked import decode_marked, encode_marked
 from tcomm.objects.packing import Packer, encode_plain
@@ -202,7 +203,7 @@ def decode(
             there and returns how many are; large buffers are copied as they come. None: all are there.
 
     Raises:
-        CommError: what `arrived` raises.
+        CommError: what `arrived` raises. So does what a signal's handler raises meanwhile.
         DecodeError: when the bytes are not a message, a cap is passed, or a class is not registered here.
         ConfigError: when read-only bytes are to be borrowed.
     """
@@ -225,6 +226,8 @@ def decode(
     except CommError:
         raise
     except Exception as error:
+        if is_from_handler(error):
+            raise
         raise DecodeError(f"the bytes are no message: {type(error).__name__}: {error}") from error
     raise DecodeError("the bytes are no message: too deep, or of a type that may not travel")
 

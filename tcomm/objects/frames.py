@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 
 from tcomm.errors import DecodeError, PeerLostError, PeerTimeoutError
+from tcomm.objects.handlers import is_from_handler
 
 __all__ = ["FrameConnection", "FrameKey", "recv_frame", "send_frame", "wait_until_ready"]
 
@@ -94,6 +95,8 @@ def send_frame(
             wait_until_ready(sock, select.POLLOUT, deadline)
             continue
         except OSError as error:
+            if is_from_handler(error):
+                raise
             raise _lost(error) from error
         key.moved()
         while rest and sent >= len(rest[0]):
@@ -140,6 +143,8 @@ def _fill(sock: socket.socket, view: memoryview, key: FrameKey, deadline: float 
             wait_until_ready(sock, select.POLLIN, deadline)
             continue
         except OSError as error:
+            if is_from_handler(error):
+                raise
             raise _lost(error) from error
         if not count:
             raise PeerLostError("the peer closed the connection")

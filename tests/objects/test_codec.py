@@ -33,6 +33,7 @@ from tcomm.objects.codec import (
 )
 from tests.objects import values
 from tests.objects.coming import Coming
+from tests.objects.handling import handling
 from tests.objects.values import EXAMPLES, Colour, Point, Positive, same
 
 QUICK = hypothesis.settings(max_examples=150, deadline=None, database=None)
@@ -209,20 +210,33 @@ def _raise_alarm(*_):
 
 def test_what_a_signals_handler_raises_while_a_flat_message_is_read_is_not_taken_for_a_bad_message():
     message, raised = memoryview(encode_flat(list(range(50_000)))), 0
-    previous = signal.signal(signal.SIGALRM, _raise_alarm)
-    try:
-        for _ in range(20):
-            with contextlib.suppress(_AlarmError):
-                try:
-                    signal.setitimer(signal.ITIMER_REAL, 1e-4)
-                    assert decode_flat(message) is not NOT_FLAT
-                    time.sleep(1)
-                except _AlarmError:
-                    raised += 1
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+    with handling(signal.SIGALRM, _raise_alarm):
+        try:
+            for _ in range(20):
+                with contextlib.suppress(_AlarmError):
+                    try:
+                        signal.setitimer(signal.ITIMER_REAL, 1e-4)
+                        assert decode_flat(message) is not NOT_FLAT
+                        time.sleep(1)
+                    except _AlarmError:
+                        raised += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
     assert raised == 20
+
+
+@pytest.mark.parametrize("value", [np.arange(9), {"data": bytes(70_000)}, "plain"])
+def test_what_a_signals_handler_raises_while_a_message_is_read_is_not_taken_for_a_bad_message(value):
+    message = encode(value).join()
+
+    def interrupted(nbytes):
+        signal.raise_signal(signal.SIGALRM)
+        return nbytes
+
+    with handling(signal.SIGALRM, _raise_alarm), pytest.raises(_AlarmError):
+        decode(message, arrived=interrupted)
+    with pytest.raises(DecodeError, match="no message: _AlarmError"):
+        decode(message, arrived=_raise_alarm)
 
 
 def test_write_into_needs_room():

@@ -1,6 +1,7 @@
 import contextlib
 import hashlib
 import select
+import signal
 import socket
 import struct
 import time
@@ -9,6 +10,7 @@ import pytest
 
 from tcomm.errors import DecodeError, PeerLostError, PeerTimeoutError
 from tcomm.objects.frames import FrameKey, recv_frame, send_frame, wait_until_ready
+from tests.objects.handling import handling
 from tests.objects.pairs import Aside, pair, soon
 
 KEY = bytes(range(32))
@@ -150,6 +152,27 @@ def test_a_peer_that_is_gone_is_lost(sockets, given):
         recv_frame(right, FrameKey(KEY), 10, None)
     with pytest.raises(PeerLostError, match="the connection to the peer is gone"):
         send_frame(right, [b"x"], FrameKey(KEY), soon())
+
+
+def _time_out(*_):
+    raise TimeoutError("of the caller")
+
+
+class _Interrupted:
+    """A socket on which every call is interrupted by a signal."""
+
+    def _interrupt(self, _):
+        signal.raise_signal(signal.SIGALRM)
+
+    sendmsg = recv_into = _interrupt
+
+
+def test_what_a_signals_handler_raises_is_not_taken_for_a_lost_peer():
+    with handling(signal.SIGALRM, _time_out):
+        with pytest.raises(TimeoutError, match="of the caller"):
+            send_frame(_Interrupted(), [b"x"], FrameKey(KEY), soon())
+        with pytest.raises(TimeoutError, match="of the caller"):
+            recv_frame(_Interrupted(), FrameKey(KEY), 10, soon())
 
 
 def test_a_key_knows_whether_it_is_inside_a_frame():

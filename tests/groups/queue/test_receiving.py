@@ -1,4 +1,5 @@
 import contextlib
+import signal
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from tcomm.errors import ConfigError, UsageError
 from tcomm.objects import codec
 from tests.groups.queue.peers import pair
+from tests.objects.handling import handling
 
 BORROWED = "is borrowed; end the block of borrow or acquire_read"
 
@@ -116,6 +118,30 @@ def test_a_borrow_that_is_interrupted_while_it_decodes_keeps_nothing_and_loses_n
                 with pytest.raises(InterruptedByTestError):
                     _take(reader, take)
         assert reader.dequeue(5).tolist() == list(range(99))
+
+
+def _time_out(*_):
+    raise TimeoutError("of the caller")
+
+
+@pytest.mark.parametrize("value", [np.arange(9), bytes(100_000)])
+@pytest.mark.parametrize("take", ["borrow", "dequeue"])
+def test_a_caller_whose_signal_comes_while_a_message_is_decoded_gets_it_at_the_next_call(
+    monkeypatch, value, take
+):
+    inner = codec._decode_structure
+
+    def interrupted(*args):
+        inner(*args)
+        signal.raise_signal(signal.SIGALRM)
+
+    with pair(chunk_bytes=1 << 20) as (writer, reader), handling(signal.SIGALRM, _time_out):
+        writer.enqueue([value])
+        with monkeypatch.context() as patched:
+            patched.setattr(codec, "_decode_structure", interrupted)
+            with pytest.raises(TimeoutError, match="of the caller"):
+                _take(reader, take)
+        assert bytes(reader.dequeue(5)[0]) == bytes(value)
 
 
 def _interrupted_after(call):
