@@ -52,6 +52,19 @@ def test_the_structure_is_as_documented(value, structure, buffers):
     assert _packed(value) == (structure, buffers)
 
 
+@pytest.mark.parametrize(
+    ("value", "structure"),
+    [([2**64], [1, [6, b"\0" * 8 + b"\x01"]]), ({"a": ()}, [3, "a", [2]]), ((1,), [2, 1])],
+)
+def test_what_is_known_not_to_be_plain_is_not_looked_at_again(monkeypatch, value, structure):
+    def look(*_):
+        raise AssertionError("looked at")
+
+    monkeypatch.setattr(Packer, "_plain", look)
+    packer = Packer(8)
+    assert msgspec.msgpack.decode(encode_plain(packer.pack_tagged(value))) == structure
+
+
 def test_a_registered_class_goes_by_its_name_and_fingerprint():
     entry, fingerprint = find_registered(Point)
     assert _packed(Point(1, (2,))) == ([16, entry.name, fingerprint, 1, [2, 2]], [])
