@@ -66,9 +66,13 @@ class RingWriter:
         """Whether the next chunk has a slot."""
         if self.head - self._floor < self._chunks:
             return True
-        words, lines = self._words, self._lines
-        self._floor = min((words[lines[index]] for index in self._living), default=self.head)
-        return self.head - self._floor < self._chunks
+        words, lines, floor = self._words, self._lines, self.head
+        for index in self._living:
+            cursor = words[lines[index]]
+            if cursor < floor:
+                floor = cursor
+        self._floor = floor
+        return self.head - floor < self._chunks
 
     def has_room_now(self) -> bool:
         """As `has_room`; looks after the readers first, if that was not done just now. Raises as `look`."""
@@ -96,6 +100,9 @@ class RingWriter:
         self._give_out(number)
         # Behind the message, on which readers work meanwhile. Who has taken it may have left since.
         self._look_now_and_then(self.head)
+        if self.head - self._floor >= self._chunks:
+            # For the next message, which then need not ask.
+            self.has_room()
         return True
 
     def stream(self, parts: Sequence[bytes | memoryview], nbytes: int) -> None:

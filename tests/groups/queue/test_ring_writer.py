@@ -67,6 +67,26 @@ def test_readers_see_each_piece_of_a_long_message_when_it_is_written(monkeypatch
             assert all(reader.dequeue(5).tolist() == value.tolist() for reader in readers)
 
 
+def test_a_writer_whose_readers_keep_up_asks_for_room_only_behind_a_message(monkeypatch):
+    with pair(2, chunks=3) as (writer, *readers):
+        ring, given_out = writer._sender.sides[0], []
+        give_out = ring._give_out
+
+        def refuse():
+            raise AssertionError("asked in front of a message")
+
+        def count(number):
+            give_out(number)
+            given_out.append(ring.head)
+
+        monkeypatch.setattr(ring, "has_room_now", refuse)
+        monkeypatch.setattr(ring, "_give_out", count)
+        for number in range(10):
+            writer.enqueue(number)
+            assert [reader.dequeue(5) for reader in readers] == [number, number]
+        assert given_out == list(range(1, 11))
+
+
 def test_a_long_slot_that_is_written_by_hand_follows_a_long_message():
     with pair(chunk_bytes=1 << 20, chunks=1) as (writer, reader):
         for round_ in range(2):
