@@ -160,14 +160,19 @@ def _encode_structure(value: object, max_depth: int) -> Encoded:
         head = HEAD.pack(MARK, VERSION, form, len(structure)) + structure
     except struct.error as error:
         raise ConfigError(_TOO_LONG.format(error)) from error
+    if buffers:
+        # A part less to give out, and what follows begins at a multiple of 64 bytes.
+        head = head.ljust(align(len(head)), b"\0")
     parts: list[bytes | memoryview] = [head]
     end = len(head)
     for buffer in buffers:
         begin = align(end)
-        parts.append(bytes(begin - end))
-        parts.append(buffer)
+        if begin > end:
+            parts.append(bytes(begin - end))
+        if len(buffer):
+            parts.append(buffer)
         end = begin + len(buffer)
-    return Encoded(list(filter(len, parts)), end)
+    return Encoded(parts, end)
 
 
 def _encode_with_tags(value: object, max_depth: int) -> tuple[bytes, list[memoryview]]:
@@ -214,10 +219,9 @@ def decode(
             "borrow=True needs writable memory, as torch has no read-only tensors; leave it out"
         )
     try:
-        if arrived is not None:
-            arrived(min(HEAD.size, len(data)))
+        there = len(data) if arrived is None else arrived(min(HEAD.size, len(data)))
         if len(data) and data[0] == MARK:
-            return _decode_structure(memoryview(data), borrow, max_depth, device, arrived)
+            return _decode_structure(memoryview(data), there, borrow, max_depth, device, arrived)
         if arrived is not None:
             arrived(len(data))
         value = decode_plain(data)
@@ -233,13 +237,18 @@ def decode(
 
 
 def _decode_structure(
-    data: memoryview, borrow: bool, max_depth: int, device: torch.device | None, arrived: Arrived | None
+    data: memoryview,
+    there: int,
+    borrow: bool,
+    max_depth: int,
+    device: torch.device | None,
+    arrived: Arrived | None,
 ) -> object:
     _, version, form, nbytes = HEAD.unpack_from(data)
     if version != VERSION or form > _MARKED:
         raise DecodeError(f"a message of version {version} and form {form}; here it is {VERSION}, 0 or 1")
     end = HEAD.size + nbytes
-    if arrived is not None:
+    if arrived is not None and there < end:
         arrived(min(end, len(data)))
     if form == _MARKED:
         value = decode_marked(data, end, max_depth, arrived)

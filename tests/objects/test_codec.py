@@ -31,6 +31,7 @@ from tcomm.objects.codec import (
     encode_tagged,
     register,
 )
+from tcomm.objects.layout import HEAD
 from tests.objects import values
 from tests.objects.coming import Coming
 from tests.objects.handling import handling
@@ -159,6 +160,27 @@ def test_payloads_are_aligned_and_large_ones_are_not_copied():
     assert [x.ctypes.data % 64 for x in (out[0], out[1])] == [0, 0]
     assert out[2].data_ptr() % 64 == 0
     assert bytes(memory[begin:].data[: encoded.nbytes]) == encoded.join() == b"".join(encoded.parts)
+
+
+@pytest.mark.parametrize("wrap", [lambda buffers: {"b": buffers[0], "c": buffers[1]}, tuple])
+def test_a_message_with_buffers_has_a_head_of_whole_lines_and_no_empty_part(wrap):
+    for first, second, sizes in [
+        (100_000, 70_001, [100_000, 32, 70_001]),
+        (70_016, 70_016, [70_016, 70_016]),
+    ]:
+        head, *rest = encode(wrap([bytes(first), bytes(second)])).parts
+        assert len(head) == 64
+        assert list(map(len, rest)) == sizes
+    assert list(map(len, encode(bytearray()).parts)) == [64]
+
+
+@pytest.mark.parametrize("value", [np.arange(30_000), {"data": bytes(100_000)}])
+def test_a_head_that_has_come_is_not_waited_for_again(value):
+    coming = Coming(encode(value).join(), 1 << 16)
+    assert same(decode(coming.data, arrived=coming.arrived), value)
+    head, after, *_ = coming.asked
+    assert head == HEAD.size
+    assert after > 64
 
 
 def test_a_flat_message_is_what_encode_makes_and_there_is_none_of_other_values():

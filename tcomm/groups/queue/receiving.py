@@ -17,6 +17,9 @@ from tcomm.objects.payload import Arrived
 
 __all__ = ["Receiver"]
 
+_Asked = tuple[float | str | None, threading.Event | None, bool]
+"""Of a call: timeout, cancel, indefinite."""
+
 
 class Receiver:
     """Whole messages from the chunks of a source.
@@ -35,7 +38,9 @@ class Receiver:
         self._seconds = seconds
         self._assembler = Assembler()
         self._lent = -1
-        self._patience = Patience(None, None)
+        self._wait_filled = functools.partial(self._ring.wait_filled, self._patience) if self._ring else None
+        self._asked: _Asked = (None, None, False)
+        self._made: Patience | None = None
         self._kept: tuple[object] | None = None
 
     def next_value(
@@ -51,10 +56,10 @@ class Receiver:
         source, ring, in_slot, message = self.source, self._ring, True, None
         if ring is not None and not self._assembler.is_open:
             message = ring.take()
-        value = NOT_FLAT if message is None else decode_flat(message)
+        value = decode_flat(message) if message is not None and len(message) <= PIECE_BYTES else NOT_FLAT
         if value is NOT_FLAT:
+            self._made, self._asked = None, (timeout, cancel, indefinite)
             if message is None:
-                self._patience = Patience(timeout, self._seconds, cancel, indefinite)
                 message, in_slot = self._await_message()
                 if ring is not None and len(message) <= PIECE_BYTES:
                     # Also what was waited for: most steps of an engine are further apart than a spin.
@@ -75,7 +80,7 @@ class Receiver:
     def _decode(self, message: memoryview, in_slot: bool) -> tuple[object, bool]:
         """What a message is, or the next one where its writer gives it up, and whether that lay in a slot."""
         while True:
-            arrived = self._arrived(message) if in_slot and len(message) > PIECE_BYTES else None
+            arrived = self._wait_filled if in_slot and len(message) > PIECE_BYTES else None
             try:
                 return decode(message, borrow=not in_slot, arrived=arrived), in_slot
             except WithdrawnError:
@@ -119,16 +124,26 @@ class Receiver:
             DecodeError: when a chunk is not what follows; its slot is released.
             ConfigError: when the timeout makes no sense, or a slot is lent.
         """
-        self._check(timeout)
-        self._patience = Patience(timeout, self._seconds, cancel, indefinite)
+        self._begin(timeout, cancel, indefinite)
         return self._await_message()
+
+    def _begin(self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool) -> None:
+        self._check(timeout)
+        self._made, self._asked = None, (timeout, cancel, indefinite)
+
+    def _patience(self) -> Patience:
+        """The call's: made when something has to be waited for, and one for all that it waits for."""
+        if self._made is None:
+            timeout, cancel, indefinite = self._asked
+            self._made = Patience(timeout, self._seconds, cancel, indefinite)
+        return self._made
 
     def _await_message(self) -> tuple[memoryview, bool]:
         """As `next_message`, with what is left of the call's patience."""
-        assembler, source, patience = self._assembler, self.source, self._patience
+        assembler, source = self._assembler, self.source
         while True:
             if not source.has_chunk():
-                source.wait(patience)
+                source.wait(self._patience())
             try:
                 total, offset, chunk = source.look()
             except DecodeError:
@@ -150,10 +165,7 @@ class Receiver:
 
     def _arrived(self, message: memoryview) -> Arrived | None:
         """Waits for bytes of a message in a slot, with WithdrawnError too; None: all have come."""
-        ring, patience = self._ring, self._patience
-        if ring is None or len(message) <= PIECE_BYTES:
-            return None
-        return functools.partial(ring.wait_filled, patience)
+        return self._wait_filled if len(message) > PIECE_BYTES else None
 
     def next_whole(
         self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool
@@ -182,11 +194,10 @@ class Receiver:
         self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool
     ) -> memoryview:
         """The bytes of the next chunk, in a slot that is then to be lent. Raises as `next_message`."""
-        self._check(timeout)
-        self._patience = Patience(timeout, self._seconds, cancel, indefinite)
+        self._begin(timeout, cancel, indefinite)
         while True:
             if not self.source.has_chunk():
-                self.source.wait(self._patience)
+                self.source.wait(self._patience())
             try:
                 total, offset, chunk = self.source.look()
             except DecodeError:

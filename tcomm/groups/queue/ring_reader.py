@@ -98,13 +98,18 @@ class RingReader:
         return not cursor - 1 <= words[_HEAD] <= cursor
 
     def take(self) -> memoryview | None:
-        """The next message, in its slot, if it is one piece and comes at once; else `look` knows."""
+        """The next message, if it is one chunk and comes at once; else `look` knows.
+
+        One longer than a piece may still be coming; see `wait_filled`.
+        """
         words, cursor = self._words, self.taken
         slot, number, length = self._places[cursor % self._chunks]
         if words[number] != cursor + 1 and not self._spin(number, cursor + 1):
             return None
         nbytes = words[length]
-        return slot[:nbytes] if 0 < nbytes <= self._short else None
+        if nbytes > self._short and words[number + _PLACE] == 1:
+            slot = self.ring.shared
+        return slot[:nbytes] if 0 < nbytes <= len(slot) else None
 
     def _spin(self, index: int, value: int) -> bool:
         """As `spin_until`, without a call for each look: here a microsecond counts."""
@@ -170,8 +175,12 @@ class RingReader:
             )
         return seconds
 
-    def wait_filled(self, patience: Patience, nbytes: int) -> int:
+    def wait_filled(self, patience: Callable[[], Patience], nbytes: int) -> int:
         """Wait until `nbytes` of the long message at hand are there; how many are.
+
+        Args:
+            patience: the call's, asked for where it is needed.
+            nbytes: from the beginning.
 
         Raises:
             WithdrawnError: when its writer did not finish it.
@@ -196,7 +205,7 @@ class RingReader:
                     raise DecodeError(
                         f"a message has {words[filled]} bytes of {nbytes}, and will get no more"
                     )
-                seconds = self._refuse_to_wait(is_there, patience, "stopped in the middle of a message")
+                seconds = self._refuse_to_wait(is_there, patience(), "stopped in the middle of a message")
                 time.sleep(max(0.0, min(seconds, _PAUSE_SECONDS)))
         there = words[filled]
         if there == WITHDRAWN:

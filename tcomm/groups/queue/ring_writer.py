@@ -64,15 +64,17 @@ class RingWriter:
 
     def has_room(self) -> bool:
         """Whether the next chunk has a slot."""
-        if self.head - self._floor < self._chunks:
-            return True
+        return self.head - self._floor < self._chunks or self.head - self._find_floor() < self._chunks
+
+    def _find_floor(self) -> int:
+        """Chunks that all readers have taken."""
         words, lines, floor = self._words, self._lines, self.head
         for index in self._living:
             cursor = words[lines[index]]
             if cursor < floor:
                 floor = cursor
         self._floor = floor
-        return self.head - floor < self._chunks
+        return floor
 
     def has_room_now(self) -> bool:
         """As `has_room`; looks after the readers first, if that was not done just now. Raises as `look`."""
@@ -102,7 +104,7 @@ class RingWriter:
         self._look_now_and_then(self.head)
         if self.head - self._floor >= self._chunks:
             # For the next message, which then need not ask.
-            self.has_room()
+            self._find_floor()
         return True
 
     def stream(self, parts: Sequence[bytes | memoryview], nbytes: int) -> None:
@@ -111,11 +113,15 @@ class RingWriter:
         There is room. When this raises before all is there, readers pass the message over.
         """
         words, (slot, line, length) = self._words, self._places[self.head % self._chunks]
-        is_shared = nbytes <= len(self.ring.shared) and self._is_passed(self._shared_until)
+        is_shared = nbytes <= len(self.ring.shared) and self._find_floor() >= self._shared_until
         target, filled = self.ring.shared if is_shared else slot, 0
-        words[length], words[line + _PLACE], words[line + _FILLED] = nbytes, is_shared, 0
         if is_shared:
             self._shared_until = self.head + 1
+        if len(parts[0]) <= PIECE_BYTES:
+            # What a reader has to understand first: it does so while the rest is written.
+            filled = len(parts[0])
+            target[:filled], parts = parts[0], parts[1:]
+        words[length], words[line + _PLACE], words[line + _FILLED] = nbytes, is_shared, filled
         try:
             self._give_out(line)
             for pieces in cut(parts, PIECE_BYTES):
@@ -128,11 +134,6 @@ class RingWriter:
             if words[line + _FILLED] != nbytes:
                 words[line + _FILLED] = WITHDRAWN
             raise
-
-    def _is_passed(self, head: int) -> bool:
-        """Whether all readers have taken the chunks before `head`."""
-        words, lines = self._words, self._lines
-        return all(words[lines[index]] >= head for index in self._living)
 
     def look(self, end: int) -> None:
         """Look after the readers; one that is gone is dropped where that was asked for.

@@ -1,11 +1,15 @@
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from tcomm.errors import DecodeError, PeerTimeoutError
-from tcomm.groups.queue.ring import PIECE_BYTES, WITHDRAWN, ReaderWord, SlotWord, Word
+from tcomm.groups.queue.ring import LINE, PIECE_BYTES, WITHDRAWN, ReaderWord, SlotWord, Word
+from tcomm.objects.codec import encode
 from tests.groups.queue.peers import pair
+
+LONG = 3 * PIECE_BYTES
 
 
 def test_a_reader_sees_whether_a_chunk_has_come_and_how_many_were_taken():
@@ -29,6 +33,31 @@ def test_a_chunk_is_there_once_it_has_its_number_and_also_before_the_head_counts
         assert not source.has_chunk()
         writer.enqueue("second")
         assert reader.dequeue(5) == "second"
+
+
+def _begins_at(view, memory):
+    return np.frombuffer(view, np.uint8).ctypes.data == np.frombuffer(memory, np.uint8).ctypes.data
+
+
+def test_a_message_of_one_chunk_is_taken_where_it_lies_and_only_if_it_can_lie_there():
+    with pair(chunk_bytes=1 << 20, chunks=4) as (writer, reader):
+        source = reader._receiver.source
+        ring = source.ring
+        messages = [bytes([number]) * LONG for number in (1, 2)]
+        for message in messages:
+            writer.enqueue(message)
+        # The second one finds the shared place taken.
+        for number, (message, memory) in enumerate(zip(messages, (ring.shared, ring.slots[1]), strict=True)):
+            taken = source.take()
+            assert taken.nbytes == encode(message).nbytes
+            assert _begins_at(taken, memory)
+            length = ring.slots_begin + LINE * number + SlotWord.LENGTH
+            nbytes, ring.words[length] = ring.words[length], (1 << 20) + 1
+            assert source.take() is None
+            with pytest.raises(DecodeError, match="a slot of 1048576 bytes says that it holds 1048577"):
+                source.look()
+            ring.words[length] = nbytes
+            assert reader.dequeue(5) == message
 
 
 IMPOSSIBLE = (WITHDRAWN - 1, -(2**63), 3 * PIECE_BYTES, 2**63 - 1)

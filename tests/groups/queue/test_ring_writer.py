@@ -53,16 +53,19 @@ def test_readers_see_each_piece_of_a_long_message_when_it_is_written(monkeypatch
         def look(number):
             for ring in rings:
                 total, offset, chunk = ring.look()
-                arrived = ring.wait_filled(None, number * PIECE_BYTES)
+                arrived = ring.wait_filled(None, first + number * PIECE_BYTES)
                 seen.append((total, offset, arrived, bytes(chunk[:arrived]) in message))
 
         for round_ in range(2):
             seen.clear()
             value = np.arange(round_, LONG + round_, dtype=np.uint8)
-            message = encode(value).join()
+            encoded = encode(value)
+            message, first = encoded.join(), len(encoded.parts[0])
+            assert encoded.nbytes > first + 4 * PIECE_BYTES
             with between_pieces(monkeypatch, look):
                 writer.enqueue(value)
-            pieces = [(len(message), 0, number * PIECE_BYTES, True) for number in range(5)]
+            # The first part is there when the number is, and then piece after piece.
+            pieces = [(len(message), 0, first + number * PIECE_BYTES, True) for number in range(5)]
             assert seen == list(itertools.chain.from_iterable((piece, piece) for piece in pieces))
             assert all(reader.dequeue(5).tolist() == value.tolist() for reader in readers)
 
@@ -135,23 +138,33 @@ def test_a_message_that_one_reader_may_have_taken_is_not_taken_back(monkeypatch,
 
 @pytest.mark.parametrize("take", ["dequeue", "borrow", "acquire_read"])
 def test_messages_that_are_passed_over_take_of_one_patience(monkeypatch, take):
-    def interrupt(number):
-        if number == 2:
-            raise InterruptedByTestError
+    made, interrupted, value = [], itertools.count(), bytes([7]) * LONG
 
-    made = []
+    def interrupt(number):
+        if number == 2 and next(interrupted) < 3:
+            # Longer than a reader polls.
+            time.sleep(0.02)
+            raise InterruptedByTestError
 
     def make_patience(*args):
         made.append(Patience(*args))
         return made[-1]
 
-    with pair(chunk_bytes=1 << 20, chunks=4) as (writer, reader):
+    def write():
         for _ in range(3):
-            with between_pieces(monkeypatch, interrupt), pytest.raises(InterruptedByTestError):
+            with pytest.raises(InterruptedByTestError):
                 writer.enqueue(bytes(LONG))
-        writer.enqueue(value := bytes([7]) * LONG)
-        monkeypatch.setattr(receiving, "Patience", make_patience)
+        writer.enqueue(value)
+
+    monkeypatch.setattr(receiving, "Patience", make_patience)
+    with (
+        pair(chunk_bytes=1 << 20, chunks=4) as (writer, reader),
+        between_pieces(monkeypatch, interrupt),
+        concurrent.futures.ThreadPoolExecutor() as threads,
+    ):
+        writing = threads.submit(write)
         assert _read_long(take, reader)[-LONG:] == value
+        writing.result(20)
     assert len(made) == 1
 
 
