@@ -12,7 +12,7 @@ from tcomm.objects.packing import encode_plain
 from tcomm.objects.payload import Arrived, Payload
 from tcomm.objects.unpacking import decode_plain
 
-__all__ = ["decode_marked", "encode_marked"]
+__all__ = ["decode_marked", "encode_marked", "mark"]
 
 _BYTES = int(Tag.BYTES)
 _CONTAINERS = (dict, list)
@@ -40,11 +40,16 @@ def encode_marked(value: Any, max_depth: int) -> tuple[bytes, list[memoryview]] 
         if not is_plain(marked, max_depth):
             return None
         for key, item in large:
-            marked[key] = msgspec.msgpack.Ext(_BYTES, encode_plain(len(item)))
+            marked[key] = mark(len(item))
         return encode_plain(marked), [memoryview(item) for _, item in large]
     except (ValueError, OverflowError, RecursionError):
         # Who encodes it with tags finds a way, or says what is wrong and where.
         return None
+
+
+def mark(nbytes: int) -> msgspec.msgpack.Ext:
+    """What stands for a buffer of so many bytes."""
+    return msgspec.msgpack.Ext(_BYTES, encode_plain(nbytes))
 
 
 class _Buffers:

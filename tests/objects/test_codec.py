@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tcomm.errors import ConfigError, DecodeError, PeerLostError, PeerTimeoutError
-from tcomm.objects import registry
+from tcomm.objects import codec, registry
 from tcomm.objects.codec import (
     MAX_DEPTH,
     MAX_NBYTES,
@@ -30,6 +30,7 @@ from tcomm.objects.codec import (
     encode_flat,
     encode_tagged,
     register,
+    rehearse,
 )
 from tcomm.objects.layout import HEAD
 from tests.objects import values
@@ -181,6 +182,17 @@ def test_a_head_that_has_come_is_not_waited_for_again(value):
     head, after, *_ = coming.asked
     assert head == HEAD.size
     assert after > 64
+
+
+def test_a_rehearsal_goes_the_way_of_a_long_message_and_copies_next_to_nothing(monkeypatch):
+    read, inner = [], codec.decode_marked
+
+    def read_marked(data, *args):
+        read.append((len(data), inner(data, *args)))
+
+    monkeypatch.setattr(codec, "decode_marked", read_marked)
+    rehearse()
+    assert read == [(65, {"": b"1"})]
 
 
 def test_a_flat_message_is_what_encode_makes_and_there_is_none_of_other_values():

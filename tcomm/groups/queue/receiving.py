@@ -12,7 +12,7 @@ from tcomm.groups.queue.patience import Patience
 from tcomm.groups.queue.remote import RemoteReader
 from tcomm.groups.queue.ring import PIECE_BYTES
 from tcomm.groups.queue.ring_reader import RingReader, WithdrawnError
-from tcomm.objects.codec import NOT_FLAT, decode, decode_flat
+from tcomm.objects.codec import NOT_FLAT, decode, decode_flat, rehearse
 from tcomm.objects.payload import Arrived
 
 __all__ = ["Receiver"]
@@ -42,6 +42,7 @@ class Receiver:
         self._asked: _Asked = (None, None, False)
         self._made: Patience | None = None
         self._kept: tuple[object] | None = None
+        self._was_long = False
 
     def next_value(
         self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool
@@ -55,17 +56,12 @@ class Receiver:
             return kept[0]
         source, ring, in_slot, message = self.source, self._ring, True, None
         if ring is not None and not self._assembler.is_open:
+            if self._was_long:
+                self._rehearse(ring)
             message = ring.take()
         value = decode_flat(message) if message is not None and len(message) <= PIECE_BYTES else NOT_FLAT
         if value is NOT_FLAT:
-            self._made, self._asked = None, (timeout, cancel, indefinite)
-            if message is None:
-                message, in_slot = self._await_message()
-                if ring is not None and len(message) <= PIECE_BYTES:
-                    # Also what was waited for: most steps of an engine are further apart than a spin.
-                    value = decode_flat(message)
-            if value is NOT_FLAT:
-                value, in_slot = self._decode(message, in_slot)
+            value, in_slot = self._next_other(message, (timeout, cancel, indefinite))
         taken = source.taken
         try:
             source.release()
@@ -76,6 +72,26 @@ class Receiver:
             self._kept = (value,) if source.taken != taken else None
             raise
         return value
+
+    def _next_other(self, message: memoryview | None, asked: _Asked) -> tuple[object, bool]:
+        """As `next_value`, of what is long, not flat, or (None) to come; and whether it lies in a slot."""
+        in_slot = True
+        self._made, self._asked = None, asked
+        if message is None:
+            message, in_slot = self._await_message()
+            if self._ring is not None and len(message) <= PIECE_BYTES:
+                # Also what was waited for: most steps of an engine are further apart than a spin.
+                value = decode_flat(message)
+                if value is not NOT_FLAT:
+                    return value, in_slot
+        self._was_long = in_slot and len(message) > PIECE_BYTES
+        return self._decode(message, in_slot)
+
+    def _rehearse(self, ring: RingReader) -> None:
+        """Where the next message is likely long and is not there yet, have at hand what reads one."""
+        self._was_long = False
+        if not ring.has_chunk():
+            rehearse()
 
     def _decode(self, message: memoryview, in_slot: bool) -> tuple[object, bool]:
         """What a message is, or the next one where its writer gives it up, and whether that lay in a slot."""

@@ -4,7 +4,8 @@ import signal
 import numpy as np
 import pytest
 
-from tcomm.errors import ConfigError, UsageError
+from tcomm.errors import ConfigError, PeerTimeoutError, UsageError
+from tcomm.groups.queue import receiving
 from tcomm.objects import codec
 from tests.groups.queue.peers import pair
 from tests.objects.handling import handling
@@ -118,6 +119,26 @@ def test_a_borrow_that_is_interrupted_while_it_decodes_keeps_nothing_and_loses_n
                 with pytest.raises(InterruptedByTestError):
                     _take(reader, take)
         assert reader.dequeue(5).tolist() == list(range(99))
+
+
+@pytest.mark.parametrize("value", [bytes(100_000), np.zeros(20_000), {"data": bytes(100_000)}])
+def test_a_reader_rehearses_once_behind_a_long_message_and_only_when_nothing_has_come(monkeypatch, value):
+    rehearsed = []
+    monkeypatch.setattr(receiving, "rehearse", lambda: rehearsed.append(True))
+    with pair(chunk_bytes=1 << 20, chunks=4) as (writer, reader):
+
+        def times(*values):
+            rehearsed.clear()
+            for value in values:
+                writer.enqueue(value)
+            for _ in values:
+                reader.dequeue(5)
+            for _ in range(2):
+                with pytest.raises(PeerTimeoutError):
+                    reader.dequeue(0.01)
+            return len(rehearsed)
+
+        assert [times(), times(1), times(value), times(value, 1), times(1, value)] == [0, 0, 1, 0, 1]
 
 
 def _time_out(*_):
