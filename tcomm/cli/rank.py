@@ -63,8 +63,8 @@ class Job:
 
 
 def write_whole(path: pathlib.Path, data: bytes) -> None:
-    """Write a file that nobody sees half written."""
-    part = path.with_suffix(f".{os.getpid()}.part")
+    """Write a file that nobody sees half written, nor under a name that begins like its own."""
+    part = path.with_name(f"part-{os.getpid()}-{path.name}")
     part.write_bytes(data)
     part.rename(path)
 

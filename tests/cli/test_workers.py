@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tcomm.cli import workers
+from tcomm.cli.rank import write_whole
 from tcomm.cli.workers import Ranks, run_ranks, why_no_mpi
 from tcomm.errors import CommError, ConfigError
 from tests.cli import jobs
@@ -50,6 +51,20 @@ def test_a_failure_names_the_rank_and_the_reason_once(forked_ranks):
 def test_an_error_of_tcomm_in_a_rank_is_a_sentence(forked_ranks):
     with pytest.raises(CommError, match=r"a rank failed: rank 0: CapabilityError: not that$"):
         run_ranks(1, jobs.refuse, timeout=60.0)
+
+
+def test_nobody_who_looks_for_a_file_sees_it_half_written(monkeypatch, tmp_path):
+    seen, rename = [], pathlib.Path.rename
+
+    def look_and_rename(part, path):
+        seen.extend([*tmp_path.glob("error-*"), part.read_bytes()])
+        return rename(part, path)
+
+    monkeypatch.setattr(pathlib.Path, "rename", look_and_rename)
+    write_whole(tmp_path / "error-rank 1", b"why")
+    assert seen == [b"why"]
+    assert [path.name for path in tmp_path.iterdir()] == ["error-rank 1"]
+    assert (tmp_path / "error-rank 1").read_bytes() == b"why"
 
 
 @pytest.mark.parametrize(
