@@ -126,8 +126,9 @@ def encode_flat(value: object, max_depth: int = MAX_DEPTH) -> bytes | None:
     try:
         if type(value) in SCALARS or is_plain(value, max_depth):
             return encode_plain(value)
-    except (OverflowError, UnicodeEncodeError, RecursionError):
-        pass
+    except (OverflowError, UnicodeEncodeError, RecursionError) as error:
+        if is_from_handler(error):
+            raise
     return None
 
 
@@ -201,6 +202,8 @@ def _encode_with_tags(value: object, max_depth: int) -> tuple[bytes, list[memory
     try:
         return encode_plain([list(map(len, packer.buffers)), tree]), packer.buffers
     except (ValueError, OverflowError) as error:
+        if is_from_handler(error):
+            raise
         raise ConfigError(_TOO_LONG.format(error)) from error
 
 
@@ -228,7 +231,7 @@ def decode(
             there and returns how many are; large buffers are copied as they come. None: all are there.
 
     Raises:
-        CommError: what `arrived` raises. So does what a signal's handler raises meanwhile.
+        CommError: what `arrived` raises. What a signal's handler raises meanwhile comes out as it is.
         DecodeError: when the bytes are not a message, a cap is passed, or a class is not registered here.
         ConfigError: when read-only bytes are to be borrowed.
     """

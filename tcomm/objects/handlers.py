@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import signal
+import itertools
 import traceback
-from types import CodeType
+from types import FrameType
 
 __all__ = ["is_from_handler"]
 
@@ -13,17 +12,16 @@ __all__ = ["is_from_handler"]
 def is_from_handler(error: BaseException) -> bool:
     """Whether a handler of a signal raised `error`, or passed it on, beneath the frame that has caught it.
 
-    Such an error says nothing of what was being done when the signal came.
+    Such an error says nothing of what was being done when the signal came. Who is installed as a handler by
+    now does not matter: a handler is known by the frame that it interrupted, which it is given.
     """
-    codes = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()}
-    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(itertools.starmap(_has_interrupted, itertools.pairwise(frames)))
 
 
-def _code_of(handler: object) -> CodeType | None:
-    """What runs when a signal comes; None where that is not Python."""
-    while isinstance(handler, functools.partial):
-        handler = handler.func
-    if not callable(handler):  # SIG_DFL, SIG_IGN, or one that C installed
-        return None
-    code = getattr(handler, "__code__", None) or getattr(type(handler).__call__, "__code__", None)
-    return code if isinstance(code, CodeType) else None
+def _has_interrupted(caller: FrameType, frame: FrameType) -> bool:
+    """Whether `frame` was given its caller's frame, as `(number, frame)` or `(*args)`."""
+    for value in frame.f_locals.values():
+        if value is caller or (type(value) is tuple and any(item is caller for item in value)):
+            return True
+    return False

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from tcomm.errors import ConfigError, PeerTimeoutError, RendezvousError
 from tcomm.objects.frames import FrameConnection, FrameKey, wait_until_ready
+from tcomm.objects.handlers import is_from_handler
 from tcomm.objects.secret import require_secret
 
 __all__ = ["FrameListener", "connect_frames"]
@@ -130,6 +131,8 @@ class FrameListener:
         try:
             sock, _ = self._sock.accept()
         except OSError as error:
+            if is_from_handler(error):
+                raise
             if error.errno not in _NO_MORE:
                 return
             if self._guests:
@@ -150,8 +153,11 @@ class FrameListener:
         except StopIteration as done:
             self._guests.remove(guest)
             self._ready.append(done.value)
-        except (RendezvousError, OSError) as error:
+        except BaseException as error:
+            # Whatever ended its handshake, there is nothing to go on with.
             self._refuse(guest, str(error))
+            if not isinstance(error, (RendezvousError, OSError)) or is_from_handler(error):
+                raise
 
     def _refuse(self, guest: _Guest, reason: str) -> None:
         self._guests.remove(guest)
@@ -179,6 +185,8 @@ def connect_frames(host: str, port: int, deadline: float) -> FrameConnection:
         try:
             return _connect(host, port, key, deadline)
         except (OSError, PeerTimeoutError) as error:
+            if is_from_handler(error):
+                raise
             if time.monotonic() + _RETRY_SECONDS >= deadline:
                 raise RendezvousError(
                     f"no listener of this job answered at {_told((host, port))} before the deadline: {error}"

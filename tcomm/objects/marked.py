@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from tcomm.errors import DecodeError
+from tcomm.objects.handlers import is_from_handler
 from tcomm.objects.layout import HEAD, INLINE_BYTES, SCALARS, Tag, align, is_plain
 from tcomm.objects.packing import encode_plain
 from tcomm.objects.payload import Arrived, Payload
@@ -42,7 +43,9 @@ def encode_marked(value: Any, max_depth: int) -> tuple[bytes, list[memoryview]] 
         for key, item in large:
             marked[key] = mark(len(item))
         return encode_plain(marked), [memoryview(item) for _, item in large]
-    except (ValueError, OverflowError, RecursionError):
+    except (ValueError, OverflowError, RecursionError) as error:
+        if is_from_handler(error):
+            raise
         # Who encodes it with tags finds a way, or says what is wrong and where.
         return None
 

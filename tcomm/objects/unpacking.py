@@ -10,6 +10,7 @@ import torch
 
 from tcomm.errors import CommError, DecodeError
 from tcomm.objects.arrays import TORCH_DTYPES, make_array, make_number, make_tensor
+from tcomm.objects.handlers import is_from_handler
 from tcomm.objects.layout import SCALARS, Tag, align, is_plain
 from tcomm.objects.payload import Arrived, Payload
 from tcomm.objects.registry import registered_named
@@ -183,6 +184,8 @@ class Unpacker:
         try:
             return entry.make(*values)
         except CommError as error:
+            if is_from_handler(error):
+                raise
             # Not to be taken for one of the wait for the message.
             raise DecodeError(f"a {name} cannot be made: {type(error).__name__}: {error}") from error
 

@@ -1,5 +1,6 @@
 import collections
 import contextlib
+import dataclasses
 import enum
 import gc
 import itertools
@@ -271,6 +272,50 @@ def test_what_a_signals_handler_raises_while_a_message_is_read_is_not_taken_for_
         decode(message, arrived=interrupted)
     with pytest.raises(DecodeError, match="no message: _AlarmError"):
         decode(message, arrived=_raise_alarm)
+
+
+def _raise_overflow(*_):
+    raise OverflowError("of the caller")
+
+
+def _interrupt(*_):
+    signal.raise_signal(signal.SIGALRM)
+
+
+@pytest.mark.parametrize(
+    ("step", "value"),
+    [
+        ("codec.is_plain", [1]),
+        ("marked.is_plain", [bytes(100_000)]),
+        ("codec.encode_plain", np.arange(2)),
+    ],
+)
+def test_what_a_signals_handler_raises_while_a_message_is_made_is_not_lost(monkeypatch, step, value):
+    monkeypatch.setattr(f"tcomm.objects.{step}", _interrupt)
+    with handling(signal.SIGALRM, _raise_overflow), pytest.raises(OverflowError, match="of the caller"):
+        encode(value)
+
+
+@register
+@dataclasses.dataclass
+class Interrupted:
+    x: int
+
+    def __post_init__(self):
+        if self.x:
+            _interrupt()
+
+
+def _lose_peer(*_):
+    raise PeerLostError("of the caller")
+
+
+def test_what_a_signals_handler_raises_in_a_constructor_is_not_taken_for_the_constructors():
+    value = Interrupted(0)
+    value.x = 1
+    message = encode(value).join()
+    with handling(signal.SIGALRM, _lose_peer), pytest.raises(PeerLostError, match=r"^of the caller"):
+        decode(message)
 
 
 def test_write_into_needs_room():

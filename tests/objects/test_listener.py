@@ -1,9 +1,11 @@
 import contextlib
 import errno
+import functools
 import gc
 import logging
 import os
 import resource
+import signal
 import socket
 import time
 
@@ -15,6 +17,7 @@ from tcomm.errors import ConfigError, PeerLostError, PeerTimeoutError, Rendezvou
 from tcomm.objects import listener as module
 from tcomm.objects.frames import recv_frame
 from tcomm.objects.listener import FrameListener, connect_frames
+from tests.objects.handling import handling
 from tests.objects.pairs import Aside, connect_to, soon
 
 HELLO = b"tcommF1\n" + bytes(32)
@@ -272,6 +275,48 @@ def test_connecting_waits_for_a_listener_that_comes_later():
     ):
         other.send([b"late"], soon())
         assert accepted.receive(10, soon()) == b"late"
+
+
+class InterruptedByTestError(OSError):
+    pass
+
+
+def _raise_interrupted(*_):
+    raise InterruptedByTestError
+
+
+def _interrupt(*_):
+    signal.raise_signal(signal.SIGALRM)
+
+
+@pytest.mark.parametrize("step", ["_connect", "_receive_guest", "accept"])
+def test_what_a_signals_handler_raises_ends_the_call_and_the_next_one_goes_on(listening, monkeypatch, step):
+    connecting = Aside(connect_frames, *listening.address[:2], soon())
+    with handling(signal.SIGALRM, _raise_interrupted), monkeypatch.context() as patched:
+        if step == "accept":
+            patched.setattr(listening, "_sock", _Interrupting(listening._sock))
+        elif step == "_connect":
+            patched.setattr(module, step, _interrupt)
+        else:
+            patched.setattr(module, step, lambda *_: map(_interrupt, [1]))
+        connect = functools.partial(connect_frames, *listening.address[:2])
+        with pytest.raises(InterruptedByTestError):
+            (connect if step == "_connect" else listening.accept)(soon())
+    with listening.accept(soon()) as ours, connecting.result() as theirs:
+        theirs.send([b"x"], soon())
+        assert ours.receive(1, soon()) == b"x"
+    assert not listening._ready
+
+
+class _Interrupting:
+    """A socket on which nobody is accepted before a signal comes."""
+
+    def __init__(self, sock):
+        self._sock = sock
+        self.fileno = sock.fileno
+
+    def accept(self):
+        _interrupt()
 
 
 def test_closing_drops_whoever_is_there():

@@ -17,8 +17,24 @@ from tcomm.objects.payload import Arrived
 
 __all__ = ["Receiver"]
 
-_Asked = tuple[float | str | None, threading.Event | None, bool]
-"""Of a call: timeout, cancel, indefinite."""
+
+class _Call:
+    """What the call at hand asked for; its patience is made when something has to be waited for."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self.begin(None, None, False)
+
+    def begin(self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool) -> None:
+        self._asked = (timeout, cancel, indefinite)
+        self._made: Patience | None = None
+
+    def patience(self) -> Patience:
+        """One for all that the call waits for."""
+        if self._made is None:
+            timeout, cancel, indefinite = self._asked
+            self._made = Patience(timeout, self._seconds, cancel, indefinite)
+        return self._made
 
 
 class Receiver:
@@ -35,12 +51,12 @@ class Receiver:
     def __init__(self, source: RingReader | RemoteReader, seconds: float | None) -> None:
         self.source = source
         self._ring = source if isinstance(source, RingReader) else None
-        self._seconds = seconds
         self._assembler = Assembler()
         self._lent = -1
-        self._wait_filled = functools.partial(self._ring.wait_filled, self._patience) if self._ring else None
-        self._asked: _Asked = (None, None, False)
-        self._made: Patience | None = None
+        self._call = _Call(seconds)
+        # Nothing in it leads back here: a queue's memory is to go with its last reference.
+        ring = self._ring
+        self._wait_filled = None if ring is None else functools.partial(ring.wait_filled, self._call.patience)
         self._kept: tuple[object] | None = None
         self._was_long = False
 
@@ -61,7 +77,8 @@ class Receiver:
             message = ring.take()
         value = decode_flat(message) if message is not None and len(message) <= PIECE_BYTES else NOT_FLAT
         if value is NOT_FLAT:
-            value, in_slot = self._next_other(message, (timeout, cancel, indefinite))
+            self._call.begin(timeout, cancel, indefinite)
+            value, in_slot = self._next_other(message)
         taken = source.taken
         try:
             source.release()
@@ -73,10 +90,9 @@ class Receiver:
             raise
         return value
 
-    def _next_other(self, message: memoryview | None, asked: _Asked) -> tuple[object, bool]:
+    def _next_other(self, message: memoryview | None) -> tuple[object, bool]:
         """As `next_value`, of what is long, not flat, or (None) to come; and whether it lies in a slot."""
         in_slot = True
-        self._made, self._asked = None, asked
         if message is None:
             message, in_slot = self._await_message()
             if self._ring is not None and len(message) <= PIECE_BYTES:
@@ -145,21 +161,14 @@ class Receiver:
 
     def _begin(self, timeout: float | str | None, cancel: threading.Event | None, indefinite: bool) -> None:
         self._check(timeout)
-        self._made, self._asked = None, (timeout, cancel, indefinite)
-
-    def _patience(self) -> Patience:
-        """The call's: made when something has to be waited for, and one for all that it waits for."""
-        if self._made is None:
-            timeout, cancel, indefinite = self._asked
-            self._made = Patience(timeout, self._seconds, cancel, indefinite)
-        return self._made
+        self._call.begin(timeout, cancel, indefinite)
 
     def _await_message(self) -> tuple[memoryview, bool]:
         """As `next_message`, with what is left of the call's patience."""
         assembler, source = self._assembler, self.source
         while True:
             if not source.has_chunk():
-                source.wait(self._patience())
+                source.wait(self._call.patience())
             try:
                 total, offset, chunk = source.look()
             except DecodeError:
@@ -213,7 +222,7 @@ class Receiver:
         self._begin(timeout, cancel, indefinite)
         while True:
             if not self.source.has_chunk():
-                self.source.wait(self._patience())
+                self.source.wait(self._call.patience())
             try:
                 total, offset, chunk = self.source.look()
             except DecodeError:

@@ -1,11 +1,15 @@
 import contextlib
+import gc
 import signal
+import threading
+import weakref
 
 import numpy as np
 import pytest
 
 from tcomm.errors import ConfigError, PeerTimeoutError, UsageError
 from tcomm.groups.queue import receiving
+from tcomm.groups.queue.message_queue import MessageQueue
 from tcomm.objects import codec
 from tests.groups.queue.peers import pair
 from tests.objects.handling import handling
@@ -141,6 +145,36 @@ def test_a_reader_rehearses_once_behind_a_long_message_and_only_when_nothing_has
         assert [times(), times(1), times(value), times(value, 1), times(1, value)] == [0, 0, 1, 0, 1]
 
 
+@pytest.mark.parametrize("take", ["borrow", "acquire_read", "dequeue"])
+def test_each_call_has_a_patience_of_its_own(take):
+    with pair() as (writer, reader):
+        with pytest.raises(PeerTimeoutError, match=r"within 0\.05 s"):
+            _take(reader, take, 0.05)
+        late = threading.Timer(0.3, writer.enqueue, [1])
+        late.start()
+        assert _take(reader, take, 5) in (1, b"\x01")
+        late.join()
+
+
+def test_the_memory_of_both_sides_goes_with_their_last_references():
+    writer = MessageQueue(1, 1, None, 1 << 20, 4)
+    reader = MessageQueue.create_from_handle(writer.export_handle(), 0)
+    writer.wait_until_ready(5)
+    reader.wait_until_ready(5)
+    for value in ("short", bytes(100_000)):
+        writer.enqueue(value)
+        assert reader.dequeue(5) == value
+    rings = [weakref.ref(side.ring) for side in (writer._sender.sides[0], reader._receiver.source)]
+    gc.disable()
+    try:
+        for queue in (writer, reader):
+            queue.shutdown()
+        del queue, writer, reader
+        assert [ring() for ring in rings] == [None, None]
+    finally:
+        gc.enable()
+
+
 def _time_out(*_):
     raise TimeoutError("of the caller")
 
@@ -173,11 +207,11 @@ def _interrupted_after(call):
     return called
 
 
-def _take(reader, take):
+def _take(reader, take, timeout=5):
     if take == "dequeue":
-        return reader.dequeue(5)
-    with getattr(reader, take)(5) as value:
-        return value
+        return reader.dequeue(timeout)
+    with getattr(reader, take)(timeout) as value:
+        return bytes(value) if take == "acquire_read" else value
 
 
 def test_a_call_that_is_interrupted_when_it_has_its_slot_keeps_no_slot(monkeypatch):

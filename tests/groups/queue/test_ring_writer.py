@@ -70,6 +70,18 @@ def test_readers_see_each_piece_of_a_long_message_when_it_is_written(monkeypatch
             assert all(reader.dequeue(5).tolist() == value.tolist() for reader in readers)
 
 
+def test_a_long_message_that_is_all_head_has_its_number_before_its_first_byte(monkeypatch):
+    value = [2**70 + number for number in range(3 * PIECE_BYTES // 12)]
+    with pair(chunk_bytes=1 << 20) as (writer, reader):
+        ring, there = reader._receiver.source, []
+        (whole,) = encode(value).parts
+        assert len(whole) > 2 * PIECE_BYTES
+        with between_pieces(monkeypatch, lambda number: there.append(ring.wait_filled(None, 0))):
+            writer.enqueue(value)
+        assert there == list(range(0, len(whole), PIECE_BYTES))
+        assert reader.dequeue(5) == value
+
+
 def test_a_writer_whose_readers_keep_up_asks_for_room_only_behind_a_message(monkeypatch):
     with pair(2, chunks=3) as (writer, *readers):
         ring, given_out = writer._sender.sides[0], []
