@@ -291,7 +291,8 @@ def _interrupt(*_):
 
 @pytest.mark.parametrize("step", ["_connect", "_receive_guest", "accept"])
 def test_what_a_signals_handler_raises_ends_the_call_and_the_next_one_goes_on(listening, monkeypatch, step):
-    connecting = Aside(connect_frames, *listening.address[:2], soon())
+    connect = functools.partial(connect_frames, *listening.address[:2])
+    connecting = Aside(connect, soon())
     with handling(signal.SIGALRM, _raise_interrupted), monkeypatch.context() as patched:
         if step == "accept":
             patched.setattr(listening, "_sock", _Interrupting(listening._sock))
@@ -299,7 +300,6 @@ def test_what_a_signals_handler_raises_ends_the_call_and_the_next_one_goes_on(li
             patched.setattr(module, step, _interrupt)
         else:
             patched.setattr(module, step, lambda *_: map(_interrupt, [1]))
-        connect = functools.partial(connect_frames, *listening.address[:2])
         with pytest.raises(InterruptedByTestError):
             (connect if step == "_connect" else listening.accept)(soon())
     with listening.accept(soon()) as ours, connecting.result() as theirs:
