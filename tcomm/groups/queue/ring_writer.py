@@ -79,7 +79,7 @@ class RingWriter:
     def has_room_now(self) -> bool:
         """As `has_room`; looks after the readers first, if that was not done just now. Raises as `look`."""
         self._look_now_and_then(self.head + 1)
-        return self.head - self._floor < self._chunks or self.has_room()
+        return self.has_room()
 
     def _look_now_and_then(self, end: int) -> None:
         now = time.monotonic()
